@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'PAIR_FORMATS', 'PROMPT_FORMATS', 'INSTRUCTION_FORMATS', 'read_source', 'recognise', 'load_prompts',
-           'load_pairs', 'load_instructions', 'bucket', 'split_of', 'take', 'in_split']
+           'load_pairs', 'load_instructions', 'bucket', 'split_of', 'take', 'in_split', 'prompt_pool']
 
 # %% ../nbs/02_data.ipynb #33387ec4
 import hashlib
@@ -144,3 +144,11 @@ def take(rows:list, limit:int|None=None)->list:
 def in_split(rows:list, split:str, limit:int|None=None)->list:
     "Rows of one split, at most `limit` of them."
     return take([r for r in rows if split_of(r.prompt) == split], limit)
+
+# %% ../nbs/02_data.ipynb #4534ef28
+def prompt_pool(source:str, held_out:int, limit:int|None=None)->tuple: # training prompts, held-out prompts, drops by reason
+    "Split a pool of prompts in the order of their hashes: the first `held_out` are kept for evaluation, up to `limit` of the rest are for training."
+    rows, dropped = load_prompts(source)
+    rows = take(rows)
+    if len(rows) <= held_out: raise ValueError(f"data.prompts {source}: {len(rows)} prompts, {held_out} held out, none left to train on; lower data.held_out_prompts")
+    return rows[held_out:][:limit], rows[:held_out], dropped
