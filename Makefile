@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs the first time.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  := data/models/smollm2-135m-instruct/model.safetensors
+
+.PHONY: demo test check export readme clean
+
+demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
+	$(BIN)/scir run recipes/smol.yaml
+
+test: $(MODEL)            ## gates, notebook tests, pytest
+	$(BIN)/python tests/gates.py
+	$(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^run$$'
+	$(BIN)/python -m pytest
+
+export:                   ## notebooks -> scir/, cleaned; README from nbs/index.ipynb
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/gates.py --write-readme
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(MODEL): | $(VENV)/installed
+	$(BIN)/python -c 'from scir.model import fetch_smollm2; fetch_smollm2()'
+
+clean:                    ## runs and caches, not the model
+	rm -rf data/runs build *.egg-info
