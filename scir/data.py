@@ -33,8 +33,9 @@ def read_source(source:str)->list: # dicts
 
 def _read_file(path):
     import datasets, tempfile
+    datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:
-        return datasets.Dataset.from_list(datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train", cache_dir=cache).to_list()).to_list()
+        return datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train", cache_dir=cache).to_list()
 
 # %% ../nbs/02_data.ipynb #feb85a70
 def _text(message)->str: # a string, or a chat's last message

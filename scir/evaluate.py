@@ -60,20 +60,21 @@ def panel(recipe:Recipe, run, seed:int, tokenizer)->tuple: # list of Pair, drops
 
 # %% ../nbs/14_evaluate.ipynb #22e372a0
 def evaluate(recipe:Recipe, run, nodes:list)->dict: # node -> metrics
-    "Evaluate `nodes` of a run; writes evaluation/ in each."
-    tokenizer, out = load_tokenizer(recipe.model), {}
+    "Evaluate `nodes` of a run; writes evaluation/ in each. M_1 of a seed comes first: its answers are the panel."
+    tokenizer, out, panels = load_tokenizer(recipe.model), {}, {}
     sets = labelled_sets(tokenizer, recipe)
-    for seed in sorted({node_parts(n)[0] for n in nodes}):
-        mine = sorted((n for n in nodes if node_parts(n)[0] == seed), key=lambda n: (node_parts(n)[2] == 0, n))
-        for node in mine:
-            file, key = Path(run)/node/"evaluation"/"metrics.json", _key(recipe, run, node)
-            if (known := read_json(file, {})).get("key") != key:
-                print(f"evaluating {node}")
-                answers = answer(recipe, run, node, tokenizer) if node_parts(node)[2] else None
-                known = {"key": key, "answers": answers, "sets": judge_sets(recipe, run, node, tokenizer, sets | {"panel": panel(recipe, run, seed, tokenizer)})}
-                write_json(file, known)
-                gc.collect()
-            out[node] = known
+    for node in sorted(nodes, key=lambda n: (node_parts(n)[0], node_parts(n)[2] == 0, node_parts(n)[2], n)):
+        seed, _, t = node_parts(node)
+        file, key = Path(run)/node/"evaluation"/"metrics.json", _key(recipe, run, node)
+        known = read_json(file, {})
+        if known.get("key") != key:
+            print(f"evaluating {node}", flush=True)
+            answers = answer(recipe, run, node, tokenizer) if t else None
+            if seed not in panels: panels[seed] = panel(recipe, run, seed, tokenizer)
+            known = {"key": key, "answers": answers, "sets": judge_sets(recipe, run, node, tokenizer, sets | {"panel": panels[seed]})}
+            write_json(file, known)
+            gc.collect()
+        out[node] = known
     return out
 
 def _key(recipe, run, node):

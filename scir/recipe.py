@@ -62,6 +62,7 @@ class WarmStartSpec(Section):
     lambda_sft: float = spec(0.2, "weight of the chosen responses' negative log-likelihood per token", "D", ge=0)
     lambda_judge: float = spec(1.0, "weight of the judge's logistic loss on the order-averaged margin", "D", ge=0)
     lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): the verdict must be one of the two", "D", ge=0)
+    lambda_bias: float = spec(0.1, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", "D", ge=0)
     lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs; gives the implicit reward a meaning from the start", "D", ge=0)
 
 class SamplingSpec(Section):

@@ -122,6 +122,7 @@ def report(run)->dict: # name -> path
     if found.empty: raise ValueError(f"{run}: no evaluated model; run the evaluate stage first")
     shown, compared = table(found), comparisons(run)
     write_text(out/"results.csv", found.to_csv(index=False))
+    write_text(out/"table.csv", shown.to_csv(index=False))
     write_text(out/"results.md", markdown(shown))
     write_text(out/"comparisons.csv", compared.to_csv(index=False))
     for name, fig in {"inconsistency": plot_inconsistency(found), "joint": plot_joints(run), "training": plot_training(run)}.items(): save_figure(fig, out/name)

@@ -23,7 +23,7 @@ def warm_start_loss(view:View, spec:WarmStartSpec, instructions:dict|None=None)-
     "Supervised loss of a batch of labelled pairs; `target` of each pair is its label."
     target = torch.tensor([p.target for p in view.pairs], device=view.model.device)
     m_g, m_i = generative(view), implicit(view)
-    terms = {"judge": dpo_loss(m_g, target).mean(), "mass": -view.orders[1].mean(), "dpo": dpo_loss(m_i, target).mean(),
+    terms = {"judge": dpo_loss(m_g, target).mean(), "mass": -view.orders[1].mean(), "bias": (view.orders[0].mean(0) ** 2).mean(), "dpo": dpo_loss(m_i, target).mean(),
              "sft": _sft(view, target) if instructions is None else _sft_on(view, instructions)}
     loss = sum(getattr(spec, f"lambda_{k}") * v for k, v in terms.items())
     right = lambda m: ((m > 0) == (target > 0.5)).float().mean()

@@ -1,0 +1,243 @@
+import json, subprocess, sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scir.data import bucket, in_split, load_instructions, load_pairs, load_prompts, prompt_pool, read_source, split_of
+from scir.recipe import ARMS, Recipe, RecipeError, dump_recipe, field_names, load_recipe, override, parse_recipe
+from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, node_name, node_parts, parent_node, read_json, read_rows, row_seed,
+                        write_json, write_rows, write_text)
+
+def one_line(error): return "\n" not in str(error.value)
+
+@pytest.fixture
+def file(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path/name
+        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows))
+        return str(path)
+    return write
+
+def say(role, content): return {"role": role, "content": content}
+
+# formats ------------------------------------------------------------------
+
+OASST = [dict(message_id="m1", parent_id=None, text="Root?", role="prompter", lang="en"), dict(message_id="m2", parent_id="m1", text="Answer", role="assistant", lang="en"),
+         dict(message_id="m3", parent_id="m2", text="Follow up?", role="prompter", lang="en")]
+ULTRA = [dict(prompt="P?", prompt_id="h1", chosen=[say("user", "P?"), say("assistant", "good")], rejected=[say("user", "P?"), say("assistant", "bad")],
+              messages=[say("user", "P?"), say("assistant", "good")], score_chosen=8.0, score_rejected=4.0)]
+ALPACA = [dict(instruction="Do.", output="Done.", generator="text_davinci_003", dataset="helpful_base")]
+BENCH = [dict(prompt="P?", chosen="good", rejected="bad", chosen_model="x", rejected_model="y", subset="alpacaeval-easy", id=30)]
+HH = [dict(chosen="\n\nHuman: One?\n\nAssistant: Yes.\n\nHuman: Two?\n\nAssistant: good", rejected="\n\nHuman: One?\n\nAssistant: Yes.\n\nHuman: Two?\n\nAssistant: bad")]
+SELF = [dict(instruction="Add.", instances=[dict(input="1 2", output="3"), dict(input="2 2", output="4")]), dict(instruction="Sing.", instances=[dict(input="", output="la")])]
+MT = [dict(question_id=81, category="writing", turns=["First?", "Second?"])]
+LLMBAR = [dict(prompt="P?", response_a="bad", response_b="good", label="b"), dict(prompt="Q?", response_a="fine", response_b="poor", label="A")]
+TURNS = "One?\n\nAssistant: Yes.\n\nHuman: Two?"
+
+@pytest.mark.parametrize("rows, prompts", [(OASST, ["Root?"]), (ULTRA, ["P?"]), (ALPACA, ["Do."]), (BENCH, ["P?"]), (HH, [TURNS]), (SELF, ["Add.\n\n1 2", "Sing."]), (MT, ["First?"]),
+                                           (LLMBAR, ["P?", "Q?"]), ([dict(instruction="I", input="x", output="o")], ["I\n\nx"])])
+def test_prompts_of_known_formats(file, rows, prompts):
+    found, dropped = load_prompts(file(rows))
+    assert [p.prompt for p in found] == prompts and sum(dropped.values()) == len(rows) - len(prompts) and len({p.id for p in found}) == len(found)
+
+@pytest.mark.parametrize("rows, expected", [(ULTRA, [("P?", "good", "bad")]), (BENCH, [("P?", "good", "bad")]), (HH, [(TURNS, "good", "bad")]),
+                                            (LLMBAR, [("P?", "good", "bad"), ("Q?", "fine", "poor")])])
+def test_pairs_of_known_formats(file, rows, expected):
+    found, dropped = load_pairs(file(rows))
+    assert [(p.prompt, p.chosen, p.rejected) for p in found] == expected and not dropped
+
+@pytest.mark.parametrize("rows, expected", [(ALPACA, [("Do.", "Done.")]), (SELF, [("Add.\n\n1 2", "3"), ("Sing.", "la")]), (ULTRA, [("P?", "good")]), ([dict(prompt="P", response="R")], [("P", "R")])])
+def test_instructions_of_known_formats(file, rows, expected): assert load_instructions(file(rows))[0] == expected
+
+def test_id_and_subset_are_kept(file):
+    (row,), _ = load_pairs(file(BENCH))
+    assert row.id == "30" and row.subset == "alpacaeval-easy"
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_file_kinds_read_alike(tmp_path, suffix):
+    table, path = pd.DataFrame(BENCH), tmp_path/f"rows.{suffix}"
+    {"jsonl": lambda: table.to_json(path, orient="records", lines=True), "json": lambda: table.to_json(path, orient="records"),
+     "csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path)}[suffix]()
+    assert load_pairs(str(path))[0] == [LabelledPair(id="30", prompt="P?", chosen="good", rejected="bad", subset="alpacaeval-easy")]
+
+def test_a_changed_file_is_read_anew(file):
+    assert load_prompts(file([{"prompt": "a"}]))[0][0].prompt == "a" and load_prompts(file([{"prompt": "b"}]))[0][0].prompt == "b"
+
+# bad sources --------------------------------------------------------------
+
+@pytest.mark.parametrize("text, name, says", [("", "x.jsonl", "empty"), ("[]", "x.json", "x.json"), ("\n\n", "x.jsonl", "x.jsonl"), ('{"prompt": "a"}\n{"prompt": "b', "x.jsonl", "cannot be read"),
+                                              ("not json", "x.json", "cannot be read"), ("prompt", "x.txt", "a file of"), ("PAR1 no", "x.parquet", "cannot be read"), ("prompt\n", "x.csv", "x.csv")])
+def test_unusable_file_is_one_clear_line(file, text, name, says):
+    with pytest.raises(ValueError, match=says) as e: load_prompts(file(text, name))
+    assert one_line(e) and name in str(e.value)
+
+def test_missing_file_is_named():
+    for source in ("./nowhere.jsonl", "nowhere.csv", "/nowhere"):
+        with pytest.raises(FileNotFoundError, match="nowhere") as e: read_source(source)
+        assert one_line(e)
+
+def test_unreachable_hub_set_is_one_line():
+    with pytest.raises((ValueError, OSError), match="nobody/nothing") as e: load_prompts("nobody/nothing:test")
+    assert one_line(e)
+
+def test_wrong_columns_list_what_was_expected(file):
+    for load in (load_prompts, load_pairs, load_instructions):
+        with pytest.raises(ValueError, match=r"\['colour'\].*prompt") as e: load(file([{"colour": "red"}]))
+        assert one_line(e)
+
+@pytest.mark.parametrize("label", ["c", "", None, 1])
+def test_wrong_label_names_row_and_label(file, label):
+    rows = [dict(prompt="P", response_a="x", response_b="y", label=l) for l in ([0, label] if label == 1 else ["a", label])]
+    with pytest.raises(ValueError, match=f"row {1 if label == 1 else 2}.*neither 'a' nor 'b'") as e: load_pairs(file(rows))
+    assert one_line(e)
+
+def test_useless_rows_are_dropped_and_counted(file):
+    rows = [dict(prompt=p, chosen=c, rejected=r) for p, c, r in [("P", "x", "y"), (" ", "x", "y"), ("P", "", "y"), ("P", "same", "same "), ("P", "x", "y"), ("Q", None, "y")]]
+    found, dropped = load_pairs(file(rows))
+    assert len(found) == 1 and dropped == {"empty": 2, "equal responses": 1, "duplicate": 1, "not text": 1}
+    found, dropped = load_prompts(file([{"prompt": "a"}, {"prompt": ""}, {"prompt": "a"}, {"prompt": None}]))
+    assert len(found) == 1 and dropped == {"empty": 1, "duplicate": 1, "not a prompt": 1}
+    with pytest.raises(ValueError, match="no usable row.*'empty': 2"): load_prompts(file([{"prompt": ""}, {"prompt": "\t"}]))
+
+def test_rows_with_the_same_id_do_not_merge(file):
+    "Responses and scores are filed under these ids."
+    try: found, _ = load_prompts(file([{"id": "1", "prompt": "a"}, {"id": "1", "prompt": "b"}]))
+    except ValueError as e: assert "id" in str(e)
+    else: assert len({p.id for p in found}) == len(found)
+
+def test_splits_are_disjoint_by_prompt_and_fixed(file):
+    rows = [Prompt(id=str(i), prompt=f"prompt {i % 150}") for i in range(300)]
+    parts = {s: {r.prompt for r in in_split(rows, s)} for s in ("train", "validation", "test")}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 150 and all(parts.values())
+    assert bucket("prompt 1") == bucket("prompt 1") and split_of("prompt 1") in parts and len(in_split(rows, "train", 5)) == 5
+    assert [r.prompt for r in in_split(rows, "train", 9)] == [r.prompt for r in in_split(rows[::-1], "train", 9)]  # whatever the file's order
+
+def test_held_out_prompts_are_not_trained_on(file):
+    source = file([{"prompt": f"p{i}"} for i in range(20)])
+    train, held, _ = prompt_pool(source, 6, 9)
+    assert len(train) == 9 and len(held) == 6 and not {p.id for p in train} & {p.id for p in held}
+    assert prompt_pool(source, 6, 3)[1] == held
+    with pytest.raises(ValueError, match="none left") as e: prompt_pool(source, 20)
+    assert one_line(e)
+
+# recipe -------------------------------------------------------------------
+
+@pytest.mark.parametrize("raw, nearest", [({"train": {"lamda_consistancy": 1}}, "train.lambda_consistency"), ({"iteration": 2}, "iterations"), ({"sampling": {"temprature": 1}}, "sampling.temperature"),
+                                          ({"model": {"quantise": "nf4"}}, "model.quantize"), ({"trian": {"beta": 1}}, "train")])
+def test_unknown_field_names_the_nearest(raw, nearest):
+    with pytest.raises(RecipeError, match=f"is not a field; the nearest is {nearest}") as e: parse_recipe(raw)
+    assert one_line(e)
+
+@pytest.mark.parametrize("raw, name", [({"train": {"beta": "soft"}}, "train.beta"), ({"train": {"beta": -1}}, "train.beta"), ({"seeds": 3}, "seeds"), ({"seeds": []}, "seeds"), ({"train": 5}, "train"),
+                                       ({"arms": ["scir", "magic"]}, "arms.1"), ({"judge": {"verdicts": ["A"]}}, "judge.verdicts"), ({"judge": {"verdicts": [True, False]}}, "judge.verdicts.0"),
+                                       ({"name": "../up"}, "name"), ({"rewards": ["implicit"]}, "rewards"), ({"sampling": {"candidates": 1}}, "sampling.candidates"), ({"model": {"quantize": "int3"}}, "model.quantize")])
+def test_ill_typed_value_names_the_field(raw, name):
+    with pytest.raises(RecipeError, match=rf"recipe: {name}[.0-9]* = "): parse_recipe(raw)
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(RecipeError) as e: parse_recipe({"train": {"beta": "x"}, "sampling": {"top_p": 2}})
+    assert len(str(e.value).splitlines()) == 2
+
+def test_override(file):
+    raw = {"train": {"beta": .1}}
+    done = override(override(raw, "train.beta=0.5"), "sampling.candidates=3")
+    assert done == {"train": {"beta": .5}, "sampling": {"candidates": 3}} and raw == {"train": {"beta": .1}}
+    recipe = load_recipe(file("name: x\ntrain: {beta: 0.1}", "x.yaml"), ("train.beta=5e-1", "arms=[scir]", "model.quantize=null"))
+    assert recipe.train.beta == .5 and recipe.arms == ("scir",) and recipe.model.quantize is None
+
+@pytest.mark.parametrize("setting", ["train.beta", "train.bta=1", "train.beta=[1", "name.x=1", "seeds.x=1"])
+def test_bad_override_is_a_recipe_error(file, setting):
+    with pytest.raises(RecipeError): load_recipe(file("name: x\nseeds: [0]\ntrain: {beta: 0.1}", "x.yaml"), (setting,))
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "just words", "\tname: x"])
+def test_not_a_recipe(file, text):
+    with pytest.raises(RecipeError, match="x.yaml") as e: load_recipe(file(text, "x.yaml"))
+    assert one_line(e)
+
+def test_missing_recipe():
+    with pytest.raises(RecipeError, match="no such recipe"): load_recipe("nowhere.yaml")
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1]/"recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipe_loads_and_round_trips(path, file):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem and load_recipe(file(dump_recipe(recipe), "again.yaml")) == recipe
+
+def test_every_field_says_what_it_is():
+    for name, info in field_names().items(): assert info.description and info.json_schema_extra["standing"] in "PSD", name
+
+def test_arms_change_valid_fields_only():
+    for arm, change in ARMS.items():
+        assert set(change or ()) <= set(type(Recipe().train).model_fields) and type(Recipe().train).model_validate(Recipe().arm(arm).model_dump())
+
+# store --------------------------------------------------------------------
+
+def response(i=0, text="x"): return Response(id=f"p/{i}", prompt_id="p", prompt="é?", candidate=i, response=text, response_ids=[1, 2], finished=True, seed=row_seed(0, i))
+
+@pytest.mark.parametrize("text", ["plain", "two\nlines\r\n", "\u2028 \u2029 \x85", "\x00\x0b\x0c\x1c\x1e", "naïve ☃ 𝄞", "\ufffd\ufeff"])
+def test_any_text_survives_the_file(tmp_path, text):
+    rows = [response(0, text), response(1, text + "!")]
+    write_rows(tmp_path/"r.jsonl", rows)
+    assert read_rows(tmp_path/"r.jsonl", Response) == rows and [r["response"] for r in read_rows(tmp_path/"r.jsonl")] == [text, text + "!"]
+
+def test_truncated_line_names_file_and_line(tmp_path):
+    write_rows(tmp_path/"r.jsonl", [response(0), response(1)])
+    write_text(tmp_path/"r.jsonl", (tmp_path/"r.jsonl").read_text()[:-20])
+    for kind in (Response, dict):
+        with pytest.raises(ValueError, match=r"r\.jsonl, line 2") as e: read_rows(tmp_path/"r.jsonl", kind)
+        assert one_line(e)
+
+def test_row_of_another_kind_names_file_and_line(tmp_path):
+    write_rows(tmp_path/"r.jsonl", [{"id": "1", "prompt": "x", "more": 1}])
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 1: not a Prompt row") as e: read_rows(tmp_path/"r.jsonl", Prompt)
+    assert one_line(e)
+
+def test_missing_rows_name_the_file():
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl.*stage"): read_rows("nowhere.jsonl")
+
+@pytest.mark.parametrize("cut", [1, 5, -1])
+def test_journal_survives_a_kill_at_any_byte(tmp_path, cut):
+    journal = Journal(tmp_path/"r.jsonl", Response)
+    for i in range(3): journal.add(response(i))
+    journal.file.close()
+    data = journal.part.read_bytes()
+    last = data[:-1].rindex(b"\n") + 1
+    journal.part.write_bytes(data[:data.index("é".encode(), last) + 1] if cut == 5 else data[:last + 1] if cut == 1 else data[:-1])  # 5: within a letter
+    again = Journal(tmp_path/"r.jsonl", Response)
+    assert again.done == {"p/0", "p/1"} and not (tmp_path/"r.jsonl").exists()
+    again.add(response(2))
+    assert again.finish(["p/2", "p/0", "p/1"]) == read_rows(tmp_path/"r.jsonl", Response) == [response(2), response(0), response(1)]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path/"x.json", {"a": 1})
+    with pytest.raises(ValueError): write_json(tmp_path/"x.json", {"a": float("nan")})
+    with pytest.raises(KeyError):
+        with atomic_path(tmp_path/"x.json") as tmp:
+            tmp.write_text("half")
+            raise KeyError
+    assert read_json(tmp_path/"x.json") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+def test_hashes_tell_contents_and_names_apart(tmp_path):
+    for folder, name, text in (("a", "x", "1"), ("b", "x", "1"), ("c", "y", "1"), ("d", "x", "2")): write_text(tmp_path/folder/name, text)
+    a, b, c, d = (hash_path(tmp_path/f) for f in "abcd")
+    assert a == b and len({a, c, d, hash_path(tmp_path/"none")}) == 4 and digest({"x": 1, "y": 2}) == digest({"y": 2, "x": 1}) != digest({"x": 2, "y": 1})
+
+def test_row_seeds_are_fixed_and_apart():
+    assert row_seed(0, "p", 1) == row_seed(0, "p", 1) and len({row_seed(s, p, c) for s in range(3) for p in "abc" for c in range(3)}) == 27
+    assert all(0 <= row_seed(0, i) < 2**63 for i in range(50))
+
+@pytest.mark.parametrize("node, parts, parent", [("seed0/m1", (0, None, 1), "seed0/m0"), ("seed3/scir/m2", (3, "scir", 2), "seed3/m1"), ("seed3/scir/m3", (3, "scir", 3), "seed3/scir/m2")])
+def test_node_names(node, parts, parent):
+    assert node_parts(node) == parts and node_name(parts[0], parts[2], parts[1]) == node and parent_node(node) == parent
+
+@pytest.mark.parametrize("node", ["", "m1", "seedx/m1", "seed0/scir"])
+def test_malformed_node(node):
+    with pytest.raises(ValueError, match="seed0/m1"): node_parts(node)
+
+# import -------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", ["scir", "scir.recipe", "scir.cli"])
+def test_import_does_not_wait_for_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

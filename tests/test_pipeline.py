@@ -1,0 +1,134 @@
+"""The whole tiny recipe through papermill, looked at from outside: files, tables, staleness, single notebooks."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+
+
+def scir(*args):
+    return subprocess.run([str(BIN / "scir"), *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = scir("run", "recipes/tiny.yaml", "--out", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_every_stage_left_an_executed_notebook(run):
+    notebooks = sorted((run / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 16  # warm start; 3 + 2 in iteration 1; 6 + 2 in iteration 2; evaluate; report
+    for path in notebooks:
+        cells = nbformat.read(path, 4).cells
+        assert not [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"], path
+        assert any("parameters" in c.metadata.get("tags", []) for c in cells), path
+
+
+def test_printed_table_is_the_report(run):
+    table = pd.read_csv(run / "report" / "table.csv")
+    assert set(table.model) == {"M_0", "M_1", "srlm M_2", "srlm M_3", "scir M_2", "scir M_3"}
+    assert "inconsistency" in (run / "stdout.txt").read_text()
+    for name in ("inconsistency", "joint", "training"):
+        assert (run / "report" / f"{name}.png").stat().st_size > 5000 and (run / "report" / f"{name}.svg").exists()
+
+
+def test_results_are_what_the_scores_say(run):
+    from scir.consistency import frame
+    from scir.store import Score, read_rows
+    results = pd.read_csv(run / "report" / "results.csv").set_index(["model", "set"])
+    scores = read_rows(run / "seed0/scir/m2/evaluation/held-out.jsonl", Score)
+    d = frame(scores)
+    contradict = [(s.margins["generative"] > 0) != (s.margins["implicit"] > 0) for s in scores]
+    assert results.loc[("scir M_2", "held-out"), "inconsistency"] == pytest.approx(sum(contradict) / len(contradict))
+    right = [(s.margins["generative"] > 0) == (s.label == "a") for s in scores]
+    assert results.loc[("scir M_2", "held-out"), "accuracy_generative"] == pytest.approx(sum(right) / len(right))
+    assert list(d.right_generative) == right
+
+
+def test_adapters_load_in_peft_and_moved(run):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+    folder = run / "seed0/scir/m2/adapter"
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "data/models/tiny-random")
+    PeftModel.from_pretrained(base, folder)
+    weights = {n: load_file(run / n / "adapter/adapter_model.safetensors") for n in ("seed0/m1", "seed0/scir/m2", "seed0/srlm/m2")}
+    assert all(t.dtype == torch.float32 for t in weights["seed0/m1"].values())
+    changed = [k for k in weights["seed0/m1"] if not torch.equal(weights["seed0/m1"][k], weights["seed0/scir/m2"][k])]
+    assert changed and any(not torch.equal(weights["seed0/scir/m2"][k], weights["seed0/srlm/m2"][k]) for k in changed)
+
+
+def test_preference_sets_have_the_columns_others_read(run):
+    for arm in ("srlm", "scir"):
+        for path in (run / f"seed0/{arm}/m2").glob("preferences.jsonl"):
+            for row in map(json.loads, path.read_text().splitlines()): assert {"prompt", "chosen", "rejected"} <= set(row) and row["chosen"] != row["rejected"]
+    scores = [json.loads(l) for l in (run / "seed0/m1/scores.jsonl").read_text().splitlines()]
+    assert len((run / "seed0/srlm/m2/preferences.jsonl").read_text().splitlines()) == len(scores)
+
+
+def test_sampled_ids_are_the_ids_scored(run):
+    said = {(r["prompt_id"], tuple(r["response_ids"])) for r in map(json.loads, (run / "seed0/m1/responses.jsonl").read_text().splitlines())}
+    for s in map(json.loads, (run / "seed0/m1/scores.jsonl").read_text().splitlines()):
+        assert {(s["prompt_id"], tuple(s["ids_a"])), (s["prompt_id"], tuple(s["ids_b"]))} <= said
+
+
+def test_manifest_says_what_was_run(run):
+    m = json.loads((run / "manifest.json").read_text())
+    assert m["reference"] == "initial" and m["seeds"] == [0] and len(m["model_hash"]) == 16
+    assert m["versions"]["torch"] == torch.__version__ and len(m["steps"]) == 16
+    for step in m["steps"].values(): assert step["seconds"] >= 0 and step["outputs"] and "absent" not in step["outputs"].values()
+
+
+def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it(run):
+    again = scir("run", "recipes/tiny.yaml", "--out", run)
+    assert again.returncode == 0 and again.stdout.count(": unchanged") == 16
+    from scir.pipeline import finished, plan
+    from scir.recipe import load_recipe
+    os.chdir(ROOT)
+    stale = lambda *settings: {s.key for s in plan(r := load_recipe("recipes/tiny.yaml", settings)) if not finished(r, run, s)}
+    assert stale() == set()
+    assert {k.split(":")[0] for k in stale("train.learning_rate=2.0e-3")} == {"optimise"}  # and, once done, what reads its files
+    assert {k.split(":")[0] for k in stale("train.beta=0.2")} == {"warm_start", "judge", "optimise", "evaluate"}
+    assert {k.split(":")[0] for k in stale("sampling.temperature=0.5")} == {"sample", "evaluate"}
+    scores = run / "seed0/m1/scores.jsonl"
+    kept = scores.read_text()
+    try:
+        scores.write_text(kept.replace("0.", "1.", 1))
+        assert {"judge:seed0/m1", "consistency:seed0/m1", "optimise:seed0/scir/m2"} <= stale()
+    finally: scores.write_text(kept)
+    assert stale() == set()
+
+
+def test_one_notebook_works_alone(tmp_path):
+    done = subprocess.run([str(BIN / "papermill"), "nbs/run/03_judge.ipynb", str(tmp_path / "out.ipynb"), "-p", "run", str(tmp_path / "run"), "--no-progress-bar"],
+                          cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run/seed0/m1/scores.jsonl").exists() and not (tmp_path / "run/seed0/scir").exists()
+
+
+@pytest.mark.parametrize("args, said", [
+    (("run", "recipes/absent.yaml"), "no such recipe"),
+    (("run", "recipes/tiny.yaml", "--set", "train.betta=1"), "train.betta is not a field; the nearest is train.beta"),
+    (("run", "recipes/tiny.yaml", "--set", "train.beta=soft"), "train.beta"),
+    (("report", "data/nothing"), "no evaluated model"),
+])
+def test_errors_are_one_line(args, said):
+    done = scir(*args)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_failing_stage_leaves_its_notebook_and_one_line(tmp_path):
+    done = scir("run", "recipes/tiny.yaml", "--out", tmp_path / "run", "--set", "data.max_prompt_tokens=1")
+    assert done.returncode == 1 and "scir: ValueError: no labelled pair is short enough" in done.stderr
+    cells = nbformat.read(tmp_path / "run/notebooks/warm_start-seed0-m1.ipynb", 4).cells
+    assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))

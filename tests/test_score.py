@@ -1,0 +1,166 @@
+import math
+
+import pytest, torch
+
+from scir.consistency import by_quantile, frame, metrics, paired, preferences, rate
+from scir.optimise import assert_reference, best_against_worst, labelled_rows, pair_loss, static_target, training_pairs
+from scir.rewards import REWARDS, View, margins, reward, text_pair
+from scir.score import candidate_pairs, labelled_pairs, score, set_reference
+from scir.store import LabelledPair, Response, Score, read_rows
+
+THREE = ("generative", "implicit", "pointwise")
+
+def swapped(tokenizer, p): return text_pair(tokenizer, p.id, p.prompt, p.response_b, p.response_a, reference_logps=p.reference_logps[::-1], target=1 - p.target, extra=p.extra)
+
+@pytest.fixture
+def yes_no(policy, tokenizer, monkeypatch):
+    "Bytes have no single token for Yes and No: let Y and N stand for them."
+    import scir.rewards as module
+    known = module.verdict_ids
+    monkeypatch.setattr(module, "verdict_ids", lambda t, word: known(t, word[0]))
+
+@pytest.fixture
+def three(recipe): return recipe.model_copy(update={"rewards": THREE})
+
+@pytest.mark.parametrize("rewards", [("generative", "implicit"), THREE])
+def test_swapping_the_pair_negates_every_margin(policy, tokenizer, pairs, recipe, yes_no, tmp_path, rewards):
+    recipe = recipe.model_copy(update={"rewards": rewards})
+    set_reference(policy, pairs, 4096)
+    one = score(policy, tokenizer, pairs, recipe, tmp_path/"a.jsonl")
+    two = score(policy, tokenizer, [swapped(tokenizer, p) for p in pairs], recipe, tmp_path/"b.jsonl")
+    for a, b in zip(one, two):
+        assert tuple(a.margins) == rewards and all(abs(v) > 1e-5 for v in a.margins.values())
+        assert {k: -v for k, v in a.margins.items()} == pytest.approx(b.margins, abs=1e-5)
+        assert a.order_margins == pytest.approx(b.order_margins[::-1], abs=1e-5) and a.margins["generative"] == pytest.approx((a.order_margins[0] - a.order_margins[1]) / 2)
+        assert a.margins["implicit"] == pytest.approx(.1 * (a.logps[0] - a.reference_logps[0] - a.logps[1] + a.reference_logps[1]), abs=1e-5)
+        assert all(0 < m <= 1 for m in a.verdict_mass)
+
+def test_third_reward_model_takes_part_in_the_loss(make_policy, tokenizer, pairs, three, yes_no):
+    model = make_policy()
+    set_reference(model, pairs, 4096)
+    view = View(model, tokenizer, pairs, three)
+    loss, found = pair_loss(view, three.train)
+    loss.backward()
+    m = torch.stack(list(margins(view).values()))
+    assert m.shape == (3, 8) and found["abs_margin_pointwise"] > 0 and all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    assert found["retained"] == ((m > 0).all(0) | (m < 0).all(0)).float().mean()
+
+def test_a_new_reward_model_is_a_function_and_a_name(policy, tokenizer, pairs, recipe, monkeypatch):
+    monkeypatch.delitem(REWARDS, "longer", raising=False)
+    @reward
+    def longer(view): return (view.lengths[:, 0] - view.lengths[:, 1]).float()
+    try: assert margins(View(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("longer", "generative")})))["longer"].tolist() == [len(p.ids_a) - len(p.ids_b) for p in pairs]
+    finally: del REWARDS["longer"]
+
+def test_unknown_reward_model_lists_the_known(policy, tokenizer, pairs, recipe):
+    with pytest.raises(KeyError, match="magic.*generative, implicit, pointwise"): margins(View(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "magic")})))
+
+def test_reward_models_need_not_include_the_implicit_one(policy, tokenizer, pairs, recipe, yes_no, tmp_path):
+    set_reference(policy, pairs, 4096)
+    assert_reference(pairs, score(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "pointwise")}), tmp_path/"s.jsonl"))
+
+def test_label_of_a_batch_is_not_the_stored_one(policy, tokenizer, pairs, recipe):
+    set_reference(policy, pairs, 4096)
+    losses = []
+    for target in (0., 1., math.nan):
+        for p in pairs: p.target = target
+        losses.append([pair_loss(View(policy, tokenizer, pairs, recipe), spec)[0].item() for spec in (recipe.train, recipe.arm("srlm"))])
+    assert losses[0][0] == losses[1][0] == losses[2][0] and losses[0][1] != losses[1][1] and losses[2][1] == 0
+
+def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(policy, tokenizer, pairs, recipe, tmp_path):
+    set_reference(policy, pairs, 4096)
+    whole = score(policy, tokenizer, pairs, recipe, tmp_path/"a.jsonl")
+    small = recipe.model_copy(update={"judge": recipe.judge.model_copy(update={"batch_tokens": 1})})
+    data = "".join(s.model_dump_json() + "\n" for s in whole[3:5])
+    (tmp_path/"b.partial.jsonl").write_text(data + '{"id": "p7", "pro')
+    for a, b in zip(whole, score(policy, tokenizer, pairs, small, tmp_path/"b.jsonl"), strict=True):
+        assert a.id == b.id and a.margins == pytest.approx(b.margins, abs=1e-4) and a.ids_a == b.ids_a
+    assert len(read_rows(tmp_path/"b.jsonl", Score)) == 8
+
+# pairs --------------------------------------------------------------------
+
+def response(prompt, c, text): return Response(id=f"{prompt}/{c}", prompt_id=prompt, prompt="Q", candidate=c, response=text, response_ids=[c + 1, c + 2], finished=False, seed=0)
+
+def test_useless_candidate_pairs_are_dropped_and_counted(tokenizer):
+    pairs, dropped = candidate_pairs(tokenizer, [response("p", 0, "x"), response("p", 1, "x "), response("p", 2, " "), response("p", 3, "y"), response("q", 0, "z")])
+    assert [p.id for p in pairs] in (["p/0-3", "p/1-3"], ["p/1-3", "p/0-3"]) and dropped == {"equal responses": 1, "empty response": 3}
+
+def test_pairs_per_prompt_are_fixed_by_the_seed(tokenizer):
+    rows = [response(p, c, f"text {c}") for p in "pqrs" for c in range(4)]
+    one, again, other = ([x.id for x in candidate_pairs(tokenizer, r, 2, s)[0]] for r, s in ((rows, 0), (rows[::-1], 0), (rows, 1)))
+    assert one == again != other and len(one) == 8 and len(candidate_pairs(tokenizer, rows)[0]) == 24
+
+def test_long_labelled_pairs_are_dropped_and_counted(tokenizer):
+    rows = [LabelledPair(id=str(i), prompt=p, chosen=c, rejected="no") for i, (p, c) in enumerate([("Q", "yes"), ("Q" * 90, "yes"), ("Q", "y" * 90)])]
+    pairs, dropped = labelled_pairs(tokenizer, rows, 80, 50)
+    assert len(pairs) == 1 and dropped == {"prompt too long": 1, "response too long": 1}
+    with pytest.raises(ValueError, match="max_prompt_tokens") as e: labelled_pairs(tokenizer, rows, 3, 3)
+    assert "\n" not in str(e.value)
+
+def test_chosen_side_is_no_constant_and_label_target_agree(tokenizer):
+    pairs, _ = labelled_pairs(tokenizer, [LabelledPair(id=str(i), prompt="Q", chosen="good", rejected="bad") for i in range(60)], 99, 99)
+    assert 15 < sum(p.target for p in pairs) < 45
+    for p in pairs: assert (p.response_a == "good") == (p.target == 1) == (p.extra["label"] == "a")
+
+# labels -------------------------------------------------------------------
+
+def made(id, g, i, label=None, orders=None, prompt="p", lengths=(1, 1), **kw):
+    return Score(id=id, prompt_id=prompt, prompt="Q", response_a=kw.get("a", "a"), response_b=kw.get("b", "b"), ids_a=kw.get("ids_a", [1] * lengths[0]), ids_b=kw.get("ids_b", [2] * lengths[1]), logps=(0, 0),
+                 reference_logps=(0, 0), order_margins=orders or (g, -g), verdict_mass=(.5, .7), margins={"generative": g, "implicit": i}, label=label)
+
+@pytest.mark.parametrize("label, expected", [("generative", [1, 1, 0, None]), ("implicit", [1, 0, 0, 1]), ("agreement-static", [1, None, 0, None])])
+def test_static_targets(label, expected):
+    scores = [made("1", 1, 1), made("2", 1, -1), made("3", -1, -1), made("4", 0, 1)]
+    assert [None if math.isnan(t) else t for t in (static_target(s, label) for s in scores)] == expected
+
+def test_best_against_worst_by_hand(tokenizer, recipe):
+    "Three candidates with judge's totals 1: +3, 2: -1, 3: -2."
+    def s(id, a, b, g): return made(id, g, g, ids_a=[a], ids_b=[b], a=str(a), b=str(b))
+    scores = [s("12", 1, 2, 1.), s("13", 1, 3, 2.), s("23", 2, 3, .0)]
+    assert [x.id for x in best_against_worst(scores, "generative")] == ["13"]
+    pairs, dropped = training_pairs(tokenizer, scores, recipe.arm("srlm"))
+    assert [p.target for p in pairs] == [1.] and dropped == {"tie or disagreement": 0, "not best against worst": 2}
+
+def test_arms_keep_what_they_should(tokenizer, recipe):
+    scores = [made("1", 1, 1, prompt="p"), made("2", 1, -1, prompt="q"), made("3", -1, -1, prompt="r")]
+    assert len(training_pairs(tokenizer, scores, recipe.arm("scir"))[0]) == 3
+    static, dropped = training_pairs(tokenizer, scores, recipe.arm("scir-static"))
+    assert [p.id for p in static] == ["1", "3"] and dropped["tie or disagreement"] == 1
+    pairs, _ = training_pairs(tokenizer, scores, recipe.arm("scir"))
+    assert [(r["chosen"], r["rejected"]) for r in labelled_rows(scores, pairs, recipe.arm("scir"))] == [("a", "b"), ("b", "a")] == [(r["chosen"], r["rejected"]) for r in preferences(scores)]
+
+# consistency --------------------------------------------------------------
+
+@pytest.mark.parametrize("hits, n, low, high", [(8, 10, .4902, .9433), (0, 10, 0, .2775), (10, 10, .7225, 1), (50, 100, .4038, .5962)])
+def test_wilson_interval(hits, n, low, high):
+    r = rate([True] * hits + [False] * (n - hits))
+    assert r == {"value": hits / n, "low": pytest.approx(low, abs=1e-4), "high": pytest.approx(high, abs=1e-4), "n": n}
+
+def test_rate_of_nothing(): assert rate([])["value"] is None
+
+def test_paired_by_hand():
+    r = paired([1, 1, 1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1, 1])  # 5 against 1: two-sided p = 2 (6 + 1) / 2^6
+    assert r["difference"] == .5 and r["p"] == pytest.approx(14 / 64) and r["n"] == 8 and -.2 < r["low"] < .3 and .7 < r["high"] <= 1
+    assert paired([1, 0], [1, 0]) == {"difference": 0, "low": 0, "high": 0, "p": 1, "n": 2}
+
+SCORES = [made("1", 2, 1, "a"), made("2", -1, 1, "a", orders=(3, 5)), made("3", -1, -3, "a", lengths=(5, 1)), made("4", 1, 2, "b", orders=(-1, -3))]
+
+def test_metrics_by_hand():
+    m = metrics(SCORES)
+    value = {k: v["value"] if isinstance(v, dict) else v for k, v in m.items()}
+    assert value == pytest.approx({"flip_rate": .5, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3})
+    assert m["accuracy_agreed"]["n"] == 3
+
+def test_unlabelled_pairs_have_no_accuracy(): assert not [k for k in metrics([made("1", 2, 1), *SCORES]) if k.startswith("accuracy")]
+
+def test_silent_reward_model_is_not_counted_as_inconsistent():
+    m = metrics([made("1", 2, 0, "a"), made("2", -1, 1e-6, "b")])
+    assert "inconsistency" not in m and "accuracy_implicit" not in m and m["accuracy_generative"]["value"] == 1
+
+def test_a_tie_is_a_contradiction_and_no_hit():
+    d = frame([made("1", 0, 1, "a"), made("2", 0, 0, "b")])
+    assert not d.agree.any() and not d.right_generative.any()
+
+@pytest.mark.parametrize("column", ["confidence", "length_difference"])
+def test_quantile_bins_hold_every_pair(column):
+    assert by_quantile(frame(SCORES), column).n.sum() == 4 and by_quantile(frame(SCORES[:2] * 3), "length_difference").n.tolist() == [6]

@@ -1,0 +1,193 @@
+import json, math, shutil
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from scir.model import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
+from scir.optimise import assert_reference, pair_loss
+from scir.rewards import View
+from scir.score import score, set_reference
+from scir.trainer import PairTrainer, arguments, fit, save_adapter
+from scir.warm_start import warm_start_loss
+
+def adapter(folder): return load_file(folder/"adapter"/"adapter_model.safetensors")
+
+def lines(folder): return [json.loads(l) for l in (folder/"metrics.jsonl").read_text().splitlines()]
+
+def close(a, b, atol=1e-6): return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=atol, rtol=0) for k in a)
+
+@pytest.fixture
+def run(make_policy, tokenizer, pairs, recipe, tmp_path):
+    "Train a fresh policy in `folder` and give the folder back."
+    def go(name, steps=2, batch_size=8, scale=.05, loss=None, lora=recipe.lora, rate=1e-2, reference=True, **kw):
+        model, folder = make_policy(scale, lora=lora), tmp_path/name
+        if reference: set_reference(model, pairs, 4096)
+        folder.mkdir(exist_ok=True)
+        fit(model, tokenizer, pairs, loss or (lambda view: pair_loss(view, recipe.train)), recipe, folder,
+            arguments(folder/"checkpoints", 0, steps=steps, batch_size=batch_size, learning_rate=rate, **kw))
+        return folder
+    return go
+
+def gradients(model, tokenizer, pairs, recipe):
+    model.train()
+    pair_loss(View(model, tokenizer, pairs, recipe), recipe.train)[0].backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+# gradient ----------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["warm start", "optimise"])
+def test_every_lora_B_moves_in_one_optimizer_step(run, make_policy, recipe, kind):
+    warm, scale = kind == "warm start", 0. if kind == "warm start" else .05
+    before = {n.replace(".default", ""): p.detach().clone() for n, p in make_policy(scale).named_parameters() if "lora_B" in n}
+    after = adapter(run("x", steps=2, scale=scale, loss=(lambda view: warm_start_loss(view, recipe.warm_start)) if warm else None))  # the first of two has rate 0
+    assert len(before) == 14 and all((after[n] - b.cpu()).abs().max() > 1e-4 for n, b in before.items())
+
+def test_a_run_of_one_step_trains(run, recipe):
+    folder = run("x", steps=1, scale=0., loss=lambda view: warm_start_loss(view, recipe.warm_start))
+    assert all(v.abs().max() > 0 for n, v in adapter(folder).items() if "lora_B" in n)
+
+def test_gradient_checkpointing_changes_no_gradient(make_policy, tokenizer, pairs, recipe):
+    plain, saving = make_policy(), for_training(make_policy(), recipe.model.model_copy(update={"gradient_checkpointing": True}))
+    assert saving.get_base_model().is_gradient_checkpointing and not plain.get_base_model().is_gradient_checkpointing
+    one, two = (gradients(m, tokenizer, pairs, recipe) for m in (plain, saving))
+    assert len(one) == 28 and all(g.abs().sum() > 0 for g in one.values()) and close(one, two)
+
+@pytest.mark.parametrize("loss", ["pair_loss", "warm_start_loss"])
+def test_accumulation_is_one_big_batch(run, recipe, loss):
+    f = (lambda view: pair_loss(view, recipe.train)) if loss == "pair_loss" else lambda view: warm_start_loss(view, recipe.warm_start)
+    big, small = run("big", loss=f, rate=1e-3), run("small", loss=f, rate=1e-3, batch_size=1, accumulation=8)
+    assert not close(adapter(big), adapter(run("still", loss=f, rate=1e-9)), 1e-5) and close(adapter(big), adapter(small))
+    for a, b in zip(lines(big), lines(small)):
+        for k in ("loss", "grad_norm"): assert a[k] == pytest.approx(b[k], rel=1e-3)
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantize": "nf4"}])
+def test_adapter_is_float32_over_any_base(recipe, make_policy, options, tmp_path):
+    model = make_policy(model=recipe.model.model_copy(update=options))
+    save_adapter(model, tmp_path/"adapter")
+    again = load_adapter(load_base(recipe.model.model_copy(update=options)), tmp_path/"adapter", trainable=True)
+    for m in (model, again): assert {p.dtype for p in m.parameters() if p.requires_grad} == {torch.float32}
+    assert sum(p.requires_grad for p in again.parameters()) == 28 and {v.dtype for v in adapter(tmp_path).values()} == {torch.float32}
+
+def test_base_weights_do_not_move(make_policy, tokenizer, pairs, recipe):
+    model = make_policy()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora_" in n}
+
+# reference ----------------------------------------------------------------
+
+@pytest.mark.parametrize("scale, silent", [(0., True), (.05, False)])
+def test_silent_implicit_reward_is_caught_at_step_0(make_policy, tokenizer, pairs, recipe, tmp_path, scale, silent):
+    model = make_policy(scale).eval()
+    set_reference(model, pairs, 4096)
+    scores = score(model, tokenizer, pairs, recipe, tmp_path/"scores.jsonl")
+    if not silent: return assert_reference(pairs, scores)
+    with pytest.raises(ValueError, match="implicit margin is zero"): assert_reference(pairs, scores)
+
+def test_reference_is_the_base_or_the_named_adapter(make_policy, recipe, pairs, tmp_path):
+    logps = {}
+    for name, scale in (("new", .05), ("old", .1)): save_adapter(make_policy(scale), tmp_path/name)
+    for name, args in {"base": (), "new": (tmp_path/"new",), "old": (tmp_path/"old",), "new|base": (tmp_path/"new",), "new|old": (tmp_path/"new", tmp_path/"old")}.items():
+        model = for_scoring(recipe.model, *args) if "|" in name or name == "base" else for_sampling(recipe.model, *args)
+        set_reference(model, pairs, 4096)
+        logps[name] = torch.tensor([p.reference_logps for p in pairs])
+    torch.testing.assert_close(logps["new|base"], logps["base"])
+    torch.testing.assert_close(logps["new|old"], logps["old"], atol=1e-3, rtol=1e-5)
+    assert (logps["old"] - logps["base"]).abs().min() > 1e-3 and (logps["old"] - logps["new"]).abs().min() > 1e-3
+
+def test_policy_is_back_after_the_reference_was_read(make_policy, recipe, pairs, tokenizer, tmp_path):
+    for name, scale in (("new", .05), ("old", .1)): save_adapter(make_policy(scale), tmp_path/name)
+    model = for_scoring(recipe.model, tmp_path/"new", tmp_path/"old")
+    with torch.no_grad():
+        before = View(model, tokenizer, pairs, recipe).logps
+        set_reference(model, pairs, 4096)
+        torch.testing.assert_close(View(model, tokenizer, pairs, recipe).logps, before)
+
+def test_merged_adapter_is_the_adapter(make_policy, recipe, pairs, tokenizer, tmp_path):
+    save_adapter(make_policy(), tmp_path/"adapter")
+    with torch.no_grad(): merged, beside = (View(f(recipe.model, tmp_path/"adapter"), tokenizer, pairs, recipe).logps for f in (for_sampling, for_scoring))
+    torch.testing.assert_close(merged, beside, atol=1e-3, rtol=1e-5)
+
+# resume -------------------------------------------------------------------
+
+class Killed(Exception): pass
+
+def test_interrupted_and_run_again_is_uninterrupted(run, recipe):
+    lora, calls = recipe.lora.model_copy(update={"dropout": .2}), []
+    def dying(view):
+        calls.append(1)
+        if len(calls) == 6: raise Killed
+        return pair_loss(view, recipe.train)
+    options = dict(steps=7, batch_size=2, save_steps=3, lora=lora)  # an epoch is four steps
+    whole = run("whole", **options)
+    with pytest.raises(Killed): run("cut", loss=dying, **options)
+    assert (whole.parent/"cut/checkpoints/checkpoint-3").is_dir() and not (whole.parent/"cut/adapter").exists()
+    cut = run("cut", loss=dying, **options)
+    assert len(calls) == 6 + 4  # steps 1 to 3 were not done again
+    assert close(adapter(whole), adapter(cut)) and lines(whole) == lines(cut) and len(lines(whole)) == 7
+    assert not (cut/"checkpoints").exists()
+
+def test_checkpoint_that_a_kill_left_unfinished_is_not_used(run, recipe):
+    calls = []
+    def dying(view):
+        calls.append(1)
+        if len(calls) == 4: raise Killed
+        return pair_loss(view, recipe.train)
+    options = dict(steps=4, batch_size=4, save_steps=2)
+    whole = run("whole", **options)
+    with pytest.raises(Killed): run("cut", loss=dying, **options)
+    good = whole.parent/"cut/checkpoints/checkpoint-2"
+    shutil.copytree(good, good.with_name("checkpoint-3"), ignore=shutil.ignore_patterns("*.pt", "*.pth", "*.json"))  # the adapter is written first
+    assert close(adapter(whole), adapter(run("cut", loss=dying, **options)))
+
+# numbers ------------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_names_step_and_rows(run, value):
+    calls = []
+    def loss(view):
+        calls.append([p.id for p in view.pairs])
+        return view.logps.sum() * (value if len(calls) == 3 else 1), {}
+    with pytest.raises(FloatingPointError) as e: run("x", steps=4, batch_size=2, loss=loss)
+    assert "step 3" in str(e.value) and str(calls[2]) in str(e.value) and "\n" not in str(e.value)
+
+def test_metrics_are_averaged_over_accumulated_batches(run):
+    values = iter([1., 3., 5., 9.])
+    folder = run("x", steps=2, batch_size=2, accumulation=2, loss=lambda view: (view.logps.sum(), {"value": next(values)}))
+    assert [l["value"] for l in lines(folder)] == [2., 7.]
+
+@torch.no_grad()
+def test_dense_nf4_is_nf4(recipe):
+    spec = recipe.model.model_copy(update={"quantize": "nf4"})
+    packed, plain, full = load_base(spec), dense(spec), load_base(recipe.model)
+    ids = torch.arange(40, device=packed.device)[None]
+    a, b, c = (m(input_ids=ids).logits.float() for m in (packed, plain, full))
+    assert "Linear4bit" in str(packed) and "4bit" not in str(plain)
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    assert (a - c).abs().max() > 1e-2  # it was quantised at all
+
+# oracle -------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore")
+def test_loss_and_gradient_are_those_of_trl(make_policy, tokenizer, pairs, recipe, tmp_path):
+    "Penalty off and label fixed, on both sides of the pair; the reference is the base."
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    model, sides = make_policy(0.), [("response_a", "response_b") if p.target else ("response_b", "response_a") for p in pairs]
+    rows = [{"prompt": tokenizer.decode(p.prompt_ids), "chosen": getattr(p, c), "rejected": getattr(p, r)} for p, (c, r) in zip(pairs, sides)]
+    args = DPOConfig(output_dir=str(tmp_path), beta=.1, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", max_length=None, gradient_checkpointing=False, disable_tqdm=True)
+    theirs = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    with torch.no_grad():
+        for i, (n, p) in enumerate(model.named_parameters()):
+            if "lora_B.default" in n: p.copy_(.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    data = list(theirs.train_dataset)
+    for p, row, (c, _) in zip(pairs, data, sides):
+        assert row["prompt_ids"] == p.prompt_ids and row["chosen_ids"] == (p.ids_a if c == "response_a" else p.ids_b)
+    loss = theirs.compute_loss(theirs.model, {k: v.to(model.device) for k, v in theirs.data_collator(data).items()})
+    loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    set_reference(model, pairs, 4096)
+    spec = recipe.train.model_copy(update={"label": "generative", "lambda_consistency": 0., "lambda_confidence": 0., "beta": .1})
+    ours, _ = pair_loss(View(model, tokenizer, pairs, recipe.model_copy(update={"train": spec})), spec)
+    ours.backward()
+    assert ours.item() == pytest.approx(loss.item(), abs=1e-5) and abs(ours.item() - math.log(2)) > 1e-3
+    assert len(expected) == 28 and close(expected, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, 1e-5)
