@@ -27,9 +27,9 @@ def read_source(source:str)->list: # dicts
         try: return _read_file(path)
         except Exception as e: raise ValueError(f"data source {source}: cannot be read: {' '.join(str(e.__cause__ or e).split())[:200]}") from None
     name, _, split = source.partition(":")
-    owner, _, rest = name.partition("/")
-    repo, _, config = rest.partition("/")
-    return datasets.load_dataset(f"{owner}/{repo}", config or None, split=split or "train").to_list()
+    owner, repo, config = (name.split("/") + ["", ""])[:3]
+    try: return datasets.load_dataset(f"{owner}/{repo}" if repo else owner, config or None, split=split or "train").to_list()
+    except Exception as e: raise ValueError(f"data source {source}: not a local file, and the hub says: {' '.join(str(e).split())[:200]}") from None
 
 def _read_file(path):
     import datasets, tempfile
@@ -65,9 +65,14 @@ def _instance(row):
     first = row["instances"][0]
     return row["instruction"] + ("\n\n" + first["input"] if first["input"] else ""), first["output"]
 
+def _llmbar(row):
+    a, b = row["output_1"], row["output_2"]
+    return (row["input"], a, b) if row["label"] == 1 else (row["input"], b, a)
+
 PAIR_FORMATS = [  # columns -> (prompt, chosen, rejected)
     ({"prompt", "response_a", "response_b", "label"}, _labelled_ab),
     ({"prompt", "chosen", "rejected"}, _chosen_rejected),
+    ({"input", "output_1", "output_2", "label"}, _llmbar),
     ({"chosen", "rejected"}, _transcript),
 ]
 PROMPT_FORMATS = [  # columns -> prompt, or None for a row that is not a prompt
@@ -108,6 +113,8 @@ def _convert(source, formats, check, build):
             seen.add(made)
             out.append(build(row, made))
     if not out: raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}")
+    if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(out)).items() if n > 1]:
+        raise ValueError(f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out")
     return out, dict(dropped)
 
 def _empty(*texts):

@@ -67,9 +67,8 @@ def scir_loss(margins:dict, # reward model -> (B,) margin of a over b; holds eve
              )->SCIRLoss:
     "L = lambda_c L_cons + lambda_h L_conf + mask L_DPO, each a mean over the B pairs of the batch."
     m = torch.stack(list(margins.values()))
-    gate, zero = confidence_gate(m, tau), (m * 0).sum()
-    pairs = list(combinations(range(len(m)), 2))
-    consistency = sum((gate * symmetric_kl(m[i], m[j])).mean() for i, j in pairs) / max(len(pairs), 1) + zero
+    pairs = list(combinations(m, 2))
+    consistency = sum((confidence_gate(torch.stack(p), tau) * symmetric_kl(*p)).mean() for p in pairs) / max(len(pairs), 1) + (m * 0).sum()
     confidence = entropy(m).mean()
     mask, side = agreed_side(m)
     if target is not None: mask, side = ~target.isnan(), target.nan_to_num()

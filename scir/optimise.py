@@ -61,7 +61,7 @@ def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
 
 def assert_reference(pairs:list, scores:list)->None:
     "Raise when the implicit margin is zero on every pair: the reference is the model itself."
-    if all(abs(s.margins["implicit"]) < 1e-6 for s in scores):
+    if all(abs(l - r) < 1e-5 for s in scores for l, r in zip(s.logps, s.reference_logps)):
         raise ValueError("the implicit margin is zero on every pair: the reference equals the model, so nothing can agree; warm-start it (warm_start.lambda_dpo > 0) or name an older train.reference")
 
 # %% ../nbs/13_optimise.ipynb #aeea6e50

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'PACKAGES', 'Stage', 'all_nodes', 'Step', 'plan', 'needed', 'imported',
            'read_fields', 'source_hashes', 'fingerprint', 'finished', 'start_manifest', 'record', 'root', 'quiet',
-           'open_run', 'do', 'execute', 'run_recipe']
+           'open_run', 'begin', 'do', 'execute', 'run_recipe']
 
 # %% ../nbs/17_pipeline.ipynb #1424070f
-import ast, os, platform, subprocess, sys, time
+import ast, os, platform, shutil, subprocess, sys, time
 from importlib import metadata
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -185,7 +185,7 @@ def start_manifest(recipe:Recipe, run:Path)->dict:
     known = read_json(run/"manifest.json", {})
     fresh = {"recipe": digest(recipe.model_dump(mode="json")), "seeds": recipe.seeds, "reference": recipe.train.reference, "model": recipe.model.model_dump(mode="json"),
              "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES}, "commit": _commit(),
-             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}, "steps": known.get("steps", {})}
+             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}, "begun": known.get("begun", {}), "steps": known.get("steps", {})}
     write_json(run/"manifest.json", fresh)
     write_text(run/"recipe.yaml", dump_recipe(recipe))
     return fresh
@@ -195,6 +195,7 @@ def record(recipe:Recipe, run:Path, step:Step, mark:str, seconds:float, summary)
     manifest = read_json(run/"manifest.json")
     outputs = {f: hash_path(run/f) for f in STAGES[step.stage].writes(recipe, step.node)}
     manifest["steps"][step.key] = {"fingerprint": mark, "seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "summary": summary, "outputs": outputs}
+    manifest["begun"].pop(step.key, None)
     if "model_hash" not in manifest: manifest["model_hash"] = _model_hash(recipe)
     write_json(run/"manifest.json", manifest)
 
@@ -229,6 +230,18 @@ def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
     if recipe or not (run/"manifest.json").exists(): start_manifest(loaded, run)
     return loaded, run
 
+def begin(recipe:Recipe, run:Path, step:Step)->str: # fingerprint
+    "Note that a step starts. What an earlier, interrupted try left is continued if it had the same fingerprint, else thrown away."
+    manifest, mark = read_json(run/"manifest.json"), fingerprint(recipe, run, step)
+    begun = manifest.setdefault("begun", {})
+    if begun.get(step.key) != mark:
+        for folder in {(run/f).parent for f in STAGES[step.stage].writes(recipe, step.node)}:
+            shutil.rmtree(folder/"checkpoints", ignore_errors=True)
+            for part in folder.glob("*.partial.jsonl"): part.unlink()
+        begun[step.key] = mark
+        write_json(run/"manifest.json", manifest)
+    return mark
+
 def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
     "Do one step here and now, and those it needs; a finished one is not done again."
     step = Step(stage, node)
@@ -236,15 +249,10 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
     for s in [*needed(recipe, step), step]:
         if not finished(recipe, run, s):
             if s != step: print(f"{step.key} needs {s.key}")
-            mark, started = fingerprint(recipe, run, s), time.time()
-            record(recipe, run, s, mark, 0, STAGES[s.stage].call(recipe, run, s.node))
-            _set_seconds(run, s, time.time() - started)
+            mark, started = begin(recipe, run, s), time.time()
+            summary = STAGES[s.stage].call(recipe, run, s.node)
+            record(recipe, run, s, mark, time.time() - started, summary)
     return read_json(run/"manifest.json")["steps"][step.key]["summary"]
-
-def _set_seconds(run, step, seconds):
-    manifest = read_json(run/"manifest.json")
-    manifest["steps"][step.key]["seconds"] = round(seconds, 1)
-    write_json(run/"manifest.json", manifest)
 
 def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
     "Execute a step's run notebook in a fresh kernel, its output streamed to the terminal."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 # %% ../nbs/00_recipe.ipynb #646b429d
 def spec(default, text:str, standing:str="D", unit:str="", **bounds):
@@ -58,7 +58,7 @@ class WarmStartSpec(Section):
     "M_0 to M_1: supervised training on instructions and judgements, and optional DPO on the seed pairs (after arXiv:2401.10020)."
     epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per optimizer step", "D", "pairs", ge=1)
-    learning_rate: float = spec(1e-3, "peak, linear warm-up and decay", "D", gt=0)
+    learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
     lambda_sft: float = spec(0.2, "weight of the chosen responses' negative log-likelihood per token", "D", ge=0)
     lambda_judge: float = spec(1.0, "weight of the judge's logistic loss on the order-averaged margin", "D", ge=0)
     lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): the verdict must be one of the two", "D", ge=0)
@@ -81,6 +81,14 @@ class JudgeSpec(Section):
     verdicts: tuple[str, str] = spec(("A", "B"), "words for 'first is better' and 'second is better'; single, distinct tokens")
     batch_tokens: int = spec(8192, "padded tokens per forward when scoring", unit="tokens", ge=1)
 
+    @field_validator("template")
+    @classmethod
+    def holes(cls, template):
+        "All three holes must be there."
+        missing = [h for h in ("{prompt}", "{first}", "{second}") if h not in template]
+        if missing: raise ValueError(f"the template lacks {', '.join(missing)}")
+        return template
+
 class TrainSpec(Section):
     "Penalised DPO, M_t to M_{t+1}."
     label: Literal["agreement", "agreement-static", "generative", "implicit"] = spec("agreement", "who labels a pair: all internal models at this step, all of them once before training, or one of them once", "P")
@@ -94,7 +102,7 @@ class TrainSpec(Section):
     epochs: float = spec(1.0, "passes over the pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per forward", "D", "pairs", ge=1)
     accumulation: int = spec(1, "forwards per optimizer step", "D", "forwards", ge=1)
-    learning_rate: float = spec(5e-5, "peak, linear warm-up and decay", "D", gt=0)
+    learning_rate: float = spec(5e-5, "peak, linear warm-up, cosine decay", "D", gt=0)
     max_grad_norm: float = spec(1.0, "gradient clipping", "D", gt=0)
     optimizer: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = spec("adamw_torch", "a transformers optimizer; the paged ones need a GPU", "S")
     save_steps: int = spec(10, "a checkpoint to resume from every so many steps", "D", "steps", ge=1)
@@ -158,12 +166,14 @@ def override(raw:dict, setting:str)->dict:
     "Apply one `section.field=value` (value as YAML) to a raw recipe."
     name, eq, value = setting.partition("=")
     if not eq: raise RecipeError(f"--set {setting}: write it as section.field=value")
+    try: parsed = yaml.safe_load(value)
+    except yaml.YAMLError: raise RecipeError(f"--set {setting}: {value!r} is not a YAML value") from None
     node = raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
     *parents, leaf = name.strip().split(".")
     for p in parents:
-        node[p] = dict(node.get(p) or {})
+        if not isinstance(node.setdefault(p, {}), dict): raise RecipeError(f"--set {setting}: {p} is a value, not a section")
         node = node[p]
-    node[leaf] = yaml.safe_load(value)
+    node[leaf] = parsed
     return raw
 
 def load_recipe(path, # a recipe's YAML file

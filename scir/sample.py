@@ -40,7 +40,7 @@ def generate(model, tokenizer, prompts:list, seeds:list, spec:SamplingSpec)->lis
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     ends = end_ids(model, tokenizer)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, max_new_tokens=spec.max_new_tokens,
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=spec.max_new_tokens,
                          logits_processor=processors(spec, seeds), eos_token_id=sorted(ends), pad_token_id=pad)
     return [_cut(row, ends) for row in out[:, width:].tolist()]
 

@@ -95,7 +95,10 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
     from scir.pipeline import finished, plan
     from scir.recipe import load_recipe
     os.chdir(ROOT)
-    stale = lambda *settings: {s.key for s in plan(r := load_recipe("recipes/tiny.yaml", settings)) if not finished(r, run, s)}
+
+    def stale(*settings):
+        recipe = load_recipe("recipes/tiny.yaml", settings)
+        return {s.key for s in plan(recipe) if not finished(recipe, run, s)}
     assert stale() == set()
     assert {k.split(":")[0] for k in stale("train.learning_rate=2.0e-3")} == {"optimise"}  # and, once done, what reads its files
     assert {k.split(":")[0] for k in stale("train.beta=0.2")} == {"warm_start", "judge", "optimise", "evaluate"}
@@ -107,6 +110,22 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
         assert {"judge:seed0/m1", "consistency:seed0/m1", "optimise:seed0/scir/m2"} <= stale()
     finally: scores.write_text(kept)
     assert stale() == set()
+
+
+def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
+    from scir.pipeline import Step, begin, start_manifest
+    from scir.recipe import load_recipe
+    os.chdir(ROOT)
+    step, part = Step("sample", "seed0/m1"), tmp_path / "seed0/m1/responses.partial.jsonl"
+    recipe, changed = load_recipe("recipes/tiny.yaml"), load_recipe("recipes/tiny.yaml", ("sampling.temperature=0.5",))
+    start_manifest(recipe, tmp_path)
+    begin(recipe, tmp_path, step)
+    part.parent.mkdir(parents=True)
+    part.write_text("{}")
+    begin(recipe, tmp_path, step)
+    assert part.exists()
+    begin(changed, tmp_path, step)
+    assert not part.exists()
 
 
 def test_one_notebook_works_alone(tmp_path):

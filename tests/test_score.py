@@ -3,10 +3,12 @@ import math
 import pytest, torch
 
 from scir.consistency import by_quantile, frame, metrics, paired, preferences, rate
+from scir.logprobs import response_logps
 from scir.optimise import assert_reference, best_against_worst, labelled_rows, pair_loss, static_target, training_pairs
 from scir.rewards import REWARDS, View, margins, reward, text_pair
 from scir.score import candidate_pairs, labelled_pairs, score, set_reference
 from scir.store import LabelledPair, Response, Score, read_rows
+from scir.warm_start import warm_start_loss
 
 THREE = ("generative", "implicit", "pointwise")
 
@@ -44,6 +46,19 @@ def test_third_reward_model_takes_part_in_the_loss(make_policy, tokenizer, pairs
     m = torch.stack(list(margins(view).values()))
     assert m.shape == (3, 8) and found["abs_margin_pointwise"] > 0 and all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     assert found["retained"] == ((m > 0).all(0) | (m < 0).all(0)).float().mean()
+
+def test_warm_start_loss_is_symmetric_and_knows_the_label(policy, tokenizer, pairs, recipe):
+    set_reference(policy, pairs, 4096)
+    loss = lambda rows: warm_start_loss(View(policy, tokenizer, rows, recipe), recipe.warm_start)
+    (one, terms), (two, swapped_terms) = loss(pairs), loss([swapped(tokenizer, p) for p in pairs])
+    assert one.item() == pytest.approx(two.item(), abs=1e-5) and {k: float(v) for k, v in terms.items()} == pytest.approx({k: float(v) for k, v in swapped_terms.items()}, abs=1e-5)
+    chosen = [p.ids_a if p.target else p.ids_b for p in pairs]
+    logps = response_logps(policy, [p.prompt_ids for p in pairs], chosen)
+    assert terms["loss_sft"].item() == pytest.approx(sum(-l.item() / len(c) for l, c in zip(logps, chosen)) / 8, abs=1e-4)
+    for p in pairs: p.target = 1 - p.target
+    wrong = loss(pairs)[1]
+    for k in ("loss_sft", "loss_judge", "loss_dpo"): assert abs(wrong[k] - terms[k]) > 1e-4
+    for k in ("accuracy_generative", "accuracy_implicit"): assert wrong[k] + terms[k] == 1
 
 def test_a_new_reward_model_is_a_function_and_a_name(policy, tokenizer, pairs, recipe, monkeypatch):
     monkeypatch.delitem(REWARDS, "longer", raising=False)
@@ -143,12 +158,12 @@ def test_paired_by_hand():
     assert r["difference"] == .5 and r["p"] == pytest.approx(14 / 64) and r["n"] == 8 and -.2 < r["low"] < .3 and .7 < r["high"] <= 1
     assert paired([1, 0], [1, 0]) == {"difference": 0, "low": 0, "high": 0, "p": 1, "n": 2}
 
-SCORES = [made("1", 2, 1, "a"), made("2", -1, 1, "a", orders=(3, 5)), made("3", -1, -3, "a", lengths=(5, 1)), made("4", 1, 2, "b", orders=(-1, -3))]
+SCORES = [made("1", 2, 1, "a"), made("2", -1, 1, "a", orders=(3, 5)), made("3", -1, -3, "a", orders=(-3, -1), lengths=(5, 1)), made("4", 1, 2, "b", orders=(-1, -3))]
 
 def test_metrics_by_hand():
     m = metrics(SCORES)
     value = {k: v["value"] if isinstance(v, dict) else v for k, v in m.items()}
-    assert value == pytest.approx({"flip_rate": .5, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3})
+    assert value == pytest.approx({"flip_rate": .75, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3})
     assert m["accuracy_agreed"]["n"] == 3
 
 def test_unlabelled_pairs_have_no_accuracy(): assert not [k for k in metrics([made("1", 2, 1), *SCORES]) if k.startswith("accuracy")]
