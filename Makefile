@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test check export readme clean
+.PHONY: demo test export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -29,5 +29,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(MODEL): | $(VENV)/installed
 	$(BIN)/python -c 'from scir.model import fetch_smollm2; fetch_smollm2()'
 
-clean:                    ## runs and caches, not the model
-	rm -rf data/runs build *.egg-info
+clean:                    ## build products and caches; runs and the model stay
+	rm -rf build dist *.egg-info .pytest_cache

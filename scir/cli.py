@@ -44,9 +44,11 @@ def report(folder: Annotated[Path, typer.Argument(help="a run directory, e.g. da
 def show(folder:Path)->None:
     "Print the result table and where the report is."
     import pandas as pd
-    from scir.report import results, table
-    with pd.option_context("display.width", 200, "display.max_columns", None): typer.echo("\n" + table(results(folder)).to_string(index=False))
-    typer.echo(f"\nreport:  {folder/'notebooks'/'report.ipynb'}\ntables:  {folder/'report'/'results.md'}\nfigures: {folder/'report'}")
+    from scir.report import comparisons, results, table
+    with pd.option_context("display.width", 200, "display.max_columns", None): 
+        typer.echo("\n" + table(results(folder)).to_string(index=False))
+        if not (compared := comparisons(folder)).empty: typer.echo("\non the same pairs:\n" + compared.round(3).to_string(index=False))
+    typer.echo(f"\nreport:  {folder/'notebooks'/'report.ipynb'}\ntables:  {folder/'report'/'results.md'}\nfigures: " + ", ".join(str(p) for p in sorted((folder/'report').glob('*.png'))))
 
 def _reason(error):
     "A failed notebook's last line, or the error itself."

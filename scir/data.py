@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'PAIR_FORMATS', 'PROMPT_FORMATS', 'INSTRUCTION_FORMATS', 'read_source', 'recognise', 'load_prompts',
-           'load_pairs', 'load_instructions', 'bucket', 'split_of', 'take', 'in_split', 'prompt_pool']
+           'load_pairs', 'load_instructions', 'bucket', 'split_of', 'take', 'in_split', 'evaluation_prompts',
+           'prompt_pool']
 
 # %% ../nbs/02_data.ipynb #33387ec4
 import hashlib
 from collections import Counter
 from pathlib import Path
 
+from .recipe import DataSpec
 from .store import LabelledPair, Prompt, digest
 
 # %% ../nbs/02_data.ipynb #76e8c60e
@@ -137,8 +139,9 @@ def load_instructions(source:str)->tuple: # list of (prompt, output), drops by r
 
 # %% ../nbs/02_data.ipynb #345c3da2
 def bucket(prompt:str)->int:
-    "0-99, from the sha256 of the prompt."
-    return int(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(), 16) % 100
+    "0-99, from the sha256 of the prompt; of a dialogue, of its first human turn, so that its continuations stay together."
+    first = prompt.split("\n\nAssistant:")[0]
+    return int(hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest(), 16) % 100
 
 def split_of(prompt:str)->str:
     "'train', 'validation' or 'test'."
@@ -154,9 +157,15 @@ def in_split(rows:list, split:str, limit:int|None=None)->list:
     return take([r for r in rows if split_of(r.prompt) == split], limit)
 
 # %% ../nbs/02_data.ipynb #4534ef28
-def prompt_pool(source:str, held_out:int, limit:int|None=None)->tuple: # training prompts, held-out prompts, drops by reason
-    "Split a pool of prompts in the order of their hashes: the first `held_out` are kept for evaluation, up to `limit` of the rest are for training."
-    rows, dropped = load_prompts(source)
-    rows = take(rows)
-    if len(rows) <= held_out: raise ValueError(f"data.prompts {source}: {len(rows)} prompts, {held_out} held out, none left to train on; lower data.held_out_prompts")
-    return rows[held_out:][:limit], rows[:held_out], dropped
+def evaluation_prompts(spec:DataSpec)->set: # prompt texts
+    "Prompts of everything that evaluates: the test split of the seed pairs, and the other labelled sets."
+    held = {r.prompt for r in in_split(load_pairs(spec.pairs)[0], "test")}
+    return held.union(*({r.prompt for r in load_pairs(s)[0]} for s in spec.labelled_sets.values()))
+
+def prompt_pool(spec:DataSpec)->tuple: # training prompts, held-out prompts, drops by reason
+    "Split the pool in the order of its prompts' hashes: the first `held_out_prompts` are kept for evaluation, up to `prompt_limit` of the rest are for training. Prompts of an evaluation set are dropped and counted."
+    rows, dropped = load_prompts(spec.prompts)
+    held = evaluation_prompts(spec)
+    free, n = take([r for r in rows if r.prompt not in held]), spec.held_out_prompts
+    if len(free) <= n: raise ValueError(f"data.prompts {spec.prompts}: {len(free)} usable prompts, {n} held out, none left to train on; lower data.held_out_prompts")
+    return free[n:][:spec.prompt_limit], free[:n], dropped | {"in an evaluation set": len(rows) - len(free)}

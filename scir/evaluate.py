@@ -9,15 +9,13 @@ __all__ = ['labelled_sets', 'adapters', 'answer', 'judge_sets', 'panel', 'evalua
 import gc
 from pathlib import Path
 
-import torch
-
 from .consistency import metrics
 from .data import in_split, load_pairs, prompt_pool, take
 from .model import for_sampling, for_scoring, load_tokenizer
-from .recipe import Recipe
+from .recipe import node_name, node_parts, parent_node, Recipe
 from .sample import sample
 from .score import candidate_pairs, labelled_pairs, score, set_reference
-from .store import Response, digest, hash_path, node_name, node_parts, parent_node, read_json, read_rows, write_json
+from .store import Response, digest, hash_path, read_json, read_rows, write_json
 
 # %% ../nbs/14_evaluate.ipynb #bba4f3c8
 def labelled_sets(tokenizer, recipe:Recipe)->dict: # name -> (list of Pair, drops by reason)
@@ -39,7 +37,7 @@ def adapters(recipe:Recipe, run, node:str)->tuple: # adapter folder or None, ref
 
 def answer(recipe:Recipe, run, node:str, tokenizer)->dict: # summary of the answers
     "The model's answers to the held-out prompts."
-    _, held_out, _ = prompt_pool(recipe.data.prompts, recipe.data.held_out_prompts, recipe.data.prompt_limit)
+    _, held_out, _ = prompt_pool(recipe.data)
     model = for_sampling(recipe.model, adapters(recipe, run, node)[0])
     return sample(model, tokenizer, held_out, recipe.sampling, Path(run)/node/"evaluation"/"responses.jsonl", node_parts(node)[0], recipe.data.max_prompt_tokens)
 
@@ -59,25 +57,25 @@ def panel(recipe:Recipe, run, seed:int, tokenizer)->tuple: # list of Pair, drops
     return candidate_pairs(tokenizer, said, recipe.sampling.pairs_per_prompt, seed)
 
 # %% ../nbs/14_evaluate.ipynb #22e372a0
-def evaluate(recipe:Recipe, run, nodes:list)->dict: # node -> metrics
-    "Evaluate `nodes` of a run; writes evaluation/ in each. M_1 of a seed comes first: its answers are the panel."
+def evaluate(recipe:Recipe, run, nodes:list, mark:str="")->dict: # node -> metrics
+    "Evaluate `nodes` of a run; writes evaluation/ in each; `mark` stands for what else a result depends on, the code. M_1 of a seed comes first: its answers are the panel."
     tokenizer, out, panels = load_tokenizer(recipe.model), {}, {}
     sets = labelled_sets(tokenizer, recipe)
-    for node in sorted(nodes, key=lambda n: (node_parts(n)[0], node_parts(n)[2] == 0, node_parts(n)[2], n)):
+    for node in sorted(nodes, key=lambda n: (node_parts(n)[0], node_parts(n)[2] != 1, node_parts(n)[2], n)):
         seed, _, t = node_parts(node)
-        file, key = Path(run)/node/"evaluation"/"metrics.json", _key(recipe, run, node)
+        file, key = Path(run)/node/"evaluation"/"metrics.json", _key(recipe, run, node, mark)
         known = read_json(file, {})
         if known.get("key") != key:
             print(f"evaluating {node}", flush=True)
-            answers = answer(recipe, run, node, tokenizer) if t else None
+            answers = answer(recipe, run, node, tokenizer)
             if seed not in panels: panels[seed] = panel(recipe, run, seed, tokenizer)
-            known = {"key": key, "answers": answers, "sets": judge_sets(recipe, run, node, tokenizer, sets | {"panel": panels[seed]})}
+            known = {"key": key, "answers": answers, "sets": judge_sets(recipe, run, node, tokenizer, sets | ({"panel": panels[seed]} if panels[seed][0] else {}))}
             write_json(file, known)
             gc.collect()
         out[node] = known
     return out
 
-def _key(recipe, run, node):
+def _key(recipe, run, node, mark):
     adapter, reference = adapters(recipe, run, node)
     sources = {s: hash_path(s) for s in (recipe.data.prompts, recipe.data.pairs, *recipe.data.labelled_sets.values())}
-    return digest(recipe.model_dump(mode="json", include={"model", "data", "sampling", "judge", "rewards", "train"}), sources, adapter and hash_path(adapter), reference and hash_path(reference))
+    return digest(mark, recipe.model_dump(mode="json", include={"model", "data", "sampling", "judge", "rewards", "train"}), sources, adapter and hash_path(adapter), reference and hash_path(reference))

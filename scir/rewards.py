@@ -14,7 +14,7 @@ import torch
 from .judge import Verdicts, average_orders, find_verdicts, judge_ids, verdict_ids, verdict_margins
 from .logprobs import encode_chat, encode_prompt, encode_response, response_logps
 from .loss import implicit_margin
-from .recipe import JudgeSpec, Recipe
+from .recipe import Recipe
 
 # %% ../nbs/06_rewards.ipynb #d5816644
 @dataclass

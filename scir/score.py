@@ -8,7 +8,7 @@ __all__ = ['candidate_pairs', 'labelled_pairs', 'as_reference', 'logp_table', 's
 # %% ../nbs/11_score.ipynb #edb22861
 import random
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import combinations, groupby
 
 import torch
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .logprobs import batches, encode_prompt, encode_response, response_logps
 from .recipe import Recipe
 from .rewards import Pair, View, margins
-from .store import Journal, LabelledPair, Response, Score, row_seed
+from .store import Journal, Response, Score, row_seed
 
 # %% ../nbs/11_score.ipynb #0bd313fc
 def candidate_pairs(tokenizer, responses:list, per_prompt:int|None=None, seed:int=0)->tuple: # list of Pair, drops by reason

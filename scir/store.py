@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Row', 'Prompt', 'LabelledPair', 'Response', 'Score', 'atomic_path', 'write_text', 'write_json', 'read_json',
-           'write_rows', 'read_rows', 'Journal', 'digest', 'row_seed', 'hash_path', 'node_name', 'node_parts',
-           'parent_node']
+           'write_rows', 'read_rows', 'Journal', 'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
 import hashlib, json, os
@@ -69,7 +68,7 @@ def atomic_path(path):
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
-        with open(tmp, "rb") as f: os.fsync(f.fileno())
+        with open(tmp, "r+b") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
@@ -142,20 +141,3 @@ def hash_path(path)->str:
         with open(f, "rb") as fh:
             while block := fh.read(1 << 20): h.update(block)
     return h.hexdigest()[:16]
-
-# %% ../nbs/01_store.ipynb #6f01e572
-def node_name(seed:int, iteration:int, arm:str|None=None)->str:
-    "Folder of model M_`iteration`; the first two are shared by all arms."
-    return f"seed{seed}/m{iteration}" if iteration <= 1 else f"seed{seed}/{arm}/m{iteration}"
-
-def node_parts(node:str)->tuple: # (seed, arm or None, iteration)
-    "Inverse of `node_name`; raises ValueError for a malformed one."
-    parts = node.split("/")
-    try: return int(parts[0].removeprefix("seed")), (parts[1] if len(parts) == 3 else None), int(parts[-1].removeprefix("m"))
-    except (ValueError, IndexError): raise ValueError(f"{node!r} is not a model of a run; write seed0/m1 or seed0/scir/m2") from None
-
-def parent_node(node:str)->str:
-    "The model that this one was trained from."
-    seed, arm, t = node_parts(node)
-    if t < 1: raise ValueError(f"{node}: the base model has no parent")
-    return node_name(seed, t - 1, arm)

@@ -6,7 +6,7 @@
 __all__ = ['PairTrainer', 'Bar', 'arguments', 'optimizer_steps', 'last_checkpoint', 'fit', 'save_adapter']
 
 # %% ../nbs/08_trainer.ipynb #97e495b3
-import math, shutil
+import json, math, shutil
 from pathlib import Path
 
 import torch
@@ -43,8 +43,12 @@ class PairTrainer(Trainer):
             self._sums, self._count = {}, 0
         return super().log(logs, *args, **kw)
 
-    def prediction_step(self, model, inputs, *_, **__):
-        with torch.no_grad(): return self.compute_loss(model, inputs).detach(), None, None
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        "Linear warm-up from the first step on (not from zero, which would waste it), then a cosine to zero."
+        total, warm = num_training_steps, self.args.warmup_steps
+        factor = lambda s: (s + 1) / (warm + 1) if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, total - warm))) / 2
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
 # %% ../nbs/08_trainer.ipynb #9480278f
 class Bar(TrainerCallback):
@@ -65,7 +69,7 @@ def arguments(folder, seed:int, *, steps:int, batch_size:int, accumulation:int=1
     return TrainingArguments(
         output_dir=str(folder), seed=seed, data_seed=seed, max_steps=steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation, learning_rate=learning_rate, max_grad_norm=max_grad_norm, optim=optimizer,
-        lr_scheduler_type="cosine", warmup_steps=steps // 10, weight_decay=0.0, save_steps=save_steps, save_total_limit=2,
+        warmup_steps=steps // 10, weight_decay=0.0, save_steps=save_steps, save_total_limit=2,
         logging_steps=1, report_to="none", remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False, average_tokens_across_devices=False, disable_tqdm=True)
 
@@ -76,12 +80,15 @@ def optimizer_steps(pairs:int, epochs:float, batch:int)->int:
 def last_checkpoint(folder:Path)->str|None:
     "The newest whole checkpoint in `folder`; one that a kill left half-written is removed."
     for half in folder.glob("checkpoint-*"):
-        if not (half/"trainer_state.json").exists(): shutil.rmtree(half)
+        try: json.loads((half/"trainer_state.json").read_text())
+        except (OSError, ValueError): shutil.rmtree(half)
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 def fit(model, tokenizer, pairs:list, loss_of, recipe, folder, args:TrainingArguments)->list: # log lines
     "Train, resuming from a checkpoint in `folder` if there is one; writes adapter/ and metrics.jsonl."
     folder = Path(folder)
+    if args.world_size > 1: raise ValueError(f"training runs in one process for now; this is one of {args.world_size}")
+    args._n_gpu = min(args.n_gpu, 1)
     trainer = PairTrainer(loss_of, recipe, tokenizer, model=model, args=args, train_dataset=pairs, callbacks=[Bar()])
     trainer.remove_callback(PrinterCallback)
     last = last_checkpoint(Path(args.output_dir))

@@ -6,14 +6,13 @@
 __all__ = ['warm_start_loss', 'seed_pairs', 'instruction_rows', 'warm_start']
 
 # %% ../nbs/09_warm_start.ipynb #074cda12
-import math
 from pathlib import Path
 
 import torch
 
-from .data import in_split, load_instructions, load_pairs, split_of
-from .logprobs import encode_prompt, encode_response, response_logps
-from .loss import dpo_loss, implicit_margin
+from .data import evaluation_prompts, load_instructions, load_pairs, split_of, take
+from .logprobs import check_projection, encode_prompt, encode_response, response_logps
+from .loss import dpo_loss
 from .recipe import Recipe, WarmStartSpec
 from .rewards import View, generative, implicit
 from .score import labelled_pairs
@@ -44,7 +43,9 @@ def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason
     "The train split of the labelled pairs, encoded; the test split is never touched here."
     d = recipe.data
     rows, dropped = load_pairs(d.pairs)
-    train = in_split(rows, "train", d.pair_limit)
+    held = evaluation_prompts(d)
+    free = [r for r in rows if split_of(r.prompt) == "train" and r.prompt not in held]
+    train = take(free, d.pair_limit)
     if not train: raise ValueError(f"data.pairs {d.pairs}: no row falls in the train split; more rows are needed")
     pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens)
     return pairs, dropped | too_long
@@ -53,10 +54,12 @@ def instruction_rows(tokenizer, recipe:Recipe, pairs:list)->dict|None: # pair id
     "An instruction example to go with each pair, in turn; None when the recipe names no instructions."
     d = recipe.data
     if d.instructions is None: return None
-    rows, _ = load_instructions(d.instructions)
-    encoded = [(encode_prompt(tokenizer, p), encode_response(tokenizer, o)) for p, o in rows if split_of(p) == "train"]
+    rows, dropped = load_instructions(d.instructions)
+    held = evaluation_prompts(d)
+    encoded = [(encode_prompt(tokenizer, p), encode_response(tokenizer, o)) for p, o in rows if p not in held]
     fitting = [(p, o) for p, o in encoded if len(p) <= d.max_prompt_tokens and len(o) <= d.max_response_tokens]
-    if not fitting: raise ValueError(f"data.instructions {d.instructions}: no row is short enough")
+    print(f"instructions: {len(fitting)} of {len(rows)} rows; dropped {dropped | {'in an evaluation set': len(rows) - len(encoded), 'too long': len(encoded) - len(fitting)}}")
+    if not fitting: raise ValueError(f"data.instructions {d.instructions}: no row left; raise data.max_prompt_tokens or data.max_response_tokens")
     return {p.id: fitting[i % len(fitting)] for i, p in enumerate(pairs)}
 
 # %% ../nbs/09_warm_start.ipynb #772db9f9
@@ -69,6 +72,7 @@ def warm_start(recipe:Recipe, folder, seed:int=0)->dict: # summary
     pairs, dropped = seed_pairs(tokenizer, recipe)
     instructions = instruction_rows(tokenizer, recipe, pairs)
     model = for_training(new_adapter(load_base(recipe.model), recipe.lora, seed), recipe.model)
+    check_projection(model)
     set_reference(model, pairs, recipe.judge.batch_tokens)
     args = arguments(Path(folder)/"checkpoints", seed, steps=optimizer_steps(len(pairs), spec.epochs, spec.batch_size), batch_size=spec.batch_size,
                      learning_rate=spec.learning_rate, save_steps=recipe.train.save_steps)

@@ -35,6 +35,7 @@ if __name__ == "__main__":
         (ROOT / "README.md").write_text(readme())
         sys.exit()
     faults = [f"{f}: not what nbdev_export and nbdev_clean make; run `make export`" for f in export_gate()]
-    if (ROOT / "README.md").read_text() != readme(): faults.append("README.md: not what nbs/index.ipynb renders to; run `make export`")
+    shown = ROOT / "README.md"
+    if not shown.exists() or shown.read_text() != readme(): faults.append("README.md: not what nbs/index.ipynb renders to; run `make export`")
     print("\n".join(faults) or "gates: export, clean and README leave the tree unchanged")
     sys.exit(bool(faults))

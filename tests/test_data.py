@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from scir.data import bucket, in_split, load_instructions, load_pairs, load_prompts, prompt_pool, read_source, split_of
-from scir.recipe import ARMS, Recipe, RecipeError, dump_recipe, field_names, load_recipe, override, parse_recipe
-from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, node_name, node_parts, parent_node, read_json, read_rows, row_seed,
+from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
+                         parent_node, parse_recipe)
+from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
                         write_json, write_rows, write_text)
 
 def one_line(error): return "\n" not in str(error.value)
@@ -115,11 +116,16 @@ def test_splits_are_disjoint_by_prompt_and_fixed(file):
 
 def test_held_out_prompts_are_not_trained_on(file):
     source = file([{"prompt": f"p{i}"} for i in range(20)])
-    train, held, _ = prompt_pool(source, 6, 9)
+    pairs = file([{"prompt": f"other {i}", "chosen": "a", "rejected": "b"} for i in range(20)], "pairs.jsonl")
+    spec = lambda n, limit=None, labelled=(): DataSpec(prompts=source, pairs=pairs, held_out_prompts=n, prompt_limit=limit, labelled_sets=dict(labelled))
+    train, held, _ = prompt_pool(spec(6, 9))
     assert len(train) == 9 and len(held) == 6 and not {p.id for p in train} & {p.id for p in held}
-    assert prompt_pool(source, 6, 3)[1] == held
-    with pytest.raises(ValueError, match="none left") as e: prompt_pool(source, 20)
+    assert prompt_pool(spec(6, 3))[1] == held
+    with pytest.raises(ValueError, match="none left") as e: prompt_pool(spec(20))
     assert one_line(e)
+    known = file([{"prompt": p.prompt, "chosen": "a", "rejected": "b"} for p in train[:4]], "set.jsonl")  # evaluation prompts never train
+    rest, _, dropped = prompt_pool(spec(6, None, {"known": known}))
+    assert dropped["in an evaluation set"] == 4 and not {p.prompt for p in rest} & {p.prompt for p in train[:4]}
 
 # recipe -------------------------------------------------------------------
 

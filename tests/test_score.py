@@ -4,7 +4,7 @@ import pytest, torch
 
 from scir.consistency import by_quantile, frame, metrics, paired, preferences, rate
 from scir.logprobs import response_logps
-from scir.optimise import assert_reference, best_against_worst, labelled_rows, pair_loss, static_target, training_pairs
+from scir.optimise import assert_reference, best_against_worst, labelled_rows, pair_loss, training_pairs
 from scir.rewards import REWARDS, View, margins, reward, text_pair
 from scir.score import candidate_pairs, labelled_pairs, score, set_reference
 from scir.store import LabelledPair, Response, Score, read_rows
@@ -72,7 +72,7 @@ def test_unknown_reward_model_lists_the_known(policy, tokenizer, pairs, recipe):
 
 def test_reward_models_need_not_include_the_implicit_one(policy, tokenizer, pairs, recipe, yes_no, tmp_path):
     set_reference(policy, pairs, 4096)
-    assert_reference(pairs, score(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "pointwise")}), tmp_path/"s.jsonl"))
+    assert_reference(score(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "pointwise")}), tmp_path/"s.jsonl"))
 
 def test_label_of_a_batch_is_not_the_stored_one(policy, tokenizer, pairs, recipe):
     set_reference(policy, pairs, 4096)
@@ -124,23 +124,27 @@ def made(id, g, i, label=None, orders=None, prompt="p", lengths=(1, 1), **kw):
                  reference_logps=(0, 0), order_margins=orders or (g, -g), verdict_mass=(.5, .7), margins={"generative": g, "implicit": i}, label=label)
 
 @pytest.mark.parametrize("label, expected", [("generative", [1, 1, 0, None]), ("implicit", [1, 0, 0, 1]), ("agreement-static", [1, None, 0, None])])
-def test_static_targets(label, expected):
-    scores = [made("1", 1, 1), made("2", 1, -1), made("3", -1, -1), made("4", 0, 1)]
-    assert [None if math.isnan(t) else t for t in (static_target(s, label) for s in scores)] == expected
+def test_static_targets(tokenizer, recipe, label, expected):
+    scores = [made(str(k), *m, prompt=f"p{k}") for k, m in enumerate([(1, 1), (1, -1), (-1, -1), (0, 1)])]
+    pairs, _ = training_pairs(tokenizer, scores, recipe.train.model_copy(update={"label": label}))
+    target = {p.id: p.target for p in pairs}
+    assert [target.get(str(k)) for k in range(4)] == expected
 
 def test_best_against_worst_by_hand(tokenizer, recipe):
     "Three candidates with judge's totals 1: +3, 2: -1, 3: -2."
     def s(id, a, b, g): return made(id, g, g, ids_a=[a], ids_b=[b], a=str(a), b=str(b))
     scores = [s("12", 1, 2, 1.), s("13", 1, 3, 2.), s("23", 2, 3, .0)]
-    assert [x.id for x in best_against_worst(scores, "generative")] == ["13"]
+    assert best_against_worst(scores, "generative") == {"13": 1.0}
+    cyclic = [s("12", 1, 2, -.5), s("13", 1, 3, 3.), s("23", 2, 3, .0)]  # 1 is best on the whole, though 2 beat it
+    assert best_against_worst(cyclic[:1] + cyclic[1:], "generative") == {"13": 1.0}
     pairs, dropped = training_pairs(tokenizer, scores, recipe.arm("srlm"))
-    assert [p.target for p in pairs] == [1.] and dropped == {"tie or disagreement": 0, "not best against worst": 2}
+    assert [p.target for p in pairs] == [1.] and dropped == {"not best against worst, or a tie": 2}
 
 def test_arms_keep_what_they_should(tokenizer, recipe):
     scores = [made("1", 1, 1, prompt="p"), made("2", 1, -1, prompt="q"), made("3", -1, -1, prompt="r")]
     assert len(training_pairs(tokenizer, scores, recipe.arm("scir"))[0]) == 3
     static, dropped = training_pairs(tokenizer, scores, recipe.arm("scir-static"))
-    assert [p.id for p in static] == ["1", "3"] and dropped["tie or disagreement"] == 1
+    assert [p.id for p in static] == ["1", "3"] and dropped["models disagree"] == 1
     pairs, _ = training_pairs(tokenizer, scores, recipe.arm("scir"))
     assert [(r["chosen"], r["rejected"]) for r in labelled_rows(scores, pairs, recipe.arm("scir"))] == [("a", "b"), ("b", "a")] == [(r["chosen"], r["rejected"]) for r in preferences(scores)]
 
