@@ -51,3 +51,19 @@ def test_mass_of_all_ids_is_one(policy, tokenizer):
     n = len(tokenizer)
     _, mass = verdict_margins(policy, [[1, 2, 3]], Verdicts(tuple(range(n // 2)), tuple(range(n // 2, n))))
     assert mass.exp().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_pieces_of_a_sentencepiece_tokenizer_get_no_space_of_their_own():
+    "Mistral's and Llama 2's tokenizers put a space before every text; in the middle of a chat there is none."
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+    from scir.logprobs import encode_response
+    letters = "ABx\n.:#IRabcdefghijklmnopqrstuvw"
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<unk>", "<s>", "</s>", "\u2581", "\u2581A", "\u2581B", "\u2581x", *letters])},
+                                merges=[("\u2581", "A"), ("\u2581", "B"), ("\u2581", "x")], unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    bare, spaced = tokenizer.convert_tokens_to_ids(["A", "\u2581A"])
+    assert encode_response(tokenizer, "A") == [bare, tokenizer.eos_token_id]
+    assert set(find_verdicts(tokenizer).first) == {bare, spaced}

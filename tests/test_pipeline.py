@@ -112,6 +112,14 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
     assert stale() == set()
 
 
+def test_staleness_follows_imports():
+    from scir.pipeline import STAGES, imported
+    assert {"loss", "rewards", "logprobs", "judge", "trainer", "model"} <= imported("optimise")
+    reach = {name: set().union(*map(imported, stage.modules)) for name, stage in STAGES.items()}
+    assert {"logprobs", "model", "data"} <= reach["sample"] and {"rewards", "judge", "model"} <= reach["judge"]
+    assert "loss" not in reach["report"] and "trainer" not in reach["judge"]
+
+
 def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
     from scir.pipeline import Step, begin, start_manifest
     from scir.recipe import load_recipe
