@@ -6,19 +6,30 @@
 __all__ = ['PRELOAD', 'Forked', 'WarmProvisioner', 'use_warm_kernels']
 
 # %% ../nbs/16_kernels.ipynb #944cf791
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, threading, time
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 # %% ../nbs/16_kernels.ipynb #63478b4e
 PRELOAD = ["scir.trainer", "scir.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
 
-def _serve(connection_file, cwd):
+def _die_with(owner, server):
+    "End this kernel, and the fork server, when the process that started them is gone, even by kill -9."
+    while True:
+        time.sleep(1)
+        try: os.kill(owner, 0)
+        except ProcessLookupError:
+            os.kill(server, signal.SIGKILL)
+            os._exit(1)
+
+def _serve(connection_file, cwd, owner):
     "The forked process: become an ordinary IPython kernel."
     from ipykernel.kernelapp import IPKernelApp
+    server = os.getppid()
+    threading.Thread(target=_die_with, args=(owner, server), daemon=True).start()
     os.setsid()
-    os.chdir(cwd)  # the parent handle below is the fork server: it ends with whoever started it, and the kernel with it
-    IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=40", f"--IPKernelApp.parent_handle={os.getppid()}"])
+    os.chdir(cwd)
+    IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=40", f"--IPKernelApp.parent_handle={server}"])
 
 class Forked:
     "A forked process with the part of Popen's interface that a provisioner uses."
@@ -44,7 +55,7 @@ class WarmProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd:list, **kwargs)->dict: # connection info
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        process = context.Process(target=_serve, args=(self.parent.connection_file, kwargs.get("cwd") or os.getcwd()), daemon=True)
+        process = context.Process(target=_serve, args=(self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), os.getpid()), daemon=True)
         process.start()
         self.process, self.pid, self.pgid, self.cwd = Forked(process), process.pid, None, kwargs.get("cwd")
         return self.connection_info

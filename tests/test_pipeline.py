@@ -159,3 +159,23 @@ def test_a_failing_stage_leaves_its_notebook_and_one_line(tmp_path):
     assert done.returncode == 1 and "scir: ValueError: no labelled pair is short enough" in done.stderr
     cells = nbformat.read(tmp_path / "run/notebooks/warm_start-seed0-m1.ipynb", 4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
+
+
+def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
+    "kill -9 in the middle of training; nothing goes on writing; the next try resumes and ends like the run that nobody killed."
+    import signal, time
+    import psutil
+    args = [str(BIN / "scir"), "run", "recipes/tiny.yaml", "--out", str(tmp_path / "run"), "--set", "warm_start.epochs=40", "--set", "iterations=1"]
+    first = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    folder = tmp_path / "run/seed0/m1/checkpoints"
+    deadline = time.time() + 120
+    while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline: time.sleep(0.05)
+    started = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert started and not psutil.wait_procs(started, timeout=10)[1], "a process of the killed run is still there"
+    before = sorted(p.name for p in folder.iterdir())
+    time.sleep(1)
+    assert before and before == sorted(p.name for p in folder.iterdir()) and not (folder.parent / "adapter").exists()
+    again = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr[-2000:]
