@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def readme() -> str:
     """nbs/index.ipynb as Markdown; outputs as indented blocks, no images."""
     from nbconvert import MarkdownExporter
-    text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
+    text, _ = MarkdownExporter(exclude_input=True).from_filename(str(ROOT / "nbs" / "index.ipynb"))
     return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
 
 
