@@ -23,8 +23,8 @@ def labelled_sets(tokenizer, recipe:Recipe)->dict: # name -> (list of Pair, drop
     d, out = recipe.data, {}
     for name, source in {"held-out": d.pairs, **d.labelled_sets}.items():
         rows, dropped = load_pairs(source)
-        rows = in_split(rows, "test", d.test_limit) if name == "held-out" else take(rows, d.test_limit)
-        pairs, too_long = labelled_pairs(tokenizer, rows, d.max_prompt_tokens, d.max_response_tokens)
+        rows = in_split(rows, "test") if name == "held-out" else take(rows)
+        pairs, too_long = labelled_pairs(tokenizer, rows, d.max_prompt_tokens, d.max_response_tokens, d.test_limit)
         out[name] = pairs, dropped | too_long
     return out
 

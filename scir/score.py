@@ -37,10 +37,11 @@ def _sampled_pair(tokenizer, a:Response, b:Response):
     return Pair(f"{a.prompt_id}/{a.candidate}-{b.candidate}", a.prompt, a.response, b.response, encode_prompt(tokenizer, a.prompt),
                 a.response_ids, b.response_ids, extra={"prompt_id": a.prompt_id})
 
-def labelled_pairs(tokenizer, rows:list, max_prompt:int, max_response:int)->tuple: # list of Pair, drops by reason
-    "Labelled pairs as scoring input; which side is shown as a follows from the row's id, so that the label is no constant."
+def labelled_pairs(tokenizer, rows:list, max_prompt:int, max_response:int, limit:int|None=None)->tuple: # list of Pair, drops by reason
+    "The first `limit` labelled pairs that are short enough, as scoring input; which side is shown as a follows from the row's id, so that the label is no constant."
     pairs, dropped = [], Counter()
     for r in rows:
+        if len(pairs) == limit: break
         prompt, ids = encode_prompt(tokenizer, r.prompt), {s: encode_response(tokenizer, getattr(r, s)) for s in ("chosen", "rejected")}
         if len(prompt) > max_prompt: dropped["prompt too long"] += 1
         elif max(map(len, ids.values())) > max_response: dropped["response too long"] += 1

@@ -44,10 +44,9 @@ def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason
     d = recipe.data
     rows, dropped = load_pairs(d.pairs)
     held = evaluation_prompts(d)
-    free = [r for r in rows if split_of(r.prompt) == "train" and r.prompt not in held]
-    train = take(free, d.pair_limit)
+    train = take([r for r in rows if split_of(r.prompt) == "train" and r.prompt not in held])
     if not train: raise ValueError(f"data.pairs {d.pairs}: no row falls in the train split; more rows are needed")
-    pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens)
+    pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens, d.pair_limit)
     return pairs, dropped | too_long
 
 def instruction_rows(tokenizer, recipe:Recipe, pairs:list)->dict|None: # pair id -> (prompt ids, output ids)

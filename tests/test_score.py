@@ -117,6 +117,11 @@ def test_chosen_side_is_no_constant_and_label_target_agree(tokenizer):
     assert 15 < sum(p.target for p in pairs) < 45
     for p in pairs: assert (p.response_a == "good") == (p.target == 1) == (p.extra["label"] == "a")
 
+def test_limit_counts_the_pairs_that_fit(tokenizer):
+    rows = [LabelledPair(id=str(i), prompt="Q" * (90 if i % 2 else 1), chosen="good", rejected="bad") for i in range(20)]
+    pairs, dropped = labelled_pairs(tokenizer, rows, 60, 60, limit=4)
+    assert [p.id for p in pairs] == ["0", "2", "4", "6"] and dropped == {"prompt too long": 3}
+
 # labels -------------------------------------------------------------------
 
 def made(id, g, i, label=None, orders=None, prompt="p", lengths=(1, 1), **kw):
