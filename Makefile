@@ -11,8 +11,8 @@ demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a qu
 
 test: $(MODEL)            ## gates, notebook tests, pytest
 	$(BIN)/python tests/gates.py
-	$(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^run$$'
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^run$$'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 export:                   ## notebooks -> scir/, cleaned; README from nbs/index.ipynb
 	$(BIN)/nbdev_export

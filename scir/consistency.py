@@ -118,13 +118,13 @@ def preferences(scores:list)->list: # dicts with prompt, chosen, rejected
     return out
 
 def analyse(folder)->dict: # metrics
-    "Read `folder`/scores.jsonl; write consistency/ (metrics, tables, figures) and preferences.jsonl."
+    "Read `folder`/scores.jsonl; write consistency/ (metrics, tables, figures) and agreed.jsonl, the pairs on which all models agree."
     import matplotlib.pyplot as plt
     folder = Path(folder)
     scores, out = read_rows(folder/"scores.jsonl", Score), folder/"consistency"
     d, found = frame(scores), metrics(scores)
     write_json(out/"metrics.json", found)
-    write_rows(folder/"preferences.jsonl", preferences(scores))
+    write_rows(folder/"agreed.jsonl", preferences(scores))
     save_figure(plot_joint(scores, str(folder.name)).figure, out/"joint")
     for column in ("confidence", "length_difference"):
         table = by_quantile(d, column)
