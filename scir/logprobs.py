@@ -103,9 +103,12 @@ def pad_right(seqs:list, pad:int=0, device="cpu")->tuple: # (B, T) ids, (B,) len
     return ids.to(device), lengths
 
 def hidden_states(model, seqs:list)->tuple: # (B, T, d), (B,) lengths
-    "Last hidden states of right-padded `seqs`."
-    _, decoder = body(model)
+    "Last hidden states of right-padded `seqs`; raises ValueError for one that is longer than the model's context."
+    base, decoder = body(model)
     ids, lengths = pad_right(seqs, device=model.device)
+    room = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if room and ids.shape[1] > room:
+        raise ValueError(f"a sequence of {ids.shape[1]} tokens does not fit the model's context of {room}; lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens")
     return decoder(input_ids=ids, use_cache=False).last_hidden_state, lengths
 
 def _chunk_logps(model, hidden, targets):

@@ -73,3 +73,7 @@ def test_batches_hold_every_row_once_within_the_budget():
     made = batches(lengths, 100)
     assert sorted(i for b in made for i in b) == list(range(7))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 100 for b in made) and made[0] == [1]
+
+
+def test_a_sequence_longer_than_the_context_is_refused(policy):
+    with pytest.raises(ValueError, match="does not fit the model.s context of 4096"): response_logps(policy, [[5] * 4090], [[6] * 9])
