@@ -30,11 +30,18 @@ def export_gate() -> list:
     return sorted(str(f) for f in before.keys() | after.keys() if before.get(f) != after.get(f))
 
 
+def chatter() -> list:
+    """Notebooks whose stored outputs hold warnings, and with them paths of the machine they ran on."""
+    import nbformat
+    return [f"{f.name}: a stored output is stderr; execute it again without warnings" for f in sorted(ROOT.glob("nbs/**/*.ipynb"))
+            if any(o.get("name") == "stderr" for c in nbformat.read(f, 4).cells for o in c.get("outputs", []))]
+
+
 if __name__ == "__main__":
     if "--write-readme" in sys.argv:
         (ROOT / "README.md").write_text(readme())
         sys.exit()
-    faults = [f"{f}: not what nbdev_export and nbdev_clean make; run `make export`" for f in export_gate()]
+    faults = [f"{f}: not what nbdev_export and nbdev_clean make; run `make export`" for f in export_gate()] + chatter()
     shown = ROOT / "README.md"
     if not shown.exists() or shown.read_text() != readme(): faults.append("README.md: not what nbs/index.ipynb renders to; run `make export`")
     print("\n".join(faults) or "gates: export, clean and README leave the tree unchanged")
