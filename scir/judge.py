@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Verdicts', 'verdict_ids', 'find_verdicts', 'judge_ids', 'verdict_margins', 'average_orders']
 
-# %% ../nbs/05_judge.ipynb #fdf5fd68
+# %% ../nbs/05_judge.ipynb #2ea1f67b
 from dataclasses import dataclass
 
 import torch
 
-from .logprobs import encode_chat, encode_piece, hidden_states, project
+from .logprobs import encode_chat, encode_piece, hidden_at, project
 
 # %% ../nbs/05_judge.ipynb #28520c28
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def find_verdicts(tokenizer, words:tuple=("A", "B"))->Verdicts:
     "The start-up check: both verdict words are single, distinct tokens."
     return Verdicts(*(verdict_ids(tokenizer, w) for w in words))
 
-# %% ../nbs/05_judge.ipynb #3b4f12be
+# %% ../nbs/05_judge.ipynb #e2888e61
 def judge_ids(tokenizer, judge, prompt:str, first:str, second:str)->list:
     "Ids of one presentation; `judge` carries `template` (holes: {prompt}, {first}, {second}) and `system`."
     return encode_chat(tokenizer, judge.template, {"prompt": prompt, "first": first, "second": second}, judge.system)
@@ -43,8 +43,7 @@ def verdict_margins(model,
                     verdicts:Verdicts,
                    )->tuple: # (B,) log-odds of the first response, (B,) log mass p(first)+p(second)
     "Read the verdict at the last position of each presentation."
-    hidden, lengths = hidden_states(model, seqs)
-    logits = project(model, hidden[torch.arange(len(seqs), device=hidden.device), lengths - 1])
+    logits = project(model, hidden_at(model, seqs, [[len(s) - 1] for s in seqs]))
     first, second = (logits[:, list(ids)].logsumexp(-1) for ids in (verdicts.first, verdicts.second))
     return first - second, torch.logaddexp(first, second) - logits.logsumexp(-1)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_prompt', 'encode_response',
-           'body', 'project', 'pad_right', 'hidden_states', 'token_logps', 'response_logps', 'batches',
-           'check_projection']
+           'body', 'project', 'pad_right', 'hidden_states', 'hidden_at', 'similar', 'token_logps', 'response_logps',
+           'batches', 'check_projection']
 
 # %% ../nbs/04_logprobs.ipynb #02ecdbf7
 import re
@@ -74,7 +74,7 @@ def encode_response(tokenizer, response:str)->list:
     "Ids of a finished response: its text, then the end-of-turn id."
     return encode_text(tokenizer, response) + [tokenizer.eos_token_id]
 
-# %% ../nbs/04_logprobs.ipynb #18686e0e
+# %% ../nbs/04_logprobs.ipynb #db8b7fdd
 def body(model):
     "The transformer without its vocabulary projection, LoRA layers in place."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -111,6 +111,26 @@ def hidden_states(model, seqs:list)->tuple: # (B, T, d), (B,) lengths
         raise ValueError(f"a sequence of {ids.shape[1]} tokens does not fit the model's context of {room}; lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens")
     return decoder(input_ids=ids, use_cache=False).last_hidden_state, lengths
 
+def hidden_at(model,
+              seqs:list, # B lists of ids
+              wanted:list, # B lists of positions
+             )->torch.Tensor: # (sum of wanted, d), in the order of `seqs`
+    "Last hidden states at some positions. On the CPU, where padding costs as much as text, sequences run in groups of nearly equal length."
+    found = {}
+    for group in similar([len(s) for s in seqs], model.device.type):
+        hidden, _ = hidden_states(model, [seqs[i] for i in group])
+        found |= {i: hidden[row, list(wanted[i])] for row, i in enumerate(group)}
+    return torch.cat([found[i] for i in range(len(seqs))])
+
+def similar(lengths:list, device:str="cpu", waste:float=0.1)->list: # lists of row numbers
+    "Rows that may be padded together: on a GPU all of them; on a CPU as long as less than `waste` of the longest would be padding."
+    if device != "cpu": return [list(range(len(lengths)))]
+    out = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if out and lengths[i] >= (1 - waste) * lengths[out[-1][0]]: out[-1].append(i)
+        else: out.append([i])
+    return out
+
 def _chunk_logps(model, hidden, targets):
     logits = project(model, hidden)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
@@ -127,12 +147,10 @@ def response_logps(model,
                    chunk:int=512, # completion positions projected at once
                   )->torch.Tensor: # (B,) float32, summed over response tokens, nats
     "Log-probability of each response given its prompt."
-    hidden, _ = hidden_states(model, [p + r for p, r in zip(prompts, responses)])
+    hidden = hidden_at(model, [p + r for p, r in zip(prompts, responses)], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses)])
     rows = torch.cat([torch.full((len(r),), i) for i, r in enumerate(responses)]).to(hidden.device)
-    cols = torch.cat([torch.arange(len(r)) + len(p) - 1 for p, r in zip(prompts, responses)]).to(hidden.device)
     targets = torch.tensor([t for r in responses for t in r], device=hidden.device)
-    logps = token_logps(model, hidden[rows, cols], targets, chunk)
-    return torch.zeros(len(responses), device=hidden.device).index_add(0, rows, logps)
+    return torch.zeros(len(responses), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
 
 def batches(lengths:list, # tokens of each row
             budget:int, # padded tokens per batch

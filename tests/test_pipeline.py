@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 def test_every_stage_left_an_executed_notebook(run):
     notebooks = sorted((run / "notebooks").glob("*.ipynb"))
-    assert len(notebooks) == 16  # warm start; 3 + 2 in iteration 1; 6 + 2 in iteration 2; evaluate; report
+    assert len(notebooks) == 21  # warm start; 3 + 2 in iteration 1; 6 + 2 in iteration 2; 6 evaluations; report
     for path in notebooks:
         cells = nbformat.read(path, 4).cells
         assert not [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"], path
@@ -35,24 +35,33 @@ def test_every_stage_left_an_executed_notebook(run):
 
 
 def test_printed_table_is_the_report(run):
-    table = pd.read_csv(run / "report" / "table.csv")
-    assert set(table.model) == {"M_0", "M_1", "srlm M_2", "srlm M_3", "scir M_2", "scir M_3"}
-    assert "inconsistency" in (run / "stdout.txt").read_text()
-    for name in ("inconsistency", "joint", "training"):
+    table = pd.read_csv(run / "report" / "inconsistency.csv")
+    assert set(table.model) == {"M_0, untrained", "M_1 = sft", "srlm M_2", "srlm M_3", "scir M_2", "scir M_3"}
+    printed = (run / "stdout.txt").read_text()
+    assert all(cell in printed for cell in table.inconsistency) and "What this run shows" in (run / "report/results.md").read_text()
+    for name in ("inconsistency", "joint_panel", "splits_held-out", "training"):
         assert (run / "report" / f"{name}.png").stat().st_size > 5000 and (run / "report" / f"{name}.svg").exists()
 
 
 def test_results_are_what_the_scores_say(run):
     from scir.consistency import frame
     from scir.store import Score, read_rows
-    results = pd.read_csv(run / "report" / "results.csv").set_index(["model", "set"])
+    results = pd.read_csv(run / "report" / "summary.csv").set_index(["arm", "iteration", "set"])
     scores = read_rows(run / "seed0/scir/m2/evaluation/held-out.jsonl", Score)
     d = frame(scores)
     contradict = [(s.margins["generative"] > 0) != (s.margins["implicit"] > 0) for s in scores]
-    assert results.loc[("scir M_2", "held-out"), "inconsistency"] == pytest.approx(sum(contradict) / len(contradict))
+    assert results.loc[("scir", 2, "held-out"), "inconsistency"] == pytest.approx(sum(contradict) / len(contradict))
     right = [(s.margins["generative"] > 0) == (s.label == "a") for s in scores]
-    assert results.loc[("scir M_2", "held-out"), "accuracy_generative"] == pytest.approx(sum(right) / len(right))
+    assert results.loc[("scir", 2, "held-out"), "accuracy_generative"] == pytest.approx(sum(right) / len(right))
     assert list(d.right_generative) == right
+
+
+def test_every_model_is_measured_against_the_same_reference(run):
+    "Reference log-probs are taken over from M_1's evaluation; they must be those of M_0 itself."
+    rows = {n: [json.loads(l) for l in (run / f"seed0/{n}/evaluation/held-out.jsonl").open()] for n in ("m0", "m1", "scir/m3")}
+    for base, first, last in zip(*rows.values(), strict=True):
+        assert base["id"] == first["id"] == last["id"] and base["logps"] == pytest.approx(first["reference_logps"], abs=1e-4)
+        assert first["reference_logps"] == last["reference_logps"] == base["reference_logps"] and first["logps"] != last["logps"]
 
 
 def test_adapters_load_in_peft_and_moved(run):
@@ -87,13 +96,13 @@ def test_sampled_ids_are_the_ids_scored(run):
 def test_manifest_says_what_was_run(run):
     m = json.loads((run / "manifest.json").read_text())
     assert m["reference"] == "initial" and m["seeds"] == [0] and len(m["model_hash"]) == 16
-    assert len(m["steps"]) == 16
+    assert len(m["steps"]) == 21
     for step in m["steps"].values(): assert step["versions"]["torch"] == torch.__version__ and step["seconds"] >= 0 and step["outputs"] and "absent" not in step["outputs"].values()
 
 
 def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it(run):
     again = scir("run", "recipes/tiny.yaml", "--out", run)
-    assert again.returncode == 0 and again.stdout.count(": unchanged") == 16
+    assert again.returncode == 0 and again.stdout.count(": unchanged") == 21
     from scir.pipeline import finished, plan
     from scir.recipe import load_recipe
     os.chdir(ROOT)
@@ -150,6 +159,9 @@ def test_one_notebook_works_alone(tmp_path):
     (("run", "recipes/tiny.yaml", "--set", "train.betta=1"), "train.betta is not a field; the nearest is train.beta"),
     (("run", "recipes/tiny.yaml", "--set", "train.beta=soft"), "train.beta"),
     (("report", "data/nothing"), "not a run directory"),
+    (("report", "data/a", "data/b"), "not a run directory"),
+    (("run", "recipes/tiny.yaml", "--set", "arms=[external]"), "labels.external"),
+    (("judge", "--model", "tiny-random", "--pairs", "absent.jsonl"), "no such file"),
 ])
 def test_errors_are_one_line(args, said):
     done = scir(*args)
@@ -181,3 +193,59 @@ def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
     assert before and before == sorted(p.name for p in folder.iterdir()) and not (folder.parent / "adapter").exists()
     again = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def every_arm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "arms"
+    done = scir("run", "recipes/tiny-arms.yaml", "--out", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_every_arm_runs_and_is_reported(every_arm):
+    from scir.recipe import ARMS
+    table = pd.read_csv(every_arm / "report/summary.csv")
+    assert set(table.arm) == {"base", *ARMS}
+    weights = {a: (every_arm / f"seed0/{a}/m2/adapter/adapter_model.safetensors").read_bytes() for a in ARMS if a != "sft"}
+    first = (every_arm / "seed0/m1/adapter/adapter_model.safetensors").read_bytes()
+    steps = json.loads((every_arm / "manifest.json").read_text())["steps"]
+    for arm, blob in weights.items(): assert (blob != first) == (steps[f"optimise:seed0/{arm}/m2"]["summary"]["steps"] > 0), arm
+    trained = [a for a in weights if weights[a] != first]
+    assert {"srlm", "dice", "cream", "external", "scir"} <= set(trained) and len({weights[a] for a in trained}) == len(trained)
+
+
+def test_votes_and_rewards_are_kept(every_arm):
+    rewards = [json.loads(l)["rewards"] for l in (every_arm / "seed0/m1/rewards.jsonl").open()]
+    votes = [json.loads(l) for l in (every_arm / "seed0/m1/votes.jsonl").open()]
+    assert rewards and len(votes) == len(rewards) and all(set(r) == {"votes", "previous", "external"} and r["external"] is not None for r in rewards)
+    assert sum(v["points"] is not None for v in votes) == sum(r["votes"] is not None for r in rewards)
+
+
+def test_win_rates_are_against_m1s_answers(every_arm):
+    duels = [json.loads(l) for l in (every_arm / "seed0/scir/m2/alignment/duels.jsonl").open()]
+    first = {r["id"]: r["response"] for r in map(json.loads, (every_arm / "seed0/m1/evaluation/responses.jsonl").open())}
+    assert duels and all(d["reference"] == first[d["id"]] for d in duels)
+    m = json.loads((every_arm / "seed0/scir/m2/alignment/metrics.json").read_text())
+    by = pd.DataFrame(duels).groupby("instruction").preference.mean()
+    assert m["win_rate"] == pytest.approx(by.mean()) and m["win_rate_n"] == len(by) == 4
+    assert "scir M_2" in pd.read_csv(every_arm / "report/alignment.csv").model.tolist() and not (every_arm / "seed0/m1/alignment").exists()
+
+
+def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
+    done = scir("run", "recipes/tiny-arms.yaml", "--out", tmp_path, "--set", "arms=[cream]", "--set", "iterations=2", "--set", "alignment.judge=null")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {n: {r["id"]: r["rewards"]["previous"] for r in map(json.loads, (tmp_path / f"seed0/{n}/rewards.jsonl").open())} for n in ("m1", "cream/m2")}
+    scores = [json.loads(l) for l in (tmp_path / "seed0/cream/m2/scores.jsonl").open()]
+    s = scores[0]
+    prompt, _, both = s["id"].rpartition("/")
+    before = [rows["cream/m2"][f"{prompt}/{c}"] for c in both.split("-")]
+    assert before[0] != before[1] and all(abs(b) < 50 for b in before)
+    from scir.model import for_scoring, load_tokenizer
+    from scir.recipe import load_recipe
+    from scir.score import response_table, scored_pairs
+    from scir.store import Score
+    os.chdir(ROOT)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    table = response_table(for_scoring(recipe.model, tmp_path / "seed0/m1/adapter"), scored_pairs(load_tokenizer(recipe.model), [Score.model_validate(s)]), 4096, "")
+    assert before == pytest.approx([.1 * (table[f"{prompt}/{c}"] - r) for c, r in zip(both.split("-"), s["reference_logps"])], abs=1e-4)

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest, torch
 
-from scir.consistency import by_quantile, frame, metrics, paired, preferences, rate
+from scir.consistency import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
 from scir.logprobs import response_logps
-from scir.optimise import assert_reference, best_against_worst, labelled_rows, pair_loss, training_pairs
+from scir.optimise import assert_reference, pair_loss
 from scir.rewards import REWARDS, View, margins, reward, text_pair
 from scir.score import candidate_pairs, labelled_pairs, score, set_reference
 from scir.store import LabelledPair, Response, Score, read_rows
@@ -128,31 +129,6 @@ def made(id, g, i, label=None, orders=None, prompt="p", lengths=(1, 1), **kw):
     return Score(id=id, prompt_id=prompt, prompt="Q", response_a=kw.get("a", "a"), response_b=kw.get("b", "b"), ids_a=kw.get("ids_a", [1] * lengths[0]), ids_b=kw.get("ids_b", [2] * lengths[1]), logps=(0, 0),
                  reference_logps=(0, 0), order_margins=orders or (g, -g), verdict_mass=(.5, .7), margins={"generative": g, "implicit": i}, label=label)
 
-@pytest.mark.parametrize("label, expected", [("generative", [1, 1, 0, None]), ("implicit", [1, 0, 0, 1]), ("agreement-static", [1, None, 0, None])])
-def test_static_targets(tokenizer, recipe, label, expected):
-    scores = [made(str(k), *m, prompt=f"p{k}") for k, m in enumerate([(1, 1), (1, -1), (-1, -1), (0, 1)])]
-    pairs, _ = training_pairs(tokenizer, scores, recipe.train.model_copy(update={"label": label}))
-    target = {p.id: p.target for p in pairs}
-    assert [target.get(str(k)) for k in range(4)] == expected
-
-def test_best_against_worst_by_hand(tokenizer, recipe):
-    "Three candidates with judge's totals 1: +3, 2: -1, 3: -2."
-    def s(id, a, b, g): return made(id, g, g, ids_a=[a], ids_b=[b], a=str(a), b=str(b))
-    scores = [s("12", 1, 2, 1.), s("13", 1, 3, 2.), s("23", 2, 3, .0)]
-    assert best_against_worst(scores, "generative") == {"13": 1.0}
-    cyclic = [s("12", 1, 2, -.5), s("13", 1, 3, 3.), s("23", 2, 3, .0)]  # 1 is best on the whole, though 2 beat it
-    assert best_against_worst(cyclic[:1] + cyclic[1:], "generative") == {"13": 1.0}
-    pairs, dropped = training_pairs(tokenizer, scores, recipe.arm("srlm"))
-    assert [p.target for p in pairs] == [1.] and dropped == {"not best against worst, or a tie": 2}
-
-def test_arms_keep_what_they_should(tokenizer, recipe):
-    scores = [made("1", 1, 1, prompt="p"), made("2", 1, -1, prompt="q"), made("3", -1, -1, prompt="r")]
-    assert len(training_pairs(tokenizer, scores, recipe.arm("scir"))[0]) == 3
-    static, dropped = training_pairs(tokenizer, scores, recipe.arm("scir-static"))
-    assert [p.id for p in static] == ["1", "3"] and dropped["models disagree"] == 1
-    pairs, _ = training_pairs(tokenizer, scores, recipe.arm("scir"))
-    assert [(r["chosen"], r["rejected"]) for r in labelled_rows(scores, pairs, recipe.arm("scir"))] == [("a", "b"), ("b", "a")] == [(r["chosen"], r["rejected"]) for r in preferences(scores)]
-
 # consistency --------------------------------------------------------------
 
 @pytest.mark.parametrize("hits, n, low, high", [(8, 10, .4902, .9433), (0, 10, 0, .2775), (10, 10, .7225, 1), (50, 100, .4038, .5962)])
@@ -165,14 +141,45 @@ def test_rate_of_nothing(): assert rate([])["value"] is None
 def test_paired_by_hand():
     r = paired([1, 1, 1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1, 1])  # 5 against 1: two-sided p = 2 (6 + 1) / 2^6
     assert r["difference"] == .5 and r["p"] == pytest.approx(14 / 64) and r["n"] == 8 and -.2 < r["low"] < .3 and .7 < r["high"] <= 1
-    assert paired([1, 0], [1, 0]) == {"difference": 0, "low": 0, "high": 0, "p": 1, "n": 2}
+    assert paired([1, 0], [1, 0]) == {"difference": 0, "low": 0, "high": 0, "p": 1, "n": 2, "prompts": 2}
+
+def test_seeds_and_pairs_of_one_prompt_are_no_new_evidence():
+    first, second = [1, 1, 0, 1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+    once, thrice = paired(first, second), paired(first * 3, second * 3, list(range(10)) * 3)
+    assert thrice["n"] == 30 and thrice["prompts"] == 10 and all(thrice[k] == pytest.approx(once[k]) for k in ("difference", "low", "high", "p"))
+    wide, narrow = grouped(first * 3, list(range(10)) * 3), rate(first * 3)
+    assert wide["value"] == pytest.approx(narrow["value"]) and wide["high"] - wide["low"] > 1.3 * (narrow["high"] - narrow["low"])
+    assert grouped(first, range(10)) == rate(first) | {"prompts": 10}
+
+def test_permutation_test_is_mcnemar_where_that_applies():
+    each = np.array([1.] * 9 + [-1.] * 3 + [0.] * 5)
+    exact, drawn = sign_flip(each), sign_flip(each * .5)  # the same differences in another unit take the permutation path
+    assert exact == pytest.approx(2 * sum(math.comb(12, k) for k in range(4)) / 2**12) and drawn == pytest.approx(exact, abs=.03)
+
+# calibration --------------------------------------------------------------
+
+def test_reliability_and_ece_by_hand():
+    m = [made(str(k), math.log(.8 / .2) * s, 1, label) for k, (s, label) in enumerate([(1, "a"), (1, "b"), (-1, "b"), (-1, "b")])]  # four at 80%, three right
+    t = reliability(frame(m), "generative")
+    assert len(t) == 1 and t.value[0] == .75 and t.confidence[0] == pytest.approx(.8) and t.n[0] == 4 and ece(t) == pytest.approx(.05)
+
+def test_a_calibrated_model_has_little_ece_and_a_boaster_much():
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=4000) * 2
+    def of(scale): return ece(reliability(frame([made(str(k), scale * x, 1, "a" if rng.random() < 1 / (1 + np.exp(-x)) else "b") for k, x in enumerate(g)]), "generative"))
+    assert of(1) < .03 and of(4) > .1
 
 SCORES = [made("1", 2, 1, "a"), made("2", -1, 1, "a", orders=(3, 5)), made("3", -1, -3, "a", orders=(-3, -1), lengths=(5, 1)), made("4", 1, 2, "b", orders=(-1, -3))]
+
+def H(m):
+    p = 1 / (1 + math.exp(-m))
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 def test_metrics_by_hand():
     m = metrics(SCORES)
     value = {k: v["value"] if isinstance(v, dict) else v for k, v in m.items()}
-    assert value == pytest.approx({"flip_rate": .75, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3})
+    assert value == pytest.approx({"flip_rate": .75, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3,
+                                   "accuracy_mean": .25, "accuracy_likelihood": 0, "inconsistency_likelihood": .5, "entropy": np.mean([H(x) for s in SCORES for x in s.margins.values()]), "ece_generative": m["ece_generative"], "ece_implicit": m["ece_implicit"]})
     assert m["accuracy_agreed"]["n"] == 3
 
 def test_unlabelled_pairs_have_no_accuracy(): assert not [k for k in metrics([made("1", 2, 1), *SCORES]) if k.startswith("accuracy")]
