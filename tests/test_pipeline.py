@@ -159,7 +159,7 @@ def test_one_notebook_works_alone(tmp_path):
     (("run", "recipes/tiny.yaml", "--set", "train.betta=1"), "train.betta is not a field; the nearest is train.beta"),
     (("run", "recipes/tiny.yaml", "--set", "train.beta=soft"), "train.beta"),
     (("report", "data/nothing"), "not a run directory"),
-    (("report", "data/a", "data/b"), "not a run directory"),
+    (("report", "data/a", "data/b"), "--out"),
     (("run", "recipes/tiny.yaml", "--set", "arms=[external]"), "labels.external"),
     (("judge", "--model", "tiny-random", "--pairs", "absent.jsonl"), "no such file"),
 ])
