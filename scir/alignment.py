@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FOLDS', 'STRENGTHS', 'WEAK', 'DRAWS', 'TOO_LONG', 'RETRIES', 'TIMEOUT', 'TOKENS', 'AT_ONCE', 'Duel', 'preference',
            'duels', 'win_rate', 'not_estimable', 'length_controlled', 'judge_function', 'local_judge', 'load_reward',
-           'reward_inputs', 'reward_scores', 'reward_judge', 'parse_verdict', 'Reply', 'chat_request', 'complete',
-           'open_replies', 'endpoint_judge', 'open_judge', 'reference_outputs', 'by_prompt', 'summarise', 'align']
+           'reward_inputs', 'reward_scores', 'reward_judge', 'fit_reward', 'parse_verdict', 'Reply', 'chat_request',
+           'complete', 'open_replies', 'endpoint_judge', 'open_judge', 'reference_outputs', 'by_prompt', 'summarise',
+           'align']
 
-# %% ../nbs/16_alignment.ipynb #5916cb46
+# %% ../nbs/16_alignment.ipynb #21aa77e0
 import math, os, re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from statistics import NormalDist
 import numpy as np
 from tqdm.auto import tqdm
 
+from .consistency import rate
 from .data import read_source
 from .recipe import AlignmentSpec, JudgeSpec, ModelSpec
 from .store import Prompt, Row, digest, read_rows, write_json, write_rows
@@ -161,9 +163,9 @@ def reward_inputs(tokenizer, prompt:str, response:str)->dict: # name -> list of 
     ids = encode_piece(tokenizer, a) + encode_text(tokenizer, prompt) + encode_piece(tokenizer, b) + encode_text(tokenizer, response) + encode_piece(tokenizer, c)
     return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
-# %% ../nbs/16_alignment.ipynb #5bc49a04
-def _rewards(model, tokenizer, rows, batch):
-    "One float per row, None where it is longer than the model's context; padded batches of similar length."
+# %% ../nbs/16_alignment.ipynb #653d50ac
+def _outputs(model, tokenizer, rows, batch):
+    "The head's outputs per row, None where it is longer than the model's context; padded batches of similar length."
     import torch
     from scir.logprobs import pad_right
     inputs = [reward_inputs(tokenizer, *r) for r in rows]
@@ -173,9 +175,11 @@ def _rewards(model, tokenizer, rows, batch):
     for start in tqdm(range(0, len(order), batch), desc="rewards", unit="batch"):
         chosen = order[start:start + batch]
         tensors = {k: pad_right([inputs[i][k] for i in chosen], tokenizer.pad_token_id if k == "input_ids" else 0, model.device)[0] for k in inputs[chosen[0]]}
-        with torch.no_grad(): logits = model(**tensors).logits[:, 0].float().tolist()
+        with torch.no_grad(): logits = model(**tensors).logits.float().tolist()
         for i, r in zip(chosen, logits): out[i] = r
     return out
+
+def _rewards(model, tokenizer, rows, batch): return [None if x is None else x[0] for x in _outputs(model, tokenizer, rows, batch)]
 
 def reward_scores(name:str, # reward model: folder or hub id
                   rows:list, # (prompt, response)
@@ -196,6 +200,34 @@ def reward_judge(name:str, batch:int=8):
         failures.update(TOO_LONG for m in margins if m is None)
         return [None if m is None else .5 + math.tanh(m / 2) / 2 for m in margins]  # sigmoid, with no overflow
     return judge_function(read, failures)
+
+# %% ../nbs/16_alignment.ipynb #1fd5bd4a
+def fit_reward(base:str, # causal model: folder, hub id or built-in name
+               pairs:list, # of LabelledPair
+               folder, # where the sequence-classification model is written
+               batch:int=8,
+              )->dict: # pairs, and the share right in 5-fold cross-validation, with its interval
+    "Fit and save a linear reward model; the regularisation is chosen by cross-validation."
+    import torch
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import cross_val_predict
+    from transformers import AutoModelForSequenceClassification
+    from scir.model import load_tokenizer, model_path
+    tokenizer, model = load_tokenizer(ModelSpec(name=base)), AutoModelForSequenceClassification.from_pretrained(model_path(ModelSpec(name=base)), num_labels=1, dtype=torch.float32, use_safetensors=True)
+    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    head, model.score = model.score, torch.nn.Identity()
+    x = np.array(_outputs(model.eval(), tokenizer, [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs], batch))
+    flipped = np.random.default_rng(0).choice([-1, 1], len(pairs))
+    difference = (x[:len(pairs)] - x[len(pairs):]) * flipped[:, None]
+    scale = difference.std(0) + 1e-6
+    fit = LogisticRegressionCV(Cs=np.logspace(-5, 1, 7), fit_intercept=False, cv=5, max_iter=2000).fit(difference / scale, flipped)
+    right = cross_val_predict(fit, difference / scale, flipped, cv=5) == flipped
+    model.score = head
+    with torch.no_grad(): head.weight.copy_(torch.tensor(fit.coef_ / scale, dtype=torch.float32))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return {"pairs": len(pairs), "cross-validated": rate(right)}
 
 # %% ../nbs/16_alignment.ipynb #9d48c8e3
 _OPEN, _CLOSE = r"[\s*_`\"'“”‘’(\[{<>#:.,-]*", r"[\s*_`\"'“”’)\]}>.!,]*"

@@ -6,14 +6,14 @@
 __all__ = ['labelled_sets', 'adapters', 'answer', 'borrow_reference', 'judge_sets', 'panel', 'evaluate', 'resolve', 'file_pairs',
            'judge_file', 'score_frame']
 
-# %% ../nbs/15_evaluate.ipynb #1122adb3
+# %% ../nbs/15_evaluate.ipynb #410626ff
 from pathlib import Path
 
 from scipy.special import expit
 
 from .consistency import frame, metrics
 from .data import in_split, load_pairs, prompt_pool, read_source, take
-from .model import for_sampling, for_scoring, load_tokenizer
+from .model import for_sampling, for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, node_name, node_parts, parent_node
 from .sample import sample
 from .score import candidate_pairs, drawn_side, labelled_pairs, score, set_reference
@@ -74,38 +74,47 @@ def evaluate(recipe:Recipe, run, node:str)->dict: # metrics
     write_json(Path(run)/node/"evaluation"/"metrics.json", found)
     return found
 
-# %% ../nbs/15_evaluate.ipynb #a17e0e48
+# %% ../nbs/15_evaluate.ipynb #7a541c20
 def resolve(model:str, recipe:Recipe)->tuple: # Recipe, adapter folder or None
     "What `model` names: a run's node (data/runs/smol/seed0/scir/m2; its run's recipe is used), a peft adapter's folder, a model's folder or hub id."
     path = Path(model)
-    owner = next((p for p in path.parents if (p/"recipe.yaml").exists()), None) if (path/"adapter").is_dir() else None
-    if owner: return load_recipe(owner/"recipe.yaml"), path/"adapter"
+    owner = next((p for p in path.parents if (p/"recipe.yaml").exists()), None) if (path/"adapter").is_dir() or path.name == "m0" else None
+    if owner: return load_recipe(owner/"recipe.yaml"), path/"adapter" if path.name != "m0" else None
     adapter = path if (path/"adapter_config.json").exists() else None
-    name = read_json(path/"adapter_config.json")["base_model_name_or_path"] if adapter else model
+    name = read_json(path/"adapter_config.json").get("base_model_name_or_path") if adapter else model
+    if not name: raise ValueError(f"model {model}: its adapter_config.json does not name the base (base_model_name_or_path)")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": name})}), adapter
 
 def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None)->tuple: # list of Pair, drops by reason
     "A labelled file as scoring input; sides a and b stay as the file has them where it has them."
     rows, dropped = load_pairs(source)
-    named = {(r["prompt"], r["response_a"]) for r in read_source(source) if {"prompt", "response_a"} <= set(r)}
-    side = (lambda r: (r.prompt, r.chosen) in named) if named else drawn_side
+    shown = {(r["prompt"], r["response_a"], r["response_b"]) for r in read_source(source) if {"prompt", "response_a", "response_b"} <= set(r)}
+    side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown else drawn_side
     pairs, too_long = labelled_pairs(tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side)
     return pairs, dropped | too_long
 
 def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=None, limit:int|None=None)->dict: # metrics
     "Score a labelled file with a model's internal reward models; writes `out` as Parquet, a row per pair. An interrupted try is continued."
     recipe, adapter = resolve(model, recipe)
+    reference = reference or _older(model, recipe)
     tokenizer, out = load_tokenizer(recipe.model), Path(out)
     pairs, dropped = file_pairs(tokenizer, source, recipe, limit)
     if reference: set_reference(for_scoring(*_parts(reference, recipe)), pairs, recipe.judge.batch_tokens)
     policy = for_scoring(recipe.model, adapter)
     if not reference: set_reference(policy, pairs, recipe.judge.batch_tokens)
-    key = digest(recipe.model_dump(mode="json"), adapter and hash_path(adapter), reference, hash_path(source), limit)
+    key = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), reference, reference and hash_path(reference), source, hash_path(source), limit)
     part = out.with_name(f".{out.stem}.{key}.jsonl")
     scores = score(policy, tokenizer, pairs, recipe, part)
     with atomic_path(out) as tmp: score_frame(scores).to_parquet(tmp, index=False)
     part.unlink()
     return metrics(scores) | {"dropped": dropped}
+
+def _older(model, recipe):
+    "The reference of a run's model where that is M_{t-1}, as its recipe says."
+    path = Path(model)
+    run = next((p for p in path.parents if (p/"recipe.yaml").exists()), None) if (path/"adapter").is_dir() else None
+    if not run or recipe.train.reference != "previous" or node_parts(node := path.relative_to(run).as_posix())[2] < 2: return None
+    return str(run/parent_node(node))
 
 def _parts(name, recipe):
     other, adapter = resolve(name, recipe)

@@ -73,11 +73,11 @@ def ranking_consistency(now:dict, before:dict)->float: # C in [0, 1]
     taus = [t for t in taus if not math.isnan(t)]
     return float((np.mean(taus) + 1) / 2) if taus else 0.5
 
-# %% ../nbs/12_labels.ipynb #954fd9b5
+# %% ../nbs/12_labels.ipynb #57fb3b35
 def labels(scores:list, spec:TrainSpec, rewards:dict|None=None)->tuple: # score id -> P(a is chosen), notes for the summary
-    "Labels by `spec.label`; NaN stands for 'asked again at every step'. `rewards` holds what `responses` gathered: response id -> name -> reward."
+    "Labels by `spec.label`; NaN stands for 'asked again at every step', -1 for 'in the penalty only'. `rewards` holds what `responses` gathered: response id -> name -> reward."
     if spec.label == "agreement": return {s.id: math.nan for s in scores}, {}
-    if spec.label == "agreement-static": return {s.id: t for s in scores if (t := agreed(s)) is not None}, {}
+    if spec.label == "agreement-static": return {s.id: -1.0 if (t := agreed(s)) is None else t for s in scores}, {}
     if spec.label in ("votes", "external"): return best_against_worst(scores, {r: v[spec.label] for r, v in rewards.items()}), {}
     standing, notes = standings(scores, "implicit" if spec.label == "cream" else spec.label), {}
     if spec.length_debias: standing, notes["alpha"] = without_length(scores, standing)

@@ -141,14 +141,15 @@ def load_base(spec:ModelSpec):
                                                  trust_remote_code=spec.trust_remote_code, use_safetensors=None if spec.allow_pickle else True, **options)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/03_model.ipynb #12a51910
+# %% ../nbs/03_model.ipynb #efa5d486
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def new_adapter(base, spec:LoraSpec, seed:int=0):
     "`base` with a fresh, trainable adapter (output unchanged: B is zero)."
     from peft import LoraConfig, get_peft_model
     depth = base.config.get_text_config().num_hidden_layers
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM", target_modules="all-linear" if spec.targets == "all-linear" else ATTENTION,
+    linear = sorted({n.rpartition(".")[2] for n, m in base.get_decoder().named_modules() if isinstance(m, torch.nn.Linear)})
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM", target_modules=linear if spec.targets == "all-linear" else ATTENTION,
                         layers_to_transform=None if spec.last_layers is None else list(range(max(0, depth - spec.last_layers), depth)))
     torch.manual_seed(seed)
     return get_peft_model(base, config, autocast_adapter_dtype=True)

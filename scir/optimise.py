@@ -19,15 +19,14 @@ from .score import scored_pairs, set_reference
 from .store import ResponseReward, Score, read_rows, row_seed, write_rows
 from .warm_start import seed_pairs
 
-# %% ../nbs/14_optimise.ipynb #c7529562
+# %% ../nbs/14_optimise.ipynb #8f6bef5e
 def training_pairs(tokenizer, scores:list, spec:TrainSpec, rewards:dict|None=None)->tuple: # list of Pair, notes
     "Scored pairs as training input; the notes count what was left out, and why."
     targets, notes = labels(scores, spec, rewards)
     kept = [s for s in scores if s.id in targets]
     pairs = scored_pairs(tokenizer, kept)
     for p in pairs: p.target = targets[p.id]
-    reason = "models disagree" if spec.label == "agreement-static" else "not best against worst, a tie, or no usable reward"
-    return pairs, notes | {"dropped": {reason: len(scores) - len(kept)} if len(kept) < len(scores) else {}}
+    return pairs, notes | {"dropped": {"not best against worst, a tie, or no usable reward": len(scores) - len(kept)} if len(kept) < len(scores) else {}}
 
 def replayed(model, tokenizer, recipe:Recipe, pairs:int, seed:int)->list: # of Pair
     "Labelled seed pairs, as many as make `train.replay` of the whole with `pairs` others; fewer when there are not so many."
@@ -42,19 +41,19 @@ def preference_rows(pairs:list, scores:list)->list: # dicts with id, prompt, cho
     before, out = {s.id: agreed(s) for s in scores}, []
     for p in pairs:
         target = before[p.id] if math.isnan(p.target) else p.target
-        if target is None: continue
+        if target is None or target < 0: continue
         chosen, rejected = (p.response_a, p.response_b) if target > .5 else (p.response_b, p.response_a)
         out.append({"id": p.id, "prompt": p.prompt, "chosen": chosen, "rejected": rejected, "confidence": max(target, 1 - target)})
     return out
 
-# %% ../nbs/14_optimise.ipynb #224a9aee
+# %% ../nbs/14_optimise.ipynb #b4fa9ace
 def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
     "SCIR on a batch, or an arm's part of it."
     needs_judge = spec.label == "agreement" or spec.lambda_consistency or spec.lambda_confidence
     m_i = implicit(view)
     m = margins(view) if needs_judge else {"implicit": m_i}
-    target = None if spec.label == "agreement" else torch.tensor([p.target for p in view.pairs], device=m_i.device)
-    out = scir_loss(m, m_i, lambda_consistency=spec.lambda_consistency, lambda_confidence=spec.lambda_confidence, tau=spec.tau,
+    target = torch.tensor([p.target for p in view.pairs], device=m_i.device)
+    out = scir_loss(m, m_i, lambda_consistency=spec.lambda_consistency, lambda_confidence=spec.lambda_confidence, tau=spec.tau, moves=spec.consistency_moves,
                     agreement=spec.agreement_gate, target=target)
     if not needs_judge: out.metrics.pop("inconsistency")
     return out.loss, out.metrics

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-# %% ../nbs/00_recipe.ipynb #e44a98f0
+# %% ../nbs/00_recipe.ipynb #f3196206
 def spec(default, text:str, standing:str="D", unit:str="", **bounds):
     "A field with its default, meaning, standing (P, S or D) and unit."
     return Field(default, description=text, json_schema_extra={"standing": standing, "unit": unit}, **bounds)
@@ -122,10 +122,11 @@ class TrainSpec(Section):
     "Penalised DPO, M_t to M_{t+1}."
     label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec("agreement", "who labels a pair: all internal models at this step, all of them once before training, one of them once, sampled 5-point votes, CREAM's soft label, or an outside reward model", "P")
     length_debias: bool = spec(False, "take alpha * length off the labelling reward, alpha such that chosen and rejected are on average equally long (DICE)", "S")
-    replay: float = spec(0.0, "share of labelled seed pairs among the training pairs (DICE: one half)", "S", ge=0, lt=1)
+    replay: float = spec(0.0, "share of labelled seed pairs among the training pairs, in every arm (DICE: one half), against forgetting", "S", ge=0, lt=1)
     beta: float = spec(0.1, "DPO's beta, also the implicit reward's scale", "S", "1/nat", gt=0)
     length_normalise: bool = spec(False, "log-ratios per token in the implicit reward and the DPO loss", "D")
     lambda_consistency: float = spec(1.0, "weight of the symmetric KL between the reward models", "S", ge=0)
+    consistency_moves: Literal["both", "less_confident"] = spec("both", "whom the symmetric KL moves; with less_confident the surer model of a pair teaches the other", "D")
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")

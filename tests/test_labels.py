@@ -19,7 +19,7 @@ THREE = [made("0-1", 1., 1), made("0-2", 2., -1), made("1-2", 0., -1)]  # judge'
 
 # choosing -----------------------------------------------------------------
 
-@pytest.mark.parametrize("label, expected", [("generative", [1, 1, 0, None]), ("implicit", [1, 0, 0, 1]), ("agreement-static", [1, None, 0, None])])
+@pytest.mark.parametrize("label, expected", [("generative", [1, 1, 0, None]), ("implicit", [1, 0, 0, 1]), ("agreement-static", [1, -1, 0, -1])])
 def test_labels_fixed_beforehand(label, expected):
     scores = [made("0-1", *m, prompt=f"p{k}") for k, m in enumerate([(1, 1), (1, -1), (-1, -1), (0, 1)])]
     found, _ = labels(scores, TrainSpec(label=label))
@@ -42,8 +42,8 @@ def test_scir_keeps_every_pair_and_lists_those_agreed_on(tokenizer, recipe):
     assert len(pairs) == 3 and all(math.isnan(p.target) for p in pairs)
     rows = preference_rows(pairs, scores)
     assert [(r["chosen"], r["rejected"]) for r in rows] == [("0", "1"), ("1", "0")] == [(r["chosen"], r["rejected"]) for r in preferences(scores)]
-    static, notes = training_pairs(tokenizer, scores, recipe.arm("scir-static"))
-    assert [p.id for p in static] == ["p/0-1", "r/0-1"] and notes["dropped"]["models disagree"] == 1
+    static, _ = training_pairs(tokenizer, scores, recipe.arm("scir-static"))
+    assert [p.target for p in static] == [1, -1, 0] and preference_rows(static, scores) == rows
 
 def test_agreed_is_what_the_loss_calls_agreed():
     import torch

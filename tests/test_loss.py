@@ -8,7 +8,7 @@ from scir.loss import agreed_side, dpo_loss, entropy, implicit_margin, scir_loss
 
 def rand(*shape, seed=0, scale=1.0): return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-@pytest.mark.parametrize("options", [{}, {"tau": .7}, {"agreement": False}, {"target": torch.tensor([1, 0, math.nan, .3, 1, 0], dtype=torch.float64)}])
+@pytest.mark.parametrize("options", [{}, {"tau": .7}, {"agreement": False}, {"target": torch.tensor([1, 0, math.nan, .3, 1, -1], dtype=torch.float64)}])
 def test_gradient_is_that_of_finite_differences(options):
     judge, third, logps, reference = (x.requires_grad_() for x in (rand(6), rand(6, seed=1), rand(6, 2, seed=2, scale=9), rand(6, 2, seed=3, scale=9)))
     def loss(judge, third, logps):
@@ -17,10 +17,10 @@ def test_gradient_is_that_of_finite_differences(options):
     assert torch.autograd.gradcheck(loss, (judge, third, logps))
 
 def test_swapping_the_pair_changes_nothing():
-    g, i, target = rand(8), rand(8, seed=1), torch.tensor([1., 0, 1, 0, .25, math.nan, 1, 0])
+    g, i, target = rand(8), rand(8, seed=1), torch.tensor([1., 0, 1, -1, .25, math.nan, 1, 0])
     for t in (None, target):
         one = scir_loss({"g": g, "i": i}, i, tau=.6, target=t)
-        two = scir_loss({"g": -g, "i": -i}, -i, tau=.6, target=None if t is None else 1 - t)
+        two = scir_loss({"g": -g, "i": -i}, -i, tau=.6, target=None if t is None else torch.where(t < 0, t, 1 - t))
         torch.testing.assert_close(one.loss, two.loss)
         assert torch.equal(one.mask, two.mask)
     torch.testing.assert_close(scir_loss({"g": g, "i": i}, i, agreement=False).loss, scir_loss({"g": -g, "i": -i}, -i, agreement=False).loss)
@@ -82,3 +82,17 @@ def test_constant_position_bias_cancels():
     ab, ba = rand(9), rand(9, seed=1)
     torch.testing.assert_close(average_orders(ab + 3.7, ba + 3.7), average_orders(ab, ba))
     torch.testing.assert_close(average_orders(ba, ab), -average_orders(ab, ba))
+
+def test_fixed_labels_stand_and_the_others_are_asked_now():
+    g, i = torch.tensor([1., 1, -1, 1, 1]), torch.tensor([1., -1, -1, 1, -1])
+    out = scir_loss({"g": g, "i": i}, i, lambda_consistency=0., lambda_confidence=0., target=torch.tensor([math.nan, math.nan, 1., -1., 0.]))
+    assert out.mask.tolist() == [True, False, True, False, True]
+    expected = [math.log1p(math.exp(-1)), math.log1p(math.exp(1)), math.log1p(math.exp(-1))]  # a by agreement; a, against both models; b, by its label
+    assert out.loss.item() == pytest.approx(sum(expected) / 5, abs=1e-6)
+
+def test_the_surer_model_teaches_and_the_value_is_the_same():
+    g, i = torch.tensor([2., .1, -1.], requires_grad=True), torch.tensor([-.5, 3., -1.], requires_grad=True)
+    one, both = (scir_loss({"g": g, "i": i}, i.detach(), lambda_confidence=0., moves=m) for m in ("less_confident", "both"))
+    assert one.loss.item() == pytest.approx(both.loss.item())
+    one.loss.backward()
+    assert g.grad.tolist()[0] == 0 and i.grad.tolist()[1] == 0 and g.grad[1] < 0 and i.grad[0] < 0  # each follows the surer one

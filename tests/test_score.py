@@ -41,6 +41,7 @@ def test_swapping_the_pair_negates_every_margin(policy, tokenizer, pairs, recipe
 def test_third_reward_model_takes_part_in_the_loss(make_policy, tokenizer, pairs, three, yes_no):
     model = make_policy()
     set_reference(model, pairs, 4096)
+    for p in pairs: p.target = math.nan
     view = View(model, tokenizer, pairs, three)
     loss, found = pair_loss(view, three.train)
     loss.backward()
@@ -75,13 +76,14 @@ def test_reward_models_need_not_include_the_implicit_one(policy, tokenizer, pair
     set_reference(policy, pairs, 4096)
     assert_reference(score(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "pointwise")}), tmp_path/"s.jsonl"))
 
-def test_label_of_a_batch_is_not_the_stored_one(policy, tokenizer, pairs, recipe):
+def test_a_label_stands_in_every_arm_and_its_absence_asks_the_models(policy, tokenizer, pairs, recipe):
     set_reference(policy, pairs, 4096)
-    losses = []
-    for target in (0., 1., math.nan):
+    def loss(target, arm):
         for p in pairs: p.target = target
-        losses.append([pair_loss(View(policy, tokenizer, pairs, recipe), spec)[0].item() for spec in (recipe.train, recipe.arm("srlm"))])
-    assert losses[0][0] == losses[1][0] == losses[2][0] and losses[0][1] != losses[1][1] and losses[2][1] == 0
+        return pair_loss(View(policy, tokenizer, pairs, recipe), recipe.arm(arm))[0].item()
+    for arm in ("scir", "srlm"): assert loss(0., arm) != loss(1., arm)
+    asked, penalty = loss(math.nan, "scir"), loss(-1., "scir")
+    assert penalty < asked < max(loss(0., "scir"), loss(1., "scir")) and loss(-1., "srlm") == 0
 
 def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(policy, tokenizer, pairs, recipe, tmp_path):
     set_reference(policy, pairs, 4096)
