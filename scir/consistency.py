@@ -7,13 +7,14 @@ __all__ = ['BLUE', 'ORANGE', 'GREY', 'GREEN', 'UNITS', 'frame', 'derive', 'rate'
            'paired', 'sign_flip', 'by_quantile', 'reliability', 'ece', 'plot_reliability', 'save_figure', 'plot_joint',
            'plot_rates', 'preferences', 'analyse']
 
-# %% ../nbs/13_consistency.ipynb #eedb2120
+# %% ../nbs/13_consistency.ipynb #b964c7ac
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.special import entr, expit
 from scipy.stats import binomtest, permutation_test
+from scipy.stats import t as student
 
 from .labels import agreed
 from .store import Score, digest, read_rows, write_json, write_rows, write_text
@@ -37,7 +38,7 @@ def derive(d:pd.DataFrame, names:list)->pd.DataFrame:
     for name in (*names, "likelihood", "mean_margin"): d[f"right_{name}"] = d[name] * side > 0
     return d
 
-# %% ../nbs/13_consistency.ipynb #6ab73b8c
+# %% ../nbs/13_consistency.ipynb #6f873709
 def rate(hits, level:float=0.95)->dict: # value, low, high, n
     "A proportion with its Wilson interval; value is None for an empty sample."
     hits = np.asarray(hits, bool)
@@ -53,52 +54,56 @@ def metrics(scores:list)->dict: # name -> rate, or a plain number
     "What is said of one set of pairs: inconsistency, flips, verdict mass, entropy, and accuracy and calibration where labels are known."
     d, names = frame(scores), list(scores[0].margins)
     speaking = [n for n in names if decided(d, n)]
-    out = {"flip_rate": rate(d.flip), "verdict_mass": float(d.mass.mean()), "entropy": float(d.entropy.mean()), **{f"abs_margin_{n}": float(d[n].abs().mean()) for n in names}}
-    if "generative" in names: out["inconsistency_likelihood"] = rate((d.generative > 0) != (d.likelihood > 0))
-    if len(speaking) == len(names): out["inconsistency"] = rate(~d.agree)
+    out = {"flip_rate": grouped(d.flip, d.prompt), "verdict_mass": float(d.mass.mean()), "entropy": float(d.entropy.mean()), **{f"abs_margin_{n}": float(d[n].abs().mean()) for n in names}}
+    if "generative" in names: out["inconsistency_likelihood"] = grouped((d.generative > 0) != (d.likelihood > 0), d.prompt)
+    if len(speaking) == len(names): out["inconsistency"] = grouped(~d.agree, d.prompt)
     if d.label.notna().all(): out |= accuracies(d, names, speaking)
     return out
 
 def accuracies(d:pd.DataFrame, names:list, speaking:list)->dict: # name -> rate, or a plain number
     "Against labels: each reward model and log-prob per token; where all speak, the pairs they agree on, and (`mean`) the sign of their mean margin on every pair, which is what training without the gate would be told."
-    out = {f"accuracy_{n}": rate(d[f"right_{n}"]) for n in [*speaking, "likelihood"]} | {f"ece_{n}": ece(reliability(d, n)) for n in speaking}
-    if len(speaking) == len(names): out |= {"accuracy_agreed": rate(d[d.agree][f"right_{names[0]}"]), "accuracy_mean": rate(d.right_mean_margin)}
+    out = {f"accuracy_{n}": grouped(d[f"right_{n}"], d.prompt) for n in [*speaking, "likelihood"]} | {f"ece_{n}": ece(reliability(d, n)) for n in speaking}
+    if len(speaking) == len(names): out |= {"accuracy_agreed": grouped(d[d.agree][f"right_{names[0]}"], d[d.agree].prompt), "accuracy_mean": grouped(d.right_mean_margin, d.prompt)}
     return out
 
-def grouped(values, prompts, level:float=0.95)->dict: # value, low, high, n, prompts
-    "A mean of several values per prompt (pairs, seeds): Wilson's interval when no prompt comes twice, else a bootstrap over prompts."
-    values, prompts = np.asarray(values, float), np.asarray(prompts)
-    if len(set(prompts)) == len(values): return rate(values > .5, level) | {"prompts": len(values)}
-    by = pd.DataFrame({"v": values, "p": prompts}).groupby("p").v.agg(["sum", "size"]).to_numpy()
-    drawn = by[np.random.default_rng(0).integers(len(by), size=(4000, len(by)))].sum(1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values), "prompts": len(by)}
+def grouped(hits, prompts, level:float=0.95)->dict: # value, low, high, n, prompts
+    "A share with Wilson's interval; where a prompt comes more than once (pairs, seeds), for the number of pairs that their spread over prompts is worth, with Student's quantile. None for an empty sample."
+    hits, n = np.asarray(hits, float), len(hits)
+    of = pd.factorize(np.asarray(prompts))[0]
+    total, size, p = np.bincount(of, hits), np.bincount(of), hits.mean() if n else 0
+    k = len(size)
+    if k == n: return rate(hits > .5, level) | {"prompts": k}
+    variance = ((total - p * size) ** 2).sum() * k / max(k - 1, 1) / n ** 2  # of the mean, prompts being independent
+    worth = min(n, p * (1 - p) / variance) if variance > 1e-12 and k > 1 else k
+    z = student.ppf((1 + level) / 2, max(k - 1, 1)) ** 2 / worth
+    centre, half = (p + z / 2) / (1 + z), np.sqrt(z * (p * (1 - p) + z / 4)) / (1 + z)
+    return {"value": float(p), "low": float(max(centre - half, 0)), "high": float(min(centre + half, 1)), "n": n, "prompts": k}
 
-def paired(first, second, prompts=None)->dict: # difference, low, high, p, n
-    "Two rates on the same pairs: difference first - second, averaged per prompt; bootstrap interval over prompts, and the p of a sign-flip permutation test (with one pair per prompt: McNemar's test)."
+def paired(first, second, prompts=None)->dict: # difference, low, high, p, n, prompts
+    "Two measures on the same pairs: mean difference first - second over pairs; bootstrap interval over prompts, and the p of a sign-flip permutation test on the prompts' sums (with one pair per prompt: McNemar's test)."
     difference = pd.Series(np.asarray(first, float) - np.asarray(second, float))
-    each = difference.groupby(np.arange(len(difference)) if prompts is None else np.asarray(prompts)).mean().to_numpy()
-    draws = np.random.default_rng(0).choice(each, (4000, len(each))).mean(1)
-    low, high = np.quantile(draws, [.025, .975])
-    return {"difference": float(each.mean()), "low": float(low), "high": float(high), "p": sign_flip(each), "n": len(difference), "prompts": len(each)}
+    by = difference.groupby(np.arange(len(difference)) if prompts is None else np.asarray(prompts)).agg(["sum", "size"]).to_numpy(float)
+    drawn = np.random.default_rng(0).multinomial(len(by), np.full(len(by), 1 / len(by)), 4000) @ by
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [.025, .975])
+    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "p": sign_flip(by[:, 0]), "n": len(difference), "prompts": len(by)}
 
 def sign_flip(each:np.ndarray)->float:
     "Two-sided p of 'the mean is zero' when signs could as well be flipped; for differences of -1, 0 and 1 this is McNemar's exact test."
     if set(each) <= {-1.0, 0.0, 1.0}: return float(binomtest(int((each > 0).sum()), int((each != 0).sum())).pvalue) if each.any() else 1.0
-    return float(permutation_test((each,), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=4000, vectorized=True, rng=0).pvalue)
+    return float(permutation_test((each[each != 0],), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=20_000, vectorized=True, rng=0).pvalue)
 
 def by_quantile(d:pd.DataFrame, column:str, bins:int=4)->pd.DataFrame:
     "Inconsistency rate in quantile bins of `column`."
     cut = pd.qcut(d[column], min(bins, d[column].nunique()), duplicates="drop")
-    rows = [{column: f"{k.left:.3g} to {k.right:.3g}", **rate(~g.agree)} for k, g in d.groupby(cut, observed=True)]
+    rows = [{column: f"{k.left:.3g} to {k.right:.3g}", **grouped(~g.agree, g.prompt)} for k, g in d.groupby(cut, observed=True)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/13_consistency.ipynb #c5a0245b
+# %% ../nbs/13_consistency.ipynb #8160698c
 def reliability(d:pd.DataFrame, name:str, bins:int=10)->pd.DataFrame: # one row per bin that is not empty
     "Per bin of stated confidence: mean confidence, share right with its interval, n."
     confidence = expit(d[name].abs())
     cut = np.minimum(((confidence - .5) * 2 * bins).astype(int), bins - 1)
-    return pd.DataFrame([{"confidence": float(confidence[g.index].mean()), **rate(g[f"right_{name}"])} for _, g in d.groupby(cut)])
+    return pd.DataFrame([{"confidence": float(confidence[g.index].mean()), **grouped(g[f"right_{name}"], g.prompt)} for _, g in d.groupby(cut)])
 
 def ece(table:pd.DataFrame)->float:
     "Expected calibration error of a reliability table: mean |share right - confidence|, weighted by n."
@@ -115,7 +120,7 @@ def plot_reliability(tables:dict, title:str="", ax=None):
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/13_consistency.ipynb #16baf3f0
+# %% ../nbs/13_consistency.ipynb #895ae020
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"  # readable with any colour vision (Okabe and Ito)
 
 def save_figure(fig, path)->None:
@@ -134,7 +139,7 @@ def plot_joint(scores:list, title:str, ax=None):
     ax = ax or plt.subplots(figsize=(4.2, 4))[1]
     for x, y in ((0, .5), (.5, 0)): ax.add_patch(plt.Rectangle((x, y), .5, .5, color=GREY, alpha=.18, lw=0))
     ax.scatter(*p, s=14, c=np.where(d.agree, BLUE, ORANGE), alpha=.75, lw=0)
-    r = rate(~d.agree)
+    r = grouped(~d.agree, d.prompt)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"P(a better), {names[0]}", ylabel=f"P(a better), {names[1]}",
            title=f"{title}\ncontradict: {r['value']:.0%} [{r['low']:.0%}, {r['high']:.0%}], n={r['n']}")
     return ax

@@ -46,7 +46,7 @@ def preference_rows(pairs:list, scores:list)->list: # dicts with id, prompt, cho
         out.append({"id": p.id, "prompt": p.prompt, "chosen": chosen, "rejected": rejected, "confidence": max(target, 1 - target)})
     return out
 
-# %% ../nbs/14_optimise.ipynb #b4fa9ace
+# %% ../nbs/14_optimise.ipynb #15c4c595
 def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
     "SCIR on a batch, or an arm's part of it."
     needs_judge = spec.label == "agreement" or spec.lambda_consistency or spec.lambda_confidence
@@ -55,7 +55,8 @@ def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
     target = torch.tensor([p.target for p in view.pairs], device=m_i.device)
     out = scir_loss(m, m_i, lambda_consistency=spec.lambda_consistency, lambda_confidence=spec.lambda_confidence, tau=spec.tau, moves=spec.consistency_moves,
                     agreement=spec.agreement_gate, target=target)
-    if not needs_judge: out.metrics.pop("inconsistency")
+    if not needs_judge:
+        for k in ("inconsistency", "loss_consistency", "loss_confidence"): out.metrics.pop(k)
     return out.loss, out.metrics
 
 def assert_reference(scores:list)->None:

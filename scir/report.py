@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['KEEP', 'ALIGNMENT', 'MEASURES', 'ALONE', 'REPORTED', 'ABLATIONS', 'SHOWN', 'MARGIN', 'SKY', 'PINK', 'AMBER', 'STYLE',
            'MANY', 'TERMS', 'CAPTION', 'DRAWN', 'evaluated', 'coordinates', 'pair_rows', 'model_rows', 'step_rows',
-           'Gathered', 'gather', 'only', 'per_run', 'clustered', 'summary', 'spoken', 'measurable', 'cell',
-           'model_name', 'table', 'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened',
-           'compare', 'sure', 'holm', 'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table',
-           'share_gap', 'hits', 'moved', 'ablation_table', 'verdict', 'claim', 'above_chance', 'halved',
-           'most_accurate', 'agreed_better', 'no_collapse', 'ablated', 'idle', 'claims', 'words', 'families',
-           'plot_rate', 'plot_inconsistency', 'contrasted', 'plot_joints', 'course', 'plot_retained', 'plot_training',
-           'calibrated', 'plot_calibration', 'plot_splits', 'tables', 'figures', 'caption', 'document', 'report']
+           'Gathered', 'gather', 'only', 'per_run', 'summary', 'spoken', 'measurable', 'cell', 'model_name', 'table',
+           'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened', 'compare', 'sure', 'holm',
+           'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table', 'share_gap', 'hits', 'moved',
+           'ablation_table', 'verdict', 'claim', 'above_chance', 'halved', 'most_accurate', 'agreed_better',
+           'no_collapse', 'ablated', 'idle', 'claims', 'words', 'families', 'plot_rate', 'plot_inconsistency',
+           'contrasted', 'plot_joints', 'course', 'plot_retained', 'plot_training', 'plot_calibration', 'plot_splits',
+           'tables', 'figures', 'caption', 'document', 'report']
 
-# %% ../nbs/18_report.ipynb #eea712b5
+# %% ../nbs/18_report.ipynb #228f4beb
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +21,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit
-from scipy.stats import t as student
 
-from .consistency import BLUE, GREEN, GREY, ORANGE, UNITS, derive, ece, frame, paired, plot_reliability, rate, reliability, save_figure
+from .consistency import BLUE, GREEN, GREY, ORANGE, UNITS, derive, ece, frame, grouped, paired, plot_reliability, rate, reliability, save_figure
 from .recipe import ARMS, all_nodes, load_recipe, node_parts
 from .store import Score, atomic_path, read_json, read_rows, write_text
 
@@ -105,21 +104,7 @@ def per_run(make, g:Gathered)->pd.DataFrame:
     made = [pd.concat([pd.Series(r, t.index, name="run"), t], axis=1) for r, t in made.items() if len(t)]
     return pd.concat(made, ignore_index=True) if made else pd.DataFrame()
 
-# %% ../nbs/18_report.ipynb #fefca68c
-def clustered(hits, prompts, level:float=0.95)->dict: # value, low, high, n, prompts
-    "A share with Wilson's interval; where a prompt comes more than once, for the number of pairs that their spread over prompts is worth. None for an empty sample."
-    hits, n = np.asarray(hits, float), len(hits)
-    of = pd.factorize(np.asarray(prompts))[0]
-    total, size, p = np.bincount(of, hits), np.bincount(of), hits.mean() if n else 0
-    k = len(size)
-    if k == n: return rate(hits > .5, level) | {"prompts": k}
-    variance = ((total - p * size) ** 2).sum() * k / max(k - 1, 1) / n ** 2  # of the mean, prompts being independent
-    worth = min(n, p * (1 - p) / variance) if variance > 1e-12 and k > 1 else k
-    z = student.ppf((1 + level) / 2, max(k - 1, 1)) ** 2 / worth
-    centre, half = (p + z / 2) / (1 + z), np.sqrt(z * (p * (1 - p) + z / 4)) / (1 + z)
-    return {"value": float(p), "low": float(max(centre - half, 0)), "high": float(min(centre + half, 1)), "n": n, "prompts": k}
-
-# %% ../nbs/18_report.ipynb #6f4d47eb
+# %% ../nbs/18_report.ipynb #536551e5
 MEASURES = {  # name -> (label in tables, values of a set's pairs: column, and on which pairs)
     "inconsistency": ("inconsistency", lambda d: ~d.agree),
     "inconsistency_likelihood": ("judge against log-prob", lambda d: (d.generative > 0) != (d.likelihood > 0)),
@@ -142,7 +127,7 @@ def summary(g:Gathered)->pd.DataFrame: # one row per run, arm, iteration and set
             values = pick(d)
             if not len(values): continue
             each = values.groupby(d.seed[values.index]).mean()
-            row |= {key if k == "value" else f"{key}_{k}": v for k, v in clustered(values, d.prompt[values.index]).items()} | {f"{key}_least": each.min(), f"{key}_most": each.max()}
+            row |= {key if k == "value" else f"{key}_{k}": v for k, v in grouped(values, d.prompt[values.index]).items()} | {f"{key}_least": each.min(), f"{key}_most": each.max()}
         if d.label.notna().all(): row |= {f"ece_{n}": ece(reliability(d, n)) for n in g.rewards if spoken(d, n)}
         rows.append(row)
     order = {a: i for i, a in enumerate(["base", *ARMS])}
@@ -282,7 +267,7 @@ def alignment_table(g:Gathered)->pd.DataFrame:
 def reported_table()->pd.DataFrame:
     return pd.DataFrame([{"arm": a, "metric": m, "values": ", ".join(map(str, v)), "of": f"M_{first} to M_{first + 2}", "model": model, "source": s} for a, m, v, first, model, s in REPORTED])
 
-# %% ../nbs/18_report.ipynb #5dad8812
+# %% ../nbs/18_report.ipynb #ec39b1b4
 ABLATIONS = {  # arm -> (what it lacks, measure that should go up)
     "scir-no-consistency": ("consistency term", "inconsistency"),
     "scir-no-confidence": ("confidence term", "entropy"),
@@ -307,7 +292,7 @@ def _correlation(counts): # of the two shares' errors, over prompts
     return float(a @ b / norm) if (norm := np.sqrt(a @ a * (b @ b))) > 1e-12 else 0.0
 
 def _square_and_add(first, second, r, level): # (low, high)
-    a, b = (clustered(f.hit, f.prompt, level) for f in (first, second))
+    a, b = (grouped(f.hit, f.prompt, level) for f in (first, second))
     reach = lambda x, y: float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0)))
     gap = a["value"] - b["value"]
     return gap - reach(a["value"] - a["low"], b["high"] - b["value"]), gap + reach(a["high"] - a["value"], b["value"] - b["low"])
@@ -335,7 +320,7 @@ def ablation_table(g:Gathered)->pd.DataFrame:
 
 def _signed(gap): return f"{gap['difference']:+.2g} [{gap['low']:+.2g}, {gap['high']:+.2g}]"
 
-# %% ../nbs/18_report.ipynb #428394a9
+# %% ../nbs/18_report.ipynb #9999c67b
 MARGIN = .05  # a loss of accuracy that 'at least as accurate' puts up with at the interval's end
 
 def verdict(sign:int)->str: return {1: "met", -1: "not met", 0: "not decided"}[sign]
@@ -353,7 +338,7 @@ def above_chance(g:Gathered)->list: # of claims
     out, m1 = [], g.pairs[(g.pairs.arm == "sft") & (g.pairs.set == "held-out")]
     for key, who in (("accuracy_generative", "the judge"), ("accuracy_implicit", "the implicit reward")):
         if not measurable(key, m1): continue
-        r = clustered(MEASURES[key][1](m1), m1.prompt)
+        r = grouped(MEASURES[key][1](m1), m1.prompt)
         out.append(claim(f"after the warm start {who} is right on more than half", verdict((r["low"] > .5) - (r["high"] < .5)), _pct(r), "held-out"))
     return out
 
@@ -363,7 +348,7 @@ def halved(g:Gathered)->list: # of claims
     for name, arm in [(n, a) for n in ("panel", "held-out") for a in ("sft", "srlm")]:
         both = matched(d, "scir", arm, name)
         if not all(measurable("inconsistency", x) for x in both): continue
-        ours, theirs = (clustered(pick(x), x.prompt) for x in both)
+        ours, theirs = (grouped(pick(x), x.prompt) for x in both)
         gap, to_half = compare(d, "scir", arm, pick, name), compare(d, "scir", arm, pick, name, weight=.5)
         met = ours["value"] <= theirs["value"] / 2 and ours["high"] < theirs["low"] and sure(gap) < 0
         note = {-1: "lower", 1: "higher", 0: "a difference that is not sure"}[sure(gap)]
@@ -383,7 +368,7 @@ def most_accurate(g:Gathered)->list: # of claims
         worse = any(sure(gap, len(gaps)) < 0 for gap in gaps.values())
         met = all(gap["difference"] >= 0 and gap["low"] > -MARGIN for gap in gaps.values())
         out.append(claim(f"{MEASURES[key][0]}: scir at least as often as every other arm", "met" if met else verdict(-worse),
-                         f"{_pct(clustered(MEASURES[key][1](s), s.prompt))}; nearest or ahead is {best}, scir less {best} {_gap(gaps[best])}", name, ("scir",)))
+                         f"{_pct(grouped(MEASURES[key][1](s), s.prompt))}; nearest or ahead is {best}, scir less {best} {_gap(gaps[best])}", name, ("scir",)))
     return out + [c for s in labelled if (c := agreed_better(d[(d.set == s) & (d.arm == "scir")], s))]
 
 def agreed_better(s:pd.DataFrame, name:str)->dict: # a claim
@@ -393,7 +378,7 @@ def agreed_better(s:pd.DataFrame, name:str)->dict: # a claim
     if not all(gaps.values()): return {}
     worst = min(gaps.values(), key=lambda gap: gap["difference"])
     return claim("scir is right more often where its models agree than any of them alone", verdict(min(sure(gap, len(gaps)) for gap in gaps.values())),
-                 f"{_pct(clustered(agreed, s.prompt[agreed.index]))} on {len(agreed)} of {len(s)} pairs; {_gap(worst)} to the better one", name, ("scir",))
+                 f"{_pct(grouped(agreed, s.prompt[agreed.index]))} on {len(agreed)} of {len(s)} pairs; {_gap(worst)} to the better one", name, ("scir",))
 
 # %% ../nbs/18_report.ipynb #75f86096
 def no_collapse(g:Gathered)->list: # of claims
@@ -489,7 +474,7 @@ def plot_rate(found:pd.DataFrame, key:str, label:str):
 
 def plot_inconsistency(found:pd.DataFrame): return plot_rate(found, "inconsistency", "inconsistency rate, 95% interval")
 
-# %% ../nbs/18_report.ipynb #23f168cd
+# %% ../nbs/18_report.ipynb #295965cf
 def contrasted(d:pd.DataFrame)->list: # at most three arms
     "Before, the baseline, and scir; or of what there is."
     return [a for a in ("sft", "srlm", "scir") if a in set(d.arm)] or list(d.arm.unique())[:3]
@@ -512,7 +497,7 @@ def plot_joints(g:Gathered, name:str):
         for x, y in ((0, .5), (.5, 0)): ax.add_patch(plt.Rectangle((x, y), .5, .5, color=ORANGE, alpha=.13, lw=0))
         drawn = _density(ax, expit(s[one]), expit(s[other]), s.agree, max(10, len(s) / 40))
         ax.axhline(.5, color=GREY, lw=.6), ax.axvline(.5, color=GREY, lw=.6)
-        r = clustered(~s.agree, s.prompt)
+        r = grouped(~s.agree, s.prompt)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"P(a better), {one}")
         ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}\ncontradict: {r['value']:.0%} [{r['low']:.0%}, {r['high']:.0%}], n={r['n']}", fontsize=10)
     axes[0][0].set_ylabel(f"P(a better), {other}")
@@ -581,14 +566,7 @@ def plot_training(g:Gathered, family:str="methods"):
     _legend(axes[0][-1], axes.flat)
     return fig
 
-# %% ../nbs/18_report.ipynb #90c7da3d
-def calibrated(d:pd.DataFrame, name:str, bins:int=5)->pd.DataFrame: # as `reliability`
-    "A reliability table whose intervals know that seeds share prompts."
-    t, sure = reliability(d, name, bins), expit(d[name].abs())
-    cut = np.minimum(((sure - .5) * 2 * bins).astype(int), bins - 1)
-    found = pd.DataFrame([clustered(x[f"right_{name}"], x.prompt) for _, x in d.groupby(cut)])
-    return t.assign(low=found.low, high=found.high)
-
+# %% ../nbs/18_report.ipynb #b24d67fd
 def plot_calibration(g:Gathered, name:str):
     "Reliability of the internal models before and after, all seeds. None without labels."
     import matplotlib.pyplot as plt
@@ -598,7 +576,7 @@ def plot_calibration(g:Gathered, name:str):
     fig, axes = plt.subplots(1, len(arms), figsize=(3.6 * len(arms), 3.4), sharey=True, squeeze=False, layout="constrained")
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm].reset_index(drop=True)
-        plot_reliability({n: calibrated(s, n) for n in g.rewards if spoken(s, n)}, "", ax)
+        plot_reliability({n: reliability(s, n, 5) for n in g.rewards if spoken(s, n)}, "", ax)
         ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}", fontsize=10)
     for ax in axes[0][1:]: ax.set_ylabel("")
     return fig
@@ -616,12 +594,12 @@ def plot_splits(g:Gathered, name:str, bins:int=3):
         cut = pd.qcut(d[column], bins, duplicates="drop") if d[column].nunique() > 1 else pd.cut(d[column], 1)
         for i, arm in enumerate(arms):
             s = d[d.arm == arm]
-            r = pd.DataFrame([{"x": j, **clustered(~k.agree, k.prompt)} for j, c in enumerate(cut.cat.categories) if len(k := s[cut[s.index] == c])])
+            r = pd.DataFrame([{"x": j, **grouped(~k.agree, k.prompt)} for j, c in enumerate(cut.cat.categories) if len(k := s[cut[s.index] == c])])
             ax.errorbar(r.x + .12 * (i - (len(arms) - 1) / 2), r.value, yerr=[r.value - r.low, r.high - r.value], color=STYLE[arm][0], marker=STYLE[arm][2], ls="", capsize=3, label=model_name(arm, s.iteration.max()))
         ax.set(xlabel=f"{UNITS[column]} ({name})", ylim=(0, 1.02), xlim=(-.5, len(cut.cat.categories) - .5))
         ax.set_xticks(range(len(cut.cat.categories)), [_bin(c, column == "length_difference") for c in cut.cat.categories])
     axes[0].set_ylabel("inconsistency rate, 95% interval")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../nbs/18_report.ipynb #710340e1

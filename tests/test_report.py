@@ -10,7 +10,8 @@ from scipy.stats import t as student
 import scir.report as report
 from scir.consistency import derive, rate
 from scir.recipe import ARMS, dump_recipe, parse_recipe
-from scir.report import Gathered, clustered, course, gather, last, share_gap, sure, tables
+from scir.consistency import grouped
+from scir.report import Gathered, course, gather, last, share_gap, sure, tables
 from scir.store import Score, write_json, write_rows, write_text
 
 NAMES = ["generative", "implicit"]
@@ -47,33 +48,33 @@ def closed():
 
 def test_one_pair_per_prompt_is_wilson_and_copies_add_nothing():
     hits = [1] * 13 + [0] * 7
-    assert clustered(hits, range(20)) == rate(hits) | {"prompts": 20}
-    thrice = clustered(hits * 3, list(range(20)) * 3)
+    assert grouped(hits, range(20)) == rate(hits) | {"prompts": 20}
+    thrice = grouped(hits * 3, list(range(20)) * 3)
     assert thrice["n"] == 60 and thrice["prompts"] == 20 and thrice["value"] == .65
     assert thrice["low"] < rate(hits)["low"] and thrice["high"] > rate(hits)["high"] and thrice["high"] - thrice["low"] < 1.15 * (rate(hits)["high"] - rate(hits)["low"])
 
-def test_clustered_by_hand():
+def test_grouped_by_hand():
     "Prompts with 3 of 3, 0 of 1 and 1 of 2: p = 4/6, residuals 1, -2/3, -1/3; variance of the mean (14/9)(3/2)/36 = 7/108."
-    r, p, z2 = clustered([1, 1, 1, 0, 1, 0], list("aaabcc")), 2 / 3, student.ppf(.975, 2) ** 2
+    r, p, z2 = grouped([1, 1, 1, 0, 1, 0], list("aaabcc")), 2 / 3, student.ppf(.975, 2) ** 2
     n = p * (1 - p) / (7 / 108)
     centre, half = (p + z2 / 2 / n) / (1 + z2 / n), np.sqrt(z2 / n * (p * (1 - p) + z2 / 4 / n)) / (1 + z2 / n)
     assert (r["low"], r["high"]) == pytest.approx((centre - half, centre + half)) and r["value"] == pytest.approx(p)
 
 @pytest.mark.parametrize("hits, prompts", [([0] * 60, 30), ([1] * 60, 30), ([1, 0] * 30, 30)])
 def test_an_interval_of_equal_prompts_has_the_width_of_its_prompts(hits, prompts):
-    r = clustered(hits, [i // 2 for i in range(60)])
+    r = grouped(hits, [i // 2 for i in range(60)])
     assert r["high"] - r["low"] > rate(hits[::2] if hits[0] == hits[1] else [1, 0] * 15)["high"] - rate(hits[::2] if hits[0] == hits[1] else [1, 0] * 15)["low"]
 
-def test_edges_of_clustered():
-    assert clustered([], []) == {"value": None, "low": None, "high": None, "n": 0, "prompts": 0}
-    one = clustered([1, 1, 0, 1], ["a"] * 4)
+def test_edges_of_grouped():
+    assert grouped([], []) == {"value": None, "low": None, "high": None, "n": 0, "prompts": 0}
+    one = grouped([1, 1, 0, 1], ["a"] * 4)
     assert one["low"] < .05 and one["high"] > .95 and one["value"] == .75
 
-def test_clustered_covers():
+def test_grouped_covers():
     rng, inside = np.random.default_rng(0), 0
     for _ in range(400):
         p = rng.beta(1, 3, 24)  # mean 1/4; six pairs a prompt
-        r = clustered(rng.random((24, 6)).ravel() < np.repeat(p, 6), np.repeat(np.arange(24), 6))
+        r = grouped(rng.random((24, 6)).ravel() < np.repeat(p, 6), np.repeat(np.arange(24), 6))
         inside += r["low"] <= .25 <= r["high"]
     assert .92 < inside / 400 < .98
 
