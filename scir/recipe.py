@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-# %% ../nbs/00_recipe.ipynb #f3196206
+# %% ../nbs/00_recipe.ipynb #ff3f47c8
 def spec(default, text:str, standing:str="D", unit:str="", **bounds):
     "A field with its default, meaning, standing (P, S or D) and unit."
     return Field(default, description=text, json_schema_extra={"standing": standing, "unit": unit}, **bounds)
@@ -126,7 +126,7 @@ class TrainSpec(Section):
     beta: float = spec(0.1, "DPO's beta, also the implicit reward's scale", "S", "1/nat", gt=0)
     length_normalise: bool = spec(False, "log-ratios per token in the implicit reward and the DPO loss", "D")
     lambda_consistency: float = spec(1.0, "weight of the symmetric KL between the reward models", "S", ge=0)
-    consistency_moves: Literal["both", "less_confident"] = spec("both", "whom the symmetric KL moves; with less_confident the surer model of a pair teaches the other", "D")
+    consistency_moves: Literal["both", "less_confident"] = spec("less_confident", "whom the symmetric KL moves: both models, or the less confident one of a pair, taught by the surer one", "D")
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")
