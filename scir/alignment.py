@@ -201,7 +201,7 @@ def reward_judge(name:str, batch:int=8):
         return [None if m is None else .5 + math.tanh(m / 2) / 2 for m in margins]  # sigmoid, with no overflow
     return judge_function(read, failures)
 
-# %% ../nbs/16_alignment.ipynb #1fd5bd4a
+# %% ../nbs/16_alignment.ipynb #33bcbd95
 def fit_reward(base:str, # causal model: folder, hub id or built-in name
                pairs:list, # of LabelledPair
                folder, # where the sequence-classification model is written
@@ -209,10 +209,11 @@ def fit_reward(base:str, # causal model: folder, hub id or built-in name
               )->dict: # pairs, and the share right in 5-fold cross-validation, with its interval
     "Fit and save a linear reward model; the regularisation is chosen by cross-validation."
     import torch
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, cross_val_predict
     from transformers import AutoModelForSequenceClassification
     from scir.model import load_tokenizer, model_path
+    if len(pairs) < 20: raise ValueError(f"{len(pairs)} labelled pairs are too few to fit a reward model; at least 20 are needed")
     tokenizer, model = load_tokenizer(ModelSpec(name=base)), AutoModelForSequenceClassification.from_pretrained(model_path(ModelSpec(name=base)), num_labels=1, dtype=torch.float32, use_safetensors=True)
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -221,10 +222,10 @@ def fit_reward(base:str, # causal model: folder, hub id or built-in name
     flipped = np.random.default_rng(0).choice([-1, 1], len(pairs))
     difference = (x[:len(pairs)] - x[len(pairs):]) * flipped[:, None]
     scale = difference.std(0) + 1e-6
-    fit = LogisticRegressionCV(Cs=np.logspace(-5, 1, 7), fit_intercept=False, cv=5, max_iter=2000).fit(difference / scale, flipped)
+    fit = GridSearchCV(LogisticRegression(fit_intercept=False, max_iter=2000), {"C": np.logspace(-5, 1, 7)}, cv=5).fit(difference / scale, flipped)
     right = cross_val_predict(fit, difference / scale, flipped, cv=5) == flipped
     model.score = head
-    with torch.no_grad(): head.weight.copy_(torch.tensor(fit.coef_ / scale, dtype=torch.float32))
+    with torch.no_grad(): head.weight.copy_(torch.tensor(fit.best_estimator_.coef_ / scale, dtype=torch.float32))
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return {"pairs": len(pairs), "cross-validated": rate(right)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'EXAMPLES', 'fail', 'one_line', 'positive',
-           'not_a_folder', 'settle', 'check', 'run', 'report', 'judge', 'export', 'say', 'show']
+           'not_a_folder', 'settle', 'check', 'run', 'report', 'judge', 'export', 'fit_reward_model', 'say', 'show']
 
 # %% ../nbs/21_cli.ipynb #79e09b22
 from contextlib import contextmanager
@@ -144,6 +144,24 @@ def export(model: Annotated[str, typer.Argument(help=MODEL)],
         check(model, base)
         found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward} if to == "reward_bench" else {}))
     typer.echo("\n".join([*map(say, found.items()), f"file: {out}"]))
+
+# %% ../nbs/21_cli.ipynb #93b5aab8
+@app.command("fit-reward")
+def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under the linear head: folder, hub id or built-in name; it stays as it is")],
+                     pairs: Annotated[str, typer.Option(help="labelled pairs, file or hub name")],
+                     out: Annotated[Path, typer.Option(help="folder of the reward model")],
+                     split: Annotated[list[str], typer.Option(help="splits to fit on: train, validation, test; more than once for several")] = ["train"],
+                     limit: Limit = None, debug: Debug = False):
+    "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates. Example: scir fit-reward --model smollm2-135m-instruct --pairs data/pairs.jsonl --out data/models/reward"
+    from scir.alignment import fit_reward
+    from scir.data import in_split, load_pairs
+    from scir.pipeline import quiet
+    with one_line(debug):
+        quiet()
+        if unknown := set(split) - {"train", "validation", "test"}: raise ValueError(f"--split {unknown.pop()}: train, validation or test is needed")
+        rows, dropped = load_pairs(pairs)
+        found = fit_reward(model, [r for name in split for r in in_split(rows, name)][:limit], out)
+    typer.echo("\n".join([*map(say, (found | {"dropped": dropped}).items()), f"model: {out}"]))
 
 # %% ../nbs/21_cli.ipynb #c5b0d353
 def say(item)->str:

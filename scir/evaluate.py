@@ -74,7 +74,7 @@ def evaluate(recipe:Recipe, run, node:str)->dict: # metrics
     write_json(Path(run)/node/"evaluation"/"metrics.json", found)
     return found
 
-# %% ../nbs/15_evaluate.ipynb #7a541c20
+# %% ../nbs/15_evaluate.ipynb #13e8a2c7
 def resolve(model:str, recipe:Recipe)->tuple: # Recipe, adapter folder or None
     "What `model` names: a run's node (data/runs/smol/seed0/scir/m2; its run's recipe is used), a peft adapter's folder, a model's folder or hub id."
     path = Path(model)
@@ -111,7 +111,7 @@ def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=Non
 
 def _older(model, recipe):
     "The reference of a run's model where that is M_{t-1}, as its recipe says."
-    path = Path(model)
+    path = Path(model).parent if Path(model).name == "adapter" else Path(model)
     run = next((p for p in path.parents if (p/"recipe.yaml").exists()), None) if (path/"adapter").is_dir() else None
     if not run or recipe.train.reference != "previous" or node_parts(node := path.relative_to(run).as_posix())[2] < 2: return None
     return str(run/parent_node(node))

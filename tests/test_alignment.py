@@ -362,3 +362,21 @@ def test_a_real_server_judges_and_its_replies_outlive_it(quick, monkeypatch, alw
         assert win_rate(found)["value"] == .5 and not ask.failures
     assert duels(PAIRS, ask) == found and {r["text"] for r in read_rows(tmp_path/"c.jsonl")} == {"A"}
     assert duels([("new", "q", "a", "b")], ask)[0].preference is None and ask.failures == {"APIConnectionError": 2}
+
+
+# a reward model of one's own -------------------------------------------------
+
+def test_fitted_reward_learns_a_rule_and_loads_as_a_reward_model(tmp_path):
+    from scir.alignment import fit_reward
+    from scir.model import save_tiny
+    from scir.store import LabelledPair
+    rng = np.random.default_rng(0)
+    word = lambda letters: "".join(rng.choice(list(letters), 12))
+    rows = [LabelledPair(id=str(i), prompt="Q", chosen=word("abc"), rejected=word("xyz")) for i in range(60)]
+    summary = fit_reward(str(save_tiny(tmp_path/"tiny")), rows, tmp_path/"reward")
+    assert summary["pairs"] == 60 and summary["cross-validated"]["low"] > .8
+    better, worse = reward_scores(str(tmp_path/"reward"), [("Q", word("abc")) for _ in range(20)]), reward_scores(str(tmp_path/"reward"), [("Q", word("xyz")) for _ in range(20)])
+    assert np.mean(np.array(better) > np.array(worse)) > .9
+    noise = [LabelledPair(id=str(i), prompt="Q", chosen=word("abc"), rejected=word("abc")) for i in range(60)]
+    assert fit_reward(str(tmp_path/"tiny"), noise, tmp_path/"noise")["cross-validated"]["value"] < .75
+    with pytest.raises(ValueError, match="too few"): fit_reward(str(tmp_path/"tiny"), rows[:5], tmp_path/"few")
