@@ -100,7 +100,7 @@ def node(tmp_path):
 @pytest.mark.parametrize("settings", [(), ("train.beta=0.6", "judge.verdicts=[C, D]")])
 def test_a_runs_model_brings_its_recipe_and_settings_change_it(node, pairs, tmp_path, settings):
     found = json.loads(works("judge", "--model", node, "--pairs", pairs, "--out", tmp_path/"s.parquet", "--json", *(x for s in settings for x in ("--set", s))))
-    assert found["inconsistency"]["n"] == 5 and {"low", "high", "value", "n"} == set(found["accuracy_implicit"]) and found["dropped"] == {}
+    assert found["inconsistency"]["n"] == 5 and {"low", "high", "value", "n", "prompts"} == set(found["accuracy_implicit"]) and found["dropped"] == {}
     same_margins(pd.read_parquet(tmp_path/"s.parquet"), scored(pairs, tmp_path/"s.jsonl", load_recipe(tmp_path/"run/recipe.yaml", settings), node/"adapter"))
 
 def interrupted(monkeypatch, *args):
@@ -252,3 +252,12 @@ def test_an_export_that_cannot_be_met(tmp_path, args, words):
 def test_help_has_an_example_of_each():
     said = works("export", "--help")
     assert all(f"--to {to}" in said for to in ("alpaca_eval", "mt_bench", "reward_bench")) and "scir judge --model" in " ".join(works("judge", "--help").split())
+
+
+def test_fit_reward_says_how_good_it_is_and_is_a_reward_model(tmp_path):
+    from scir.alignment import reward_scores
+    done = CliRunner().invoke(app, ["fit-reward", "--model", "data/models/tiny-random", "--pairs", "data/pairs.jsonl", "--limit", "40", "--out", str(tmp_path / "reward")])
+    assert done.exit_code == 0 and "pairs: 40" in done.output and "cross-validated: " in done.output
+    assert len(reward_scores(str(tmp_path / "reward"), [("Q", "one"), ("Q", "two")])) == 2
+    wrong = CliRunner().invoke(app, ["fit-reward", "--model", "data/models/tiny-random", "--pairs", "data/pairs.jsonl", "--split", "tests", "--out", str(tmp_path / "other")])
+    assert wrong.exit_code == 1 and "--split tests" in wrong.output and not (tmp_path / "other").exists()
