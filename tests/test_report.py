@@ -412,3 +412,10 @@ def test_runs_that_do_not_fit(run, tmp_path):
     with pytest.raises(ValueError, match="--out"): report.report([run, run])
     third = make_run(tmp_path/"third", rewards=["generative", "implicit", "pointwise"], name="third")
     with pytest.raises(ValueError, match="different reward models"): report.report([run, third], tmp_path/"out")
+
+
+def test_the_kept_demo_is_made_again_from_its_tables(tmp_path):
+    from pathlib import Path
+    kept = Path(__file__).parents[1]/"docs/results/smol"
+    report.report(kept, tmp_path)
+    for name in ("inconsistency", "reward_models", "comparisons", "claims", "alignment"): assert (tmp_path/f"{name}.csv").read_text() == (kept/f"{name}.csv").read_text(), name
