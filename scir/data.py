@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'PAIR_FORMATS', 'PROMPT_FORMATS', 'INSTRUCTION_FORMATS', 'read_source', 'recognise', 'load_prompts',
-           'load_pairs', 'load_instructions', 'bucket', 'split_of', 'take', 'in_split', 'evaluation_prompts',
-           'prompt_pool']
+           'load_pairs', 'load_instructions', 'merged', 'bucket', 'split_of', 'take', 'in_split', 'evaluation_rows',
+           'evaluation_prompts', 'prompt_pool']
 
 # %% ../nbs/02_data.ipynb #33387ec4
 import hashlib
@@ -137,6 +137,24 @@ def load_instructions(source:str)->tuple: # list of (prompt, output), drops by r
     "Prompts with a good answer, for supervised training."
     return _convert(source, INSTRUCTION_FORMATS, lambda t: _empty(*t), lambda row, t: t)
 
+# %% ../nbs/02_data.ipynb #91597648
+def merged(load, # load_prompts or load_pairs
+           sources:tuple,
+          )->tuple: # rows, drops by reason
+    "Rows of several sources as of one. What a later source repeats is dropped and counted; raises ValueError where one id stands for rows of two sources."
+    rows, dropped, seen, owner = [], Counter(), set(), {}
+    for source in sources:
+        found, reasons = load(source)
+        dropped.update(reasons)
+        for r in found:
+            text = r.model_dump_json(exclude={"id", "subset"})
+            if text in seen: dropped["duplicate"] += 1
+            elif owner.setdefault(r.id, source) != source: raise ValueError(f"id {r.id!r} stands for a row of {owner[r.id]} and for one of {source}; make ids unique or leave them out")
+            else:
+                seen.add(text)
+                rows.append(r)
+    return rows, dict(dropped)
+
 # %% ../nbs/02_data.ipynb #345c3da2
 def bucket(prompt:str)->int:
     "0-99, from the sha256 of the prompt; of a dialogue, of its first human turn, so that its continuations stay together."
@@ -157,15 +175,22 @@ def in_split(rows:list, split:str, limit:int|None=None)->list:
     return take([r for r in rows if split_of(r.prompt) == split], limit)
 
 # %% ../nbs/02_data.ipynb #4534ef28
+def evaluation_rows(spec:DataSpec)->dict: # set -> (list of LabelledPair, drops by reason)
+    "Everything that evaluates: `held-out`, the test split of the seed sources, and the labelled sets, whole; one that is a seed source too gives its test split and leaves `held-out`."
+    named = spec.labelled_sets
+    sets, out = {"held-out": tuple(s for s in spec.pairs if s not in named.values()), **{name: (source,) for name, source in named.items()}}, {}
+    for name, sources in sets.items():
+        rows, dropped = merged(load_pairs, sources)
+        out[name] = in_split(rows, "test") if set(sources) <= set(spec.pairs) else take(rows), dropped
+    return out
+
 def evaluation_prompts(spec:DataSpec)->set: # prompt texts
-    "Prompts of everything that evaluates: the test split of the seed pairs, and the other labelled sets."
-    held = {r.prompt for r in in_split(load_pairs(spec.pairs)[0], "test")}
-    return held.union(*({r.prompt for r in load_pairs(s)[0]} for s in spec.labelled_sets.values()))
+    return {r.prompt for rows, _ in evaluation_rows(spec).values() for r in rows}
 
 def prompt_pool(spec:DataSpec)->tuple: # training prompts, held-out prompts, drops by reason
     "Split the pool in the order of its prompts' hashes: the first `held_out_prompts` are kept for evaluation, up to `prompt_limit` of the rest are for training. Prompts of an evaluation set are dropped and counted."
-    rows, dropped = load_prompts(spec.prompts)
+    rows, dropped = merged(load_prompts, spec.prompts)
     held = evaluation_prompts(spec)
     free, n = take([r for r in rows if r.prompt not in held]), spec.held_out_prompts
-    if len(free) <= n: raise ValueError(f"data.prompts {spec.prompts}: {len(free)} usable prompts, {n} held out, none left to train on; lower data.held_out_prompts")
+    if len(free) <= n: raise ValueError(f"data.prompts {', '.join(spec.prompts)}: {len(free)} usable prompts, {n} held out, none left to train on; lower data.held_out_prompts")
     return free[n:][:spec.prompt_limit], free[:n], dropped | {"in an evaluation set": len(rows) - len(free)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy.special import expit
 
 from .consistency import frame, metrics
-from .data import in_split, load_pairs, prompt_pool, read_source, take
+from .data import evaluation_rows, load_pairs, prompt_pool, read_source
 from .model import for_sampling, for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, node_name, node_parts, parent_node
 from .sample import sample
@@ -21,11 +21,9 @@ from .store import Response, Score, atomic_path, digest, hash_path, read_json, r
 
 # %% ../nbs/15_evaluate.ipynb #03acbd61
 def labelled_sets(tokenizer, recipe:Recipe)->dict: # name -> (list of Pair, drops by reason)
-    "The test split of the seed pairs, and the recipe's other labelled sets whole."
+    "The evaluation sets, encoded, the first `data.test_limit` pairs of each that are short enough."
     d, out = recipe.data, {}
-    for name, source in {"held-out": d.pairs, **d.labelled_sets}.items():
-        rows, dropped = load_pairs(source)
-        rows = in_split(rows, "test") if name == "held-out" else take(rows)
+    for name, (rows, dropped) in evaluation_rows(d).items():
         pairs, too_long = labelled_pairs(tokenizer, rows, d.max_prompt_tokens, d.max_response_tokens, d.test_limit)
         out[name] = pairs, dropped | too_long
     return out

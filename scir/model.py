@@ -133,7 +133,8 @@ def load_tokenizer(spec:ModelSpec):
 def load_base(spec:ModelSpec):
     "M_0 on this process's device, quantised if the recipe says so, in eval mode and frozen."
     from transformers import AutoModelForCausalLM
-    dtype, options = compute_dtype(spec), {}
+    dtype = compute_dtype(spec)
+    options = {"attn_implementation": "eager"} if dtype == torch.bfloat16 and device().type == "cpu" else {}
     if spec.quantize == "nf4":
         from transformers import BitsAndBytesConfig
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)

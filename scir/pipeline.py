@@ -215,7 +215,7 @@ def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
 
 def source_hashes(fields:dict)->dict: # source -> hash; 'absent' for a hub name
     "Hashes of the data files and the model folder that `fields` name."
-    named = [fields.get(f"data.{k}") for k in ("prompts", "pairs", "instructions")] + list(fields.get("data.labelled_sets", {}).values())
+    named = [*fields.get("data.prompts", ()), *fields.get("data.pairs", ()), fields.get("data.instructions"), *fields.get("data.labelled_sets", {}).values()]
     model = fields.get("model", {}).get("name")
     if model and Path(model).is_dir(): named.append(model)
     return {s: hash_path(s) for s in named if s}

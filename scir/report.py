@@ -14,6 +14,7 @@ __all__ = ['KEEP', 'ALIGNMENT', 'MEASURES', 'ALONE', 'REPORTED', 'ABLATIONS', 'S
            'tables', 'figures', 'caption', 'document', 'report']
 
 # %% ../nbs/18_report.ipynb #228f4beb
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -334,18 +335,18 @@ def _gap(gap):
     return f"{100 * gap['difference']:+.0f} points [{100 * gap['low']:+.0f}, {100 * gap['high']:+.0f}]{seeds}"
 
 def above_chance(g:Gathered)->list: # of claims
-    "After the warm start both internal models beat a coin on pairs that training never saw."
-    out, m1 = [], g.pairs[(g.pairs.arm == "sft") & (g.pairs.set == "held-out")]
-    for key, who in (("accuracy_generative", "the judge"), ("accuracy_implicit", "the implicit reward")):
+    "After the warm start both internal models beat a coin, on every labelled set."
+    out, who = [], {"accuracy_generative": "the judge", "accuracy_implicit": "the implicit reward"}
+    for (name, m1), key in product(g.pairs[g.pairs.arm == "sft"].groupby("set", sort=False), who):
         if not measurable(key, m1): continue
         r = grouped(MEASURES[key][1](m1), m1.prompt)
-        out.append(claim(f"after the warm start {who} is right on more than half", verdict((r["low"] > .5) - (r["high"] < .5)), _pct(r), "held-out"))
+        out.append(claim(f"after the warm start {who[key]} is right on more than half", verdict((r["low"] > .5) - (r["high"] < .5)), _pct(r), name))
     return out
 
 def halved(g:Gathered)->list: # of claims
     "SCIR's inconsistency after the last iteration is at most half of a baseline's, intervals apart."
     out, d, pick = [], last(g), MEASURES["inconsistency"][1]
-    for name, arm in [(n, a) for n in ("panel", "held-out") for a in ("sft", "srlm")]:
+    for name, arm in product(sorted(d.set.unique(), key=lambda s: s != "panel"), ("sft", "srlm")):
         both = matched(d, "scir", arm, name)
         if not all(measurable("inconsistency", x) for x in both): continue
         ours, theirs = (grouped(pick(x), x.prompt) for x in both)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .data import evaluation_prompts, load_instructions, load_pairs, split_of, take
+from .data import evaluation_prompts, load_instructions, load_pairs, merged, split_of, take
 from .logprobs import check_projection, encode_prompt, encode_response, response_logps
 from .loss import dpo_loss
 from .recipe import Recipe, WarmStartSpec
@@ -42,10 +42,10 @@ def _sft_on(view, instructions):
 def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason
     "The train split of the labelled pairs, encoded; the test split is never touched here."
     d = recipe.data
-    rows, dropped = load_pairs(d.pairs)
+    rows, dropped = merged(load_pairs, d.pairs)
     held = evaluation_prompts(d)
     train = take([r for r in rows if split_of(r.prompt) == "train" and r.prompt not in held])
-    if not train: raise ValueError(f"data.pairs {d.pairs}: no row falls in the train split; more rows are needed")
+    if not train: raise ValueError(f"data.pairs {', '.join(d.pairs)}: no row falls in the train split; more rows are needed")
     pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens, d.pair_limit)
     return pairs, dropped | too_long
 

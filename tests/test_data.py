@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from scir.data import bucket, in_split, load_instructions, load_pairs, load_prompts, prompt_pool, read_source, split_of
+from scir.data import bucket, evaluation_rows, in_split, load_instructions, load_pairs, load_prompts, merged, prompt_pool, read_source, split_of
 from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
                          parent_node, parse_recipe)
 from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
@@ -126,6 +126,26 @@ def test_held_out_prompts_are_not_trained_on(file):
     known = file([{"prompt": p.prompt, "chosen": "a", "rejected": "b"} for p in train[:4]], "set.jsonl")  # evaluation prompts never train
     rest, _, dropped = prompt_pool(spec(6, None, {"known": known}))
     assert dropped["in an evaluation set"] == 4 and not {p.prompt for p in rest} & {p.prompt for p in train[:4]}
+
+def labelled(n, name): return [{"prompt": f"{name} {i}", "chosen": "a", "rejected": "b"} for i in range(n)]
+
+def test_several_sources_are_read_as_one(file):
+    one, other = file(labelled(5, "x"), "1.jsonl"), file(labelled(2, "x") + labelled(3, "y"), "2.jsonl")
+    rows, dropped = merged(load_pairs, (one, other))
+    assert [r.prompt for r in rows] == [f"x {i}" for i in range(5)] + [f"y {i}" for i in range(3)] and dropped == {"duplicate": 2}
+    clash = [file([{"id": "7", "prompt": p}], f"{p}.jsonl") for p in "ab"]
+    with pytest.raises(ValueError, match="'7'.*a.jsonl.*b.jsonl") as e: merged(load_prompts, clash)
+    assert one_line(e)
+
+def test_a_named_seed_source_is_evaluated_on_its_test_split_alone(file):
+    ours, theirs, other = (file(labelled(60, n), f"{n}.jsonl") for n in ("ours", "theirs", "other"))
+    spec = DataSpec(pairs=[ours, theirs], labelled_sets={"named": theirs, "whole": other})
+    found = {name: {r.prompt for r in rows} for name, (rows, _) in evaluation_rows(spec).items()}
+    test = lambda source: {r.prompt for r in in_split(load_pairs(source)[0], "test")}
+    assert found == {"held-out": test(ours), "named": test(theirs), "whole": {f"other {i}" for i in range(60)}} and all(found.values())
+    assert {r.prompt for r in evaluation_rows(DataSpec(pairs=[ours, theirs]))["held-out"][0]} == test(ours) | test(theirs)
+    with pytest.raises(RecipeError, match="held-out") as e: parse_recipe({"data": {"pairs": ours, "labelled_sets": {"named": ours}}})
+    assert one_line(e)
 
 # recipe -------------------------------------------------------------------
 

@@ -189,6 +189,12 @@ def test_above_chance_asks_held_out_labels_of_m1():
     silent = gathered(pairs("sft", 1, "+" * 50, [0.0] * 50))
     assert list(verdicts(silent)) == [("after the warm start the judge is right on more than half", "held-out")]
 
+def test_rules_ask_every_labelled_set_by_itself():
+    g = gathered(*(pairs(a, t, *both(70, wrong=wrong, apart=apart), set=name) for a, t, apart in (("sft", 1, 0), ("scir", 2, 0)) for name, wrong in (("held-out", 5), ("hard", 60))))
+    v = verdicts(g)
+    assert {k: x for k, x in v.items() if "the judge is right" in k[0]} == {("after the warm start the judge is right on more than half", s): x for s, x in (("held-out", "met"), ("hard", "not met"))}
+    assert {name for what, name in v if "half as often as sft" in what} == {"held-out", "hard"}
+
 @pytest.mark.parametrize("ours, theirs, said", [(5, 40, "met"), (18, 40, "met"), (35, 60, "not decided"), (5, 12, "not decided"), (19, 36, "not decided"), (16, 30, "not decided"), (40, 40, "not met"), (60, 40, "not met"), (0, 0, "not decided"), (0, 3, "not decided"), (30, 36, "not met")])
 def test_halved(ours, theirs, said):
     g = gathered(pairs("sft", 1, *both(100, apart=theirs)), pairs("srlm", 2, *both(100, apart=theirs)), pairs("scir", 2, *both(100, apart=ours)))
