@@ -1,11 +1,12 @@
 from collections import Counter
 
 import pytest, torch
+from transformers import TopPLogitsWarper
 from scipy.stats import chisquare
 
 from scir import sample as module
 from scir.logprobs import encode_prompt
-from scir.sample import RowGumbel, distinct, end_ids, generate, processors, sample, summarise
+from scir.sample import Nucleus, RowGumbel, distinct, end_ids, generate, processors, sample, summarise
 from scir.score import candidate_pairs, score, set_reference
 from scir.store import Prompt, Response, read_rows, row_seed
 
@@ -47,6 +48,14 @@ def test_nucleus_is_never_left(recipe):
     logits = torch.tensor([3., 2.5, 0., -1., -9.])  # the first two hold 0.9 of the mass
     draw = processors(recipe.sampling.model_copy(update={"top_p": .8}), list(range(500)))
     assert set(draw(None, logits.expand(500, -1).clone()).argmax(-1).tolist()) == {0, 1}
+
+@pytest.mark.parametrize("top_p", [.01, .5, .95, .999])
+@pytest.mark.parametrize("first", [1, 16, 500])
+def test_nucleus_is_transformers(top_p, first):
+    scores = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) * torch.tensor([.01, .3, 1., 3., 10., 40.])[:, None]
+    ours, theirs = Nucleus(top_p, first)(None, scores), TopPLogitsWarper(top_p)(None, scores.clone())
+    assert (ours.isinf() != theirs.isinf()).sum() <= 1 and ours.isfinite().any(-1).all()  # the border may round differently
+    assert torch.equal(ours[ours.isfinite()], scores[ours.isfinite()])
 
 def test_noise_is_finite(): assert RowGumbel([1])(None, torch.zeros(1, 200_000)).isfinite().all()
 
