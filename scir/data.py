@@ -10,6 +10,7 @@ __all__ = ['FILE_KINDS', 'PAIR_FORMATS', 'PROMPT_FORMATS', 'INSTRUCTION_FORMATS'
 # %% ../nbs/02_data.ipynb #33387ec4
 import hashlib
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from .recipe import DataSpec
@@ -177,9 +178,8 @@ def in_split(rows:list, split:str, limit:int|None=None)->list:
 # %% ../nbs/02_data.ipynb #4534ef28
 def evaluation_rows(spec:DataSpec)->dict: # set -> (list of LabelledPair, drops by reason)
     "Everything that evaluates: `held-out`, the test split of the seed sources, and the labelled sets, whole; one that is a seed source too gives its test split and leaves `held-out`."
-    named = spec.labelled_sets
-    sets, out = {"held-out": tuple(s for s in spec.pairs if s not in named.values()), **{name: (source,) for name, source in named.items()}}, {}
-    for name, sources in sets.items():
+    named, out = set(chain(*spec.labelled_sets.values())), {}
+    for name, sources in {"held-out": tuple(s for s in spec.pairs if s not in named), **spec.labelled_sets}.items():
         rows, dropped = merged(load_pairs, sources)
         out[name] = in_split(rows, "test") if set(sources) <= set(spec.pairs) else take(rows), dropped
     return out

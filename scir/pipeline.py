@@ -10,6 +10,7 @@ __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'PACKAGES', 'Stage', 'Step'
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, os, platform, shutil, subprocess, sys, time
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -215,7 +216,7 @@ def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
 
 def source_hashes(fields:dict)->dict: # source -> hash; 'absent' for a hub name
     "Hashes of the data files and the model folder that `fields` name."
-    named = [*fields.get("data.prompts", ()), *fields.get("data.pairs", ()), fields.get("data.instructions"), *fields.get("data.labelled_sets", {}).values()]
+    named = [*fields.get("data.prompts", ()), *fields.get("data.pairs", ()), fields.get("data.instructions"), *chain(*fields.get("data.labelled_sets", {}).values())]
     model = fields.get("model", {}).get("name")
     if model and Path(model).is_dir(): named.append(model)
     return {s: hash_path(s) for s in named if s}

@@ -10,6 +10,7 @@ __all__ = ['ADDITIVE', 'Sources', 'DPO', 'ARMS', 'spec', 'Section', 'ModelSpec',
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,7 +59,7 @@ class DataSpec(Section):
     pair_limit: int | None = spec(None, "seed pairs used by the warm start", unit="pairs", ge=1)
     test_limit: int | None = spec(None, "held-out pairs per labelled set at evaluation", unit="pairs", ge=1)
     instructions: str | None = spec(None, "prompts with good outputs for SFT; none: the chosen sides of the seed pairs", "S")
-    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], str] = spec({}, "more labelled pairs, name to source, for evaluation only; of a source that is among `pairs` too, the test split under a name of its own")
+    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec({}, "more labelled pairs, name to source or sources, for evaluation only; of a source that is among `pairs` too, the test split under a name of its own")
     max_prompt_tokens: int = spec(512, "longer prompts are dropped and counted", unit="tokens", ge=1)
     max_response_tokens: int = spec(512, "longer labelled responses are dropped and counted", unit="tokens", ge=1)
 
@@ -72,7 +73,7 @@ class DataSpec(Section):
     @model_validator(mode="after")
     def held_out(self):
         "The set `held-out` is the test split of the seed sources that have no other name."
-        if set(self.pairs) <= set(self.labelled_sets.values()): raise ValueError("labelled_sets names every source of pairs, so nothing is left for the set held-out; leave one of them out of labelled_sets")
+        if set(self.pairs) <= set(chain(*self.labelled_sets.values())): raise ValueError("labelled_sets names every source of pairs, so nothing is left for the set held-out; leave one of them out of labelled_sets")
         return self
 
 class WarmStartSpec(Section):

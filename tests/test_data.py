@@ -138,11 +138,11 @@ def test_several_sources_are_read_as_one(file):
     assert one_line(e)
 
 def test_a_named_seed_source_is_evaluated_on_its_test_split_alone(file):
-    ours, theirs, other = (file(labelled(60, n), f"{n}.jsonl") for n in ("ours", "theirs", "other"))
-    spec = DataSpec(pairs=[ours, theirs], labelled_sets={"named": theirs, "whole": other})
+    ours, theirs, other, more = (file(labelled(60, n), f"{n}.jsonl") for n in ("ours", "theirs", "other", "more"))
+    spec = DataSpec(pairs=[ours, theirs], labelled_sets={"named": theirs, "whole": [other, more]})
     found = {name: {r.prompt for r in rows} for name, (rows, _) in evaluation_rows(spec).items()}
     test = lambda source: {r.prompt for r in in_split(load_pairs(source)[0], "test")}
-    assert found == {"held-out": test(ours), "named": test(theirs), "whole": {f"other {i}" for i in range(60)}} and all(found.values())
+    assert found == {"held-out": test(ours), "named": test(theirs), "whole": {f"{n} {i}" for n in ("other", "more") for i in range(60)}} and all(found.values())
     assert {r.prompt for r in evaluation_rows(DataSpec(pairs=[ours, theirs]))["held-out"][0]} == test(ours) | test(theirs)
     with pytest.raises(RecipeError, match="held-out") as e: parse_recipe({"data": {"pairs": ours, "labelled_sets": {"named": ours}}})
     assert one_line(e)
