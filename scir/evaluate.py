@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy.special import expit
 
 from .consistency import frame, metrics
-from .data import evaluation_rows, load_pairs, prompt_pool, read_source
+from .data import evaluation_rows, in_split, load_pairs, prompt_pool, read_source
 from .model import for_sampling, for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, node_name, node_parts, parent_node
 from .sample import sample
@@ -83,24 +83,27 @@ def resolve(model:str, recipe:Recipe)->tuple: # Recipe, adapter folder or None
     if not name: raise ValueError(f"model {model}: its adapter_config.json does not name the base (base_model_name_or_path)")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": name})}), adapter
 
-def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None)->tuple: # list of Pair, drops by reason
-    "A labelled file as scoring input; sides a and b stay as the file has them where it has them."
+def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None, split:str|None=None)->tuple: # list of Pair, drops by reason
+    "A labelled file, or one split of it, as scoring input; sides a and b stay as the file has them where it has them."
     rows, dropped = load_pairs(source)
+    if split:
+        kept = in_split(rows, split)
+        rows, dropped = kept, dropped | {f"not in the {split} split": len(rows) - len(kept)}
     shown = {(r["prompt"], r["response_a"], r["response_b"]) for r in read_source(source) if {"prompt", "response_a", "response_b"} <= set(r)}
     side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown else drawn_side
     pairs, too_long = labelled_pairs(tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side)
     return pairs, dropped | too_long
 
-def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=None, limit:int|None=None)->dict: # metrics
-    "Score a labelled file with a model's internal reward models; writes `out` as Parquet, a row per pair. An interrupted try is continued."
+def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=None, limit:int|None=None, split:str|None=None)->dict: # metrics
+    "Score a labelled file, or one split of it, with a model's internal reward models; writes `out` as Parquet, a row per pair. An interrupted try is continued."
     recipe, adapter = resolve(model, recipe)
     reference = reference or _older(model, recipe)
     tokenizer, out = load_tokenizer(recipe.model), Path(out)
-    pairs, dropped = file_pairs(tokenizer, source, recipe, limit)
+    pairs, dropped = file_pairs(tokenizer, source, recipe, limit, split)
     if reference: set_reference(for_scoring(*_parts(reference, recipe)), pairs, recipe.judge.batch_tokens)
     policy = for_scoring(recipe.model, adapter)
     if not reference: set_reference(policy, pairs, recipe.judge.batch_tokens)
-    key = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), reference, reference and hash_path(reference), source, hash_path(source), limit)
+    key = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), reference, reference and hash_path(reference), source, hash_path(source), limit, split)
     part = out.with_name(f".{out.stem}.{key}.jsonl")
     scores = score(policy, tokenizer, pairs, recipe, part)
     with atomic_path(out) as tmp: score_frame(scores).to_parquet(tmp, index=False)

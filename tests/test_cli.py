@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from scir.cli import app
+from scir.data import split_of
 from scir.evaluate import file_pairs, judge_file
 from scir.exports import SECTIONS
 from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
@@ -77,6 +78,15 @@ def test_a_prompt_with_several_pairs_keeps_its_sides(tmp_path):
     works("judge", "--model", TINY, "--pairs", tmp_path/"p.jsonl", "--out", tmp_path/"s.parquet")
     kept = pd.read_parquet(tmp_path/"s.parquet")[["prompt", "response_a", "response_b", "label"]].to_dict("records")
     assert kept == [r for n, r in enumerate(rows) if n != 2]  # the third is the first again, sides swapped
+
+def test_only_one_split(tmp_path):
+    rows = [dict(prompt=f"Question {i}", response_a="yes", response_b="no", label="a") for i in range(30)]
+    write_rows(tmp_path/"p.jsonl", rows)
+    test = [r["prompt"] for r in rows if split_of(r["prompt"]) == "test"]
+    said = works("judge", "--model", TINY, "--pairs", tmp_path/"p.jsonl", "--split", "test", "--out", tmp_path/"s.parquet")
+    assert 0 < len(test) < 30 and sorted(pd.read_parquet(tmp_path/"s.parquet").prompt) == sorted(test) and f"dropped: {30 - len(test)} not in the test split" in said
+    wrong = CliRunner().invoke(app, ["judge", "--model", TINY, "--pairs", str(tmp_path/"p.jsonl"), "--split", "tests"])
+    assert wrong.exit_code == 1 and "--split tests" in wrong.output
 
 def test_an_adapter_folder(pairs, tmp_path):
     recipe = made_recipe()

@@ -1,7 +1,7 @@
 import pytest, torch
 
 from scir.logprobs import batches, check_projection, hidden_at, similar, encode_prompt, encode_response, hidden_states, project, response_logps, token_logps
-from scir.model import tiny_model
+from scir.model import for_sampling, load_base, tiny_model
 
 def one_by_one(model, prompt, response):
     "Unpadded, unchunked, full softmax."
@@ -98,3 +98,27 @@ def test_hidden_states_do_not_depend_on_the_grouping(policy, pairs, monkeypatch)
 def test_adapters_only_in_the_last_layers(make_policy, recipe):
     names = [n for n, _ in make_policy(lora=recipe.lora.model_copy(update={"last_layers": 1})).named_parameters() if "lora_" in n]
     assert names and all("layers.1." in n for n in names)
+
+def test_either_attention_gives_the_same_gradient(make_policy, pairs):
+    "On a CPU in bfloat16 a model is loaded with the plain one for scoring and training, and samples with the fused one."
+    grads = []
+    for attention in ("eager", "sdpa"):
+        model = make_policy()
+        model.set_attn_implementation(attention)
+        response_logps(model, [p.prompt_ids for p in pairs], [p.ids_a for p in pairs]).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU only")
+@pytest.mark.parametrize("dtype, scoring", [("bfloat16", "eager"), ("float32", "sdpa")])
+@torch.no_grad()
+def test_attention_follows_dtype_and_task(recipe, dtype, scoring):
+    spec = recipe.model.model_copy(update={"dtype": dtype})
+    assert load_base(spec).config._attn_implementation == scoring and for_sampling(spec).config._attn_implementation == "sdpa"
+
+@torch.no_grad()
+def test_sampling_hands_the_projection_whole_memory(recipe):
+    seen, model = [], for_sampling(recipe.model)
+    model.get_output_embeddings().register_forward_hook(lambda head, inputs, out: seen.append(inputs[0].is_contiguous()))
+    model(input_ids=torch.ones(3, 5, dtype=torch.long), logits_to_keep=1)
+    assert seen == [True]
