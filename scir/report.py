@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'ALIGNMENT', 'MEASURES', 'ALONE', 'REPORTED', 'ABLATIONS', 'SHOWN', 'MARGIN', 'SKY', 'PINK', 'AMBER', 'STYLE',
-           'MANY', 'TERMS', 'CAPTION', 'DRAWN', 'evaluated', 'coordinates', 'pair_rows', 'model_rows', 'step_rows',
-           'Gathered', 'gather', 'only', 'per_run', 'summary', 'spoken', 'measurable', 'cell', 'model_name', 'table',
-           'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened', 'compare', 'sure', 'holm',
-           'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table', 'share_gap', 'hits', 'moved',
-           'ablation_table', 'verdict', 'claim', 'above_chance', 'halved', 'most_accurate', 'agreed_better',
-           'no_collapse', 'ablated', 'idle', 'claims', 'words', 'families', 'plot_rate', 'plot_inconsistency',
-           'contrasted', 'plot_joints', 'course', 'plot_retained', 'plot_training', 'plot_calibration', 'plot_splits',
-           'tables', 'figures', 'caption', 'document', 'report']
+           'MANY', 'TERMS', 'CAPTION', 'DRAWN', 'evaluated', 'absent', 'coordinates', 'pair_rows', 'model_rows',
+           'step_rows', 'Gathered', 'gather', 'only', 'per_run', 'summary', 'spoken', 'measurable', 'cell',
+           'model_name', 'table', 'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened',
+           'compare', 'sure', 'holm', 'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table',
+           'share_gap', 'hits', 'moved', 'ablation_table', 'verdict', 'claim', 'above_chance', 'halved',
+           'most_accurate', 'agreed_better', 'no_collapse', 'ablated', 'idle', 'claims', 'words', 'families',
+           'plot_rate', 'plot_inconsistency', 'contrasted', 'plot_joints', 'course', 'plot_retained', 'plot_training',
+           'plot_calibration', 'plot_splits', 'tables', 'figures', 'caption', 'document', 'report']
 
 # %% ../nbs/18_report.ipynb #228f4beb
+import re
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,12 @@ def evaluated(run)->list: # node names, base model first
     run = Path(run)
     if not (run/"recipe.yaml").exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory")
     return [n for n in all_nodes(load_recipe(run/"recipe.yaml")) if (run/n/"evaluation"/"metrics.json").exists()]
+
+def absent(run)->str: # a line, or nothing
+    "Which models of a run directory have not been evaluated; nothing is known of a kept report's."
+    there = evaluated(run)
+    lacking = [n for n in all_nodes(load_recipe(Path(run)/"recipe.yaml")) if n not in there] if there else []
+    return f"Not evaluated in {Path(run).name}, so not in the tables: {', '.join(lacking)}." if lacking else ""
 
 def coordinates(run, node:str)->dict:
     "Where a model stands: run, seed, arm (`base` for M_0, `sft` for M_1) and iteration."
@@ -662,8 +669,17 @@ def report(runs, out=None)->dict: # name -> path
             drawn.append((name if len(names) == 1 else f"{run}-{name}", name, run if len(names) > 1 else ""))
             _save(fig, out/drawn[-1][0], drawn[-1][2])
         plt.close("all")
-    write_text(out/"results.md", document(made, words(g, made["summary"], made["claims"]), drawn))
+    _drop_stale(out, {file for file, *_ in drawn})
+    lacking = "".join(f"{line}\n\n" for r in runs if (line := absent(r)))
+    if lacking: print(lacking.strip())
+    write_text(out/"results.md", document(made, lacking + words(g, made["summary"], made["claims"]), drawn))
     return {p.name: str(p) for p in sorted(out.iterdir())}
+
+def _drop_stale(out, drawn):
+    "Remove the figures of an earlier report there, by its own page, that this one did not draw."
+    earlier = re.findall(r"\]\(([^/)]+)\.png\)", (out/"results.md").read_text(encoding="utf-8")) if (out/"results.md").exists() else []
+    for file in set(earlier) - drawn:
+        for kind in ("png", "svg"): (out/f"{file}.{kind}").unlink(missing_ok=True)
 
 def _save(fig, path, title):
     if title: fig.suptitle(title)

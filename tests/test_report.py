@@ -1,5 +1,6 @@
 """The report on tables small enough to count by hand: rates, intervals, differences, rules, figures, and what is kept of a run."""
 import json, shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -419,9 +420,25 @@ def test_runs_that_do_not_fit(run, tmp_path):
     third = make_run(tmp_path/"third", rewards=["generative", "implicit", "pointwise"], name="third")
     with pytest.raises(ValueError, match="different reward models"): report.report([run, third], tmp_path/"out")
 
+def test_what_is_lacking_is_said_and_old_figures_go(run, tmp_path, capsys):
+    again = shutil.copytree(run, tmp_path/"again")
+    report.report(again)
+    assert report.absent(again) == "" and (again/"report/joint_panel.png").exists()
+    gone = sorted(again.glob("seed*/*/m2"))[-1]
+    shutil.rmtree(gone)
+    for f in again.glob("seed*/**/evaluation/panel.jsonl"): f.unlink()
+    for f in again.glob("seed*/**/evaluation/metrics.json"):
+        found = json.loads(f.read_text())
+        found["sets"].pop("panel")
+        write_json(f, found)
+    (again/"report/mine.png").write_text("not the report's")
+    report.report(again)
+    line = f"Not evaluated in again, so not in the tables: {gone.relative_to(again).as_posix()}."
+    assert line in capsys.readouterr().out and line in (again/"report/results.md").read_text()
+    assert not list((again/"report").glob("joint_panel.*")) and (again/"report/mine.png").exists() and (again/"report/joint_held-out.png").exists()
 
-def test_the_kept_demo_is_made_again_from_its_tables(tmp_path):
-    from pathlib import Path
-    kept = Path(__file__).parents[1]/"docs/results/smol"
+@pytest.mark.parametrize("name", ["smol"])
+def test_the_kept_runs_are_made_again_from_their_tables(name, tmp_path):
+    kept = Path(__file__).parents[1]/"docs/results"/name
     report.report(kept, tmp_path)
     for name in ("inconsistency", "reward_models", "comparisons", "claims", "alignment"): assert (tmp_path/f"{name}.csv").read_text() == (kept/f"{name}.csv").read_text(), name
