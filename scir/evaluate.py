@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy.special import expit
 
 from .consistency import frame, metrics
-from .data import evaluation_rows, in_split, load_pairs, prompt_pool, read_source
+from .data import evaluation_rows, load_pairs, prompt_pool, read_source, split_of
 from .model import for_sampling, for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, node_name, node_parts, parent_node
 from .sample import sample
@@ -87,8 +87,9 @@ def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None, split:
     "A labelled file, or one split of it, as scoring input; sides a and b stay as the file has them where it has them."
     rows, dropped = load_pairs(source)
     if split:
-        kept = in_split(rows, split)
+        kept = [r for r in rows if split_of(r.prompt) == split]
         rows, dropped = kept, dropped | {f"not in the {split} split": len(rows) - len(kept)}
+        if not rows: raise ValueError(f"data source {source}: no row falls in the {split} split")
     shown = {(r["prompt"], r["response_a"], r["response_b"]) for r in read_source(source) if {"prompt", "response_a", "response_b"} <= set(r)}
     side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown else drawn_side
     pairs, too_long = labelled_pairs(tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side)

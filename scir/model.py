@@ -130,11 +130,11 @@ def load_tokenizer(spec:ModelSpec):
     if tokenizer.eos_token_id is None: raise ValueError(f"model {spec.name}: its tokenizer has no eos token, so a response cannot end")
     return tokenizer
 
-def load_base(spec:ModelSpec):
-    "M_0 on this process's device, quantised if the recipe says so, in eval mode and frozen."
+def load_base(spec:ModelSpec, decoding:bool=False):
+    "M_0 on this process's device, quantised if the recipe says so, in eval mode and frozen; with the attention that is the faster one for reading whole sequences, or for `decoding`."
     from transformers import AutoModelForCausalLM
     dtype = compute_dtype(spec)
-    options = {"attn_implementation": "eager"} if dtype == torch.bfloat16 and device().type == "cpu" else {}
+    options = {"attn_implementation": "eager"} if dtype == torch.bfloat16 and device().type == "cpu" and not decoding else {}
     if spec.quantize == "nf4":
         from transformers import BitsAndBytesConfig
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
@@ -168,9 +168,9 @@ def for_training(model, spec:ModelSpec):
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
-def dense(spec:ModelSpec):
+def dense(spec:ModelSpec, decoding:bool=False):
     "M_0 for inference. On the CPU nf4 weights are de-quantised once instead of at every forward: the same values, faster, in more memory."
-    base = load_base(spec)
+    base = load_base(spec, decoding)
     return base.dequantize() if spec.quantize and base.device.type == "cpu" else base
 
 def for_scoring(spec:ModelSpec, adapter=None, reference=None):
@@ -180,14 +180,14 @@ def for_scoring(spec:ModelSpec, adapter=None, reference=None):
     if reference is not None: model.load_adapter(str(reference), adapter_name="reference")
     return model.eval()
 
-def _whole(head, inputs):
+def _contiguous(head, inputs):
     "The last positions as memory of their own: a frozen projection copies its weights once per row of a strided slice (3.6 GB and 10 s at 64 rows)."
     return tuple(x.contiguous() for x in inputs)
 
 def for_sampling(spec:ModelSpec, adapter=None):
     "M_t for decoding: in float32 with its adapter folded in; in bfloat16 beside the weights, where small updates would be rounded away."
-    model = dense(spec) if adapter is None else load_adapter(dense(spec), adapter)
-    if getattr(model.config, "_attn_implementation", None) == "eager": model.set_attn_implementation("sdpa")  # one query at a time is where the fused kernel is the faster one
-    model.get_output_embeddings().register_forward_pre_hook(_whole)
+    model = dense(spec, decoding=True)
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     if adapter is None: return model
+    model = load_adapter(model, adapter)
     return model.merge_and_unload() if compute_dtype(spec) == torch.float32 else model.eval()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'PACKAGES', 'Stage', 'Step', 'plan', 'needed', 'imported', 'code_hash',
-           'read_fields', 'source_hashes', 'fingerprint', 'finished', 'provenance', 'start_manifest', 'record', 'root',
-           'quiet', 'open_run', 'begin', 'do', 'check_recipe', 'execute', 'run_recipe']
+           'read_fields', 'source_hashes', 'folder_hash', 'fingerprint', 'finished', 'provenance', 'start_manifest',
+           'record', 'root', 'quiet', 'open_run', 'begin', 'do', 'check_recipe', 'execute', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, os, platform, shutil, subprocess, sys, time
+from functools import lru_cache
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -128,8 +129,8 @@ def _aligned(recipe, node):
     "Whether a model has duels: where a judge is named, and not for M_1 against itself."
     return bool(recipe.alignment.judge) and (recipe.alignment.reference != "m1" or node_parts(node)[2] != 1)
 
-LABELLED = ("data.pairs", "data.max_prompt_tokens", "data.max_response_tokens")
-POOL = ("data.prompts", "data.pairs", "data.labelled_sets", "data.held_out_prompts", "data.prompt_limit", "data.max_prompt_tokens")
+LABELLED = ("data.pairs", "data.labelled_sets", "data.max_prompt_tokens", "data.max_response_tokens")
+POOL = (*LABELLED, "data.prompts", "data.held_out_prompts", "data.prompt_limit")
 IMPLICIT = ("train.beta", "train.length_normalise")
 
 STAGES = {
@@ -145,7 +146,7 @@ STAGES = {
                          lambda r, n: [f"{n}/scores.jsonl"], lambda r, n: [f"{n}/consistency", f"{n}/agreed.jsonl"]),
     "optimise": Stage("06_optimise", _optimise, ("optimise",), ("model", "rewards", "judge", "train"),
                       _optimised_from, lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl", f"{n}/preferences.jsonl"]),
-    "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, *LABELLED, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
+    "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
                       _evaluated_from, _evaluation),
     "align": Stage("08_align", _align, ("alignment", "exports", "sample", "model"), ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
                    lambda r, n: [f for m in dict.fromkeys((node_name(node_parts(n)[0], 1), n)) for f in _evaluation(r, m)], lambda r, n: [f"{n}/alignment/metrics.json", f"{n}/alignment/duels.jsonl"]),
@@ -215,17 +216,23 @@ def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
     return out
 
 def source_hashes(fields:dict)->dict: # source -> hash; 'absent' for a hub name
-    "Hashes of the data files and the model folder that `fields` name."
+    "Hashes of the data files and the model folders that `fields` name."
     named = [*fields.get("data.prompts", ()), *fields.get("data.pairs", ()), fields.get("data.instructions"), *chain(*fields.get("data.labelled_sets", {}).values())]
-    model = fields.get("model", {}).get("name")
-    if model and Path(model).is_dir(): named.append(model)
-    return {s: hash_path(s) for s in named if s}
+    models = fields.get("model", {}).get("name"), fields.get("labels", {}).get("external"), (fields.get("alignment", {}).get("judge") or "").removeprefix("reward:")
+    return {s: hash_path(s) for s in named if s} | {m: folder_hash(m) for m in models if m and Path(m).is_dir()}
+
+def folder_hash(folder:str)->str:
+    "Hash of a model's folder; read again in this process only when a file's size or time is another one."
+    return _folder_hash(folder, tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(folder).rglob("*"))))
+
+@lru_cache(maxsize=64)
+def _folder_hash(folder, files): return hash_path(folder)
 
 def fingerprint(recipe:Recipe, run:Path, step:Step)->str:
     "What decides whether a step must be done again."
     stage = STAGES[step.stage]
     if step.stage == "optimise": recipe = recipe.model_copy(update={"train": recipe.arm(node_parts(step.node)[1])})
-    replay = (*LABELLED, "data.labelled_sets", "data.pair_limit") if step.stage == "optimise" and recipe.train.replay else ()
+    replay = (*LABELLED, "data.pair_limit") if step.stage == "optimise" and recipe.train.replay else ()
     fields = read_fields(recipe, stage.fields + replay)
     files = {f: hash_path(run/f) for f in stage.reads(recipe, step.node)}
     return digest(fields, source_hashes(fields), files, code_hash(stage.modules), hash_path(root()/"nbs"/"run"/f"{stage.notebook}.ipynb"))

@@ -30,7 +30,7 @@ class Section(BaseModel):
     "A part of a recipe: unknown fields are errors, values do not change after loading."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)]
+Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)]
 
 class ModelSpec(Section):
     "The base model M_0."
@@ -59,7 +59,7 @@ class DataSpec(Section):
     pair_limit: int | None = spec(None, "seed pairs used by the warm start", unit="pairs", ge=1)
     test_limit: int | None = spec(None, "held-out pairs per labelled set at evaluation", unit="pairs", ge=1)
     instructions: str | None = spec(None, "prompts with good outputs for SFT; none: the chosen sides of the seed pairs", "S")
-    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec({}, "more labelled pairs, name to source or sources, for evaluation only; of a source that is among `pairs` too, the test split under a name of its own")
+    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec({}, "labelled pairs for evaluation, name to source or sources; of a source that is among `pairs` too, its test split, which then is not part of held-out")
     max_prompt_tokens: int = spec(512, "longer prompts are dropped and counted", unit="tokens", ge=1)
     max_response_tokens: int = spec(512, "longer labelled responses are dropped and counted", unit="tokens", ge=1)
 
@@ -71,7 +71,7 @@ class DataSpec(Section):
         return sets
 
     @model_validator(mode="after")
-    def held_out(self):
+    def some_held_out(self):
         "The set `held-out` is the test split of the seed sources that have no other name."
         if set(self.pairs) <= set(chain(*self.labelled_sets.values())): raise ValueError("labelled_sets names every source of pairs, so nothing is left for the set held-out; leave one of them out of labelled_sets")
         return self
@@ -202,7 +202,8 @@ def _explain(error, where):
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.0)
         return f"{where}: {name} is not a field; the nearest is {close[0]}"
-    return f"{where}: {name} = {error['input']!r}: {error['msg'][0].lower() + error['msg'][1:]}"
+    found = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    return f"{where}: {name}{found}: {error['msg'][0].lower() + error['msg'][1:]}"
 
 def parse_recipe(raw:dict, where:str="recipe")->Recipe:
     "Validate a plain dict; raises RecipeError naming each faulty field."

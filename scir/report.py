@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'ALIGNMENT', 'MEASURES', 'ALONE', 'REPORTED', 'ABLATIONS', 'SHOWN', 'MARGIN', 'SKY', 'PINK', 'AMBER', 'STYLE',
-           'MANY', 'TERMS', 'CAPTION', 'DRAWN', 'evaluated', 'absent', 'coordinates', 'pair_rows', 'model_rows',
+           'MANY', 'TERMS', 'CAPTION', 'DRAWN', 'evaluated', 'unevaluated', 'coordinates', 'pair_rows', 'model_rows',
            'step_rows', 'Gathered', 'gather', 'only', 'per_run', 'summary', 'spoken', 'measurable', 'cell',
            'model_name', 'table', 'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened',
            'compare', 'sure', 'holm', 'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table',
@@ -37,7 +37,7 @@ def evaluated(run)->list: # node names, base model first
     if not (run/"recipe.yaml").exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory")
     return [n for n in all_nodes(load_recipe(run/"recipe.yaml")) if (run/n/"evaluation"/"metrics.json").exists()]
 
-def absent(run)->str: # a line, or nothing
+def unevaluated(run)->str: # a line, or nothing
     "Which models of a run directory have not been evaluated; nothing is known of a kept report's."
     there = evaluated(run)
     lacking = [n for n in all_nodes(load_recipe(Path(run)/"recipe.yaml")) if n not in there] if there else []
@@ -341,6 +341,8 @@ def _gap(gap):
     seeds = f", in {gap['same_way']} of {gap['seeds']} seeds" if gap["seeds"] > 1 else ""
     return f"{100 * gap['difference']:+.0f} points [{100 * gap['low']:+.0f}, {100 * gap['high']:+.0f}]{seeds}"
 
+def _panel_first(d): return sorted(d.set.unique(), key=lambda name: name != "panel")
+
 def above_chance(g:Gathered)->list: # of claims
     "After the warm start both internal models beat a coin, on every labelled set."
     out, who = [], {"accuracy_generative": "the judge", "accuracy_implicit": "the implicit reward"}
@@ -353,7 +355,7 @@ def above_chance(g:Gathered)->list: # of claims
 def halved(g:Gathered)->list: # of claims
     "SCIR's inconsistency after the last iteration is at most half of a baseline's, intervals apart."
     out, d, pick = [], last(g), MEASURES["inconsistency"][1]
-    for name, arm in product(sorted(d.set.unique(), key=lambda s: s != "panel"), ("sft", "srlm")):
+    for name, arm in product(_panel_first(d), ("sft", "srlm")):
         both = matched(d, "scir", arm, name)
         if not all(measurable("inconsistency", x) for x in both): continue
         ours, theirs = (grouped(pick(x), x.prompt) for x in both)
@@ -406,7 +408,7 @@ def ablated(g:Gathered)->list: # of claims
     "Each ablation moves what it should."
     d = last(g)
     return [claim(f"without the {lacks}: {measure} up", verdict(sure(m)), f"{_signed(m)} ({SHOWN[measure]})" + (f", in {m['same_way']} of {m['seeds']} seeds" if m["seeds"] > 1 else ""), name, (arm, "scir"))
-            for arm, (lacks, measure) in ABLATIONS.items() for name in ("panel", "held-out") if (m := moved(d, arm, measure, name))]
+            for arm, (lacks, measure) in ABLATIONS.items() for name in _panel_first(d) if (m := moved(d, arm, measure, name))]
 
 def idle(g:Gathered)->set:
     "Arms that in some seed found no pair to train on in any iteration: their model is M_1."
@@ -612,7 +614,7 @@ def plot_splits(g:Gathered, name:str, bins:int=3):
 
 # %% ../nbs/18_report.ipynb #710340e1
 CAPTION = ("Rates are means over pairs and seeds: value [95% interval] (least to most of the seeds). Intervals are about prompts, for these seeds: Wilson's, and where a prompt comes more than once (several pairs, several seeds), Wilson's for the number of pairs that the spread over prompts is worth. "
-           "held-out: labelled pairs that training never saw; panel: M_1's answers to held-out prompts, the same pairs for every model of a seed. inconsistency: share of pairs on which the internal reward models prefer different sides; "
+           "held-out: pairs of the warm start's own sources that training never saw (a source may have such a set under a name of its own); panel: M_1's answers to held-out prompts, the same pairs for every model of a seed. inconsistency: share of pairs on which the internal reward models prefer different sides; "
            "M_0 has no implicit reward against itself, so for it only *judge against log-prob* (log-probability per token as the other voice) says how far the untrained model contradicts itself. "
            "order flips: share of pairs on which the judge's verdict stays with a place when the answers change places. right where agreed: accuracy of the agreed verdict, and on how many pairs. "
            "ECE: expected calibration error. verdict mass: p(A) + p(B), mean over both orders. Differences: same run, seed and pair, first arm minus second; p by sign flips over prompts (wrong labels: by square-and-add), p_holm over the arms of one set and quantity, and over the whole table of ablations; same_way: seeds that point the way of the whole.")
@@ -670,7 +672,7 @@ def report(runs, out=None)->dict: # name -> path
             _save(fig, out/drawn[-1][0], drawn[-1][2])
         plt.close("all")
     _drop_stale(out, {file for file, *_ in drawn})
-    lacking = "".join(f"{line}\n\n" for r in runs if (line := absent(r)))
+    lacking = "".join(f"{line}\n\n" for r in runs if (line := unevaluated(r)))
     if lacking: print(lacking.strip())
     write_text(out/"results.md", document(made, lacking + words(g, made["summary"], made["claims"]), drawn))
     return {p.name: str(p) for p in sorted(out.iterdir())}
@@ -678,7 +680,7 @@ def report(runs, out=None)->dict: # name -> path
 def _drop_stale(out, drawn):
     "Remove the figures of an earlier report there, by its own page, that this one did not draw."
     earlier = re.findall(r"\]\(([^/)]+)\.png\)", (out/"results.md").read_text(encoding="utf-8")) if (out/"results.md").exists() else []
-    for file in set(earlier) - drawn:
+    for file in {f for f in earlier if any(kind in f for kind in DRAWN)} - drawn:
         for kind in ("png", "svg"): (out/f"{file}.{kind}").unlink(missing_ok=True)
 
 def _save(fig, path, title):

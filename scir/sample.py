@@ -25,7 +25,7 @@ class RowGumbel(LogitsProcessor):
         return scores.float() - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
 
 class Nucleus(LogitsProcessor):
-    "What transformers' TopPLogitsWarper does, without sorting the vocabulary: the largest logits are looked at, eight times more of them until they hold the mass."
+    "What transformers' TopPLogitsWarper does, without sorting the vocabulary: the largest logits are looked at, eight times more of them until they hold the mass. Ids as likely as the last one are kept too."
     def __init__(self, top_p:float, first:int=1024): self.top_p, self.first = top_p, first
 
     def __call__(self, input_ids, scores):

@@ -43,8 +43,9 @@ def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason
     "The train split of the labelled pairs, encoded; the test split is never touched here."
     d = recipe.data
     rows, dropped = merged(load_pairs, d.pairs)
-    held = evaluation_prompts(d)
-    train = take([r for r in rows if split_of(r.prompt) == "train" and r.prompt not in held])
+    held, free = evaluation_prompts(d), [r for r in rows if split_of(r.prompt) == "train"]
+    train = take([r for r in free if r.prompt not in held])
+    if len(train) < len(free): dropped = dropped | {"in an evaluation set": len(free) - len(train)}
     if not train: raise ValueError(f"data.pairs {', '.join(d.pairs)}: no row falls in the train split; more rows are needed")
     pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens, d.pair_limit)
     return pairs, dropped | too_long

@@ -85,6 +85,8 @@ def test_only_one_split(tmp_path):
     test = [r["prompt"] for r in rows if split_of(r["prompt"]) == "test"]
     said = works("judge", "--model", TINY, "--pairs", tmp_path/"p.jsonl", "--split", "test", "--out", tmp_path/"s.parquet")
     assert 0 < len(test) < 30 and sorted(pd.read_parquet(tmp_path/"s.parquet").prompt) == sorted(test) and f"dropped: {30 - len(test)} not in the test split" in said
+    works("judge", "--model", TINY, "--pairs", tmp_path/"p.jsonl", "--split", "test", "--limit", 2, "--out", tmp_path/"s.parquet")
+    assert list(pd.read_parquet(tmp_path/"s.parquet").prompt) == test[:2]
     wrong = CliRunner().invoke(app, ["judge", "--model", TINY, "--pairs", str(tmp_path/"p.jsonl"), "--split", "tests"])
     assert wrong.exit_code == 1 and "--split tests" in wrong.output
 

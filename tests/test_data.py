@@ -7,6 +7,7 @@ import pytest
 from scir.data import bucket, evaluation_rows, in_split, load_instructions, load_pairs, load_prompts, merged, prompt_pool, read_source, split_of
 from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
                          parent_node, parse_recipe)
+from scir.warm_start import seed_pairs
 from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
                         write_json, write_rows, write_text)
 
@@ -144,8 +145,22 @@ def test_a_named_seed_source_is_evaluated_on_its_test_split_alone(file):
     test = lambda source: {r.prompt for r in in_split(load_pairs(source)[0], "test")}
     assert found == {"held-out": test(ours), "named": test(theirs), "whole": {f"{n} {i}" for n in ("other", "more") for i in range(60)}} and all(found.values())
     assert {r.prompt for r in evaluation_rows(DataSpec(pairs=[ours, theirs]))["held-out"][0]} == test(ours) | test(theirs)
+    mixed = {r.prompt for r in evaluation_rows(DataSpec(pairs=[ours, theirs], labelled_sets={"mixed": [theirs, other]}))["mixed"][0]}
+    assert mixed == test(theirs) | {f"other {i}" for i in range(60)}
     with pytest.raises(RecipeError, match="held-out") as e: parse_recipe({"data": {"pairs": ours, "labelled_sets": {"named": ours}}})
+    assert one_line(e) and "max_prompt_tokens" not in str(e.value)
+    few = file([r for r in labelled(60, "few") if split_of(r["prompt"]) == "train"], "few.jsonl")
+    with pytest.raises(ValueError, match="set named: no row of .*few.jsonl falls in the test split") as e: evaluation_rows(DataSpec(pairs=[ours, few], labelled_sets={"named": few}))
     assert one_line(e)
+
+def test_training_takes_every_seed_source_and_no_evaluation_prompt(file, tokenizer):
+    ours, theirs = (file(labelled(60, n), f"{n}.jsonl") for n in ("ours", "theirs"))
+    shared = file([r for r in labelled(60, "theirs") if split_of(r["prompt"]) == "train"][:3], "shared.jsonl")
+    trained = lambda **kw: seed_pairs(tokenizer, parse_recipe({"data": {"pairs": [ours, theirs], "labelled_sets": kw}}))
+    pairs, dropped = trained()
+    assert {p.prompt for p in pairs} == {r.prompt for s in (ours, theirs) for r in in_split(load_pairs(s)[0], "train")} and dropped == {}
+    fewer, dropped = trained(named=theirs, shared=shared)
+    assert len(fewer) == len(pairs) - 3 and dropped == {"in an evaluation set": 3} and not {p.prompt for p in fewer} & {r.prompt for r in load_pairs(shared)[0]}
 
 # recipe -------------------------------------------------------------------
 

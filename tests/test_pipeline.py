@@ -249,3 +249,24 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
     recipe = load_recipe(tmp_path / "recipe.yaml")
     table = response_table(for_scoring(recipe.model, tmp_path / "seed0/m1/adapter"), scored_pairs(load_tokenizer(recipe.model), [Score.model_validate(s)]), 4096, "")
     assert before == pytest.approx([.1 * (table[f"{prompt}/{c}"] - r) for c, r in zip(both.split("-"), s["reference_logps"])], abs=1e-4)
+
+
+def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
+    "An evaluation set takes its prompts out of the warm start; a refitted reward model labels and judges anew."
+    from scir.pipeline import Step, fingerprint
+    from scir.recipe import parse_recipe
+    monkeypatch.chdir(ROOT)
+    reward, known = tmp_path / "reward", tmp_path / "known.jsonl"
+    reward.mkdir()
+    (reward / "model.safetensors").write_text("1")
+    known.write_text(json.dumps({"prompt": "P", "chosen": "a", "rejected": "b"}))
+    recipe = lambda **data: parse_recipe({"arms": ["external", "scir"], "model": {"name": "tiny-random"}, "labels": {"external": str(reward)}, "alignment": {"judge": f"reward:{reward}"}, "data": data})
+    steps = [Step("warm_start", "seed0/m1"), Step("sample", "seed0/m1"), Step("label", "seed0/m1"), Step("align", "seed0/scir/m2")]
+    marks = lambda **data: [fingerprint(recipe(**data), tmp_path, s) for s in steps]
+    changed = lambda one, other: [s.stage for s, a, b in zip(steps, one, other) if a != b]
+    bare, named = marks(), marks(labelled_sets={"known": str(known)})
+    assert changed(bare, marks()) == [] and changed(bare, named) == ["warm_start", "sample", "align"]  # align: another evaluation
+    known.write_text(json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}))
+    assert changed(named, marks(labelled_sets={"known": str(known)})) == ["warm_start", "sample"]
+    (reward / "model.safetensors").write_text("22")
+    assert changed(bare, marks()) == ["label", "align"]

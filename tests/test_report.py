@@ -195,6 +195,8 @@ def test_rules_ask_every_labelled_set_by_itself():
     v = verdicts(g)
     assert {k: x for k, x in v.items() if "the judge is right" in k[0]} == {("after the warm start the judge is right on more than half", s): x for s, x in (("held-out", "met"), ("hard", "not met"))}
     assert {name for what, name in v if "half as often as sft" in what} == {"held-out", "hard"}
+    g = gathered(*(pairs(a, t, *both(70, apart=apart), set=name) for a, t, apart in (("sft", 1, 0), ("scir", 2, 0), ("scir-no-consistency", 2, 30)) for name in ("held-out", "hard")))
+    assert {(name, x) for (what, name), x in verdicts(g).items() if "without the consistency term" in what} == {("held-out", "met"), ("hard", "met")}
 
 @pytest.mark.parametrize("ours, theirs, said", [(5, 40, "met"), (18, 40, "met"), (35, 60, "not decided"), (5, 12, "not decided"), (19, 36, "not decided"), (16, 30, "not decided"), (40, 40, "not met"), (60, 40, "not met"), (0, 0, "not decided"), (0, 3, "not decided"), (30, 36, "not met")])
 def test_halved(ours, theirs, said):
@@ -423,7 +425,7 @@ def test_runs_that_do_not_fit(run, tmp_path):
 def test_what_is_lacking_is_said_and_old_figures_go(run, tmp_path, capsys):
     again = shutil.copytree(run, tmp_path/"again")
     report.report(again)
-    assert report.absent(again) == "" and (again/"report/joint_panel.png").exists()
+    assert report.unevaluated(again) == "" and (again/"report/joint_panel.png").exists()
     gone = sorted(again.glob("seed*/*/m2"))[-1]
     shutil.rmtree(gone)
     for f in again.glob("seed*/**/evaluation/panel.jsonl"): f.unlink()
@@ -432,6 +434,7 @@ def test_what_is_lacking_is_said_and_old_figures_go(run, tmp_path, capsys):
         found["sets"].pop("panel")
         write_json(f, found)
     (again/"report/mine.png").write_text("not the report's")
+    with open(again/"report/results.md", "a") as f: f.write("![](mine.png)")
     report.report(again)
     line = f"Not evaluated in again, so not in the tables: {gone.relative_to(again).as_posix()}."
     assert line in capsys.readouterr().out and line in (again/"report/results.md").read_text()

@@ -57,6 +57,9 @@ def test_nucleus_is_transformers(top_p, first):
     assert (ours.isinf() != theirs.isinf()).sum() <= 1 and ours.isfinite().any(-1).all()  # the border may round differently
     assert torch.equal(ours[ours.isfinite()], scores[ours.isfinite()])
 
+def test_ties_at_the_border_stay(): # .3 .3 .2 .2: the border of .7 lies between equal ones
+    assert Nucleus(.7)(None, torch.tensor([[.3, .2, .3, .2]]).log()).isfinite().all() and Nucleus(.55)(None, torch.tensor([[.3, .2, .3, .2]]).log()).isfinite().tolist() == [[True, False, True, False]]
+
 def test_noise_is_finite(): assert RowGumbel([1])(None, torch.zeros(1, 200_000)).isfinite().all()
 
 def test_first_token_is_drawn_from_the_model(policy, tokenizer, recipe):
