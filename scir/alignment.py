@@ -137,19 +137,20 @@ def local_judge(spec:ModelSpec, judge:JudgeSpec):
     return judge_function(read, failures)
 
 # %% ../nbs/16_alignment.ipynb #fd801f1b
-def load_reward(name:str)->tuple: # model in eval mode, tokenizer
-    "A reward model from a folder or hub id: safetensors only, no code that comes with it. Raises ValueError unless it has exactly one label and all its weights."
+def load_reward(name:str, dtype:str="auto")->tuple: # model in eval mode, tokenizer
+    "A reward model from a folder or hub id, in a recipe's `model.dtype`: safetensors only, no code that comes with it. Raises ValueError unless it has exactly one label and all its weights."
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from scir.model import compute_dtype, device, model_path
     name = model_path(ModelSpec(name=name))
     labels = AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
     if labels != 1: raise ValueError(f"reward model {name}: it has {labels} labels; a reward model has exactly one")
-    model, found = AutoModelForSequenceClassification.from_pretrained(name, dtype=compute_dtype(ModelSpec()), device_map={"": device()}, trust_remote_code=False,
+    model, found = AutoModelForSequenceClassification.from_pretrained(name, dtype=compute_dtype(ModelSpec(dtype=dtype)), device_map={"": device()}, trust_remote_code=False,
                                                                       use_safetensors=True, output_loading_info=True)
     if found["missing_keys"]: raise ValueError(f"reward model {name}: its file lacks {', '.join(sorted(found['missing_keys']))}, so its scores would be random")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a decoder looks for the last token
+    if hasattr(model, "score"): model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))  # in bfloat16 close rewards would be equal
     return model.eval(), tokenizer
 
 def reward_inputs(tokenizer, prompt:str, response:str)->dict: # name -> list of ints
@@ -184,15 +185,16 @@ def _rewards(model, tokenizer, rows, batch): return [None if x is None else x[0]
 def reward_scores(name:str, # reward model: folder or hub id
                   rows:list, # (prompt, response)
                   batch:int=8, # rows per forward
+                  dtype:str="auto", # as in a recipe's model.dtype
                  )->list: # floats, higher is better
     "Rewards of finished responses. Raises ValueError for a model that is no reward model and for a row longer than its context."
-    out = _rewards(*load_reward(name), rows, batch)
+    out = _rewards(*load_reward(name, dtype), rows, batch)
     if None in out: raise ValueError(f"reward model {name}: row {out.index(None)} and {out.count(None) - 1} more are longer than its context; drop them first")
     return out
 
-def reward_judge(name:str, batch:int=8):
+def reward_judge(name:str, batch:int=8, dtype:str="auto"):
     "A reward model as judge, P(first is better) = sigmoid(r_first - r_second)."
-    (model, tokenizer), failures = load_reward(name), Counter()
+    (model, tokenizer), failures = load_reward(name, dtype), Counter()
     def read(rows):
         single = list(dict.fromkeys((i, x) for i, *both in rows for x in both))
         r = dict(zip(single, _rewards(model, tokenizer, single, batch)))
@@ -308,11 +310,11 @@ def _keep(file, known, reply):
     known[reply.id] = reply.text
 
 # %% ../nbs/16_alignment.ipynb #aad3801f
-def open_judge(spec:AlignmentSpec, judge:JudgeSpec, cache):
+def open_judge(spec:AlignmentSpec, judge:JudgeSpec, cache, dtype:str="auto"):
     "The judge that a recipe names: `reward:` a reward model, http... a server, else a causal model."
-    if spec.judge.startswith("reward:"): return reward_judge(spec.judge.removeprefix("reward:"))
+    if spec.judge.startswith("reward:"): return reward_judge(spec.judge.removeprefix("reward:"), dtype=dtype)
     if spec.judge.startswith("http"): return endpoint_judge(spec.judge, spec.judge_model, judge, cache)
-    return local_judge(ModelSpec(name=spec.judge), judge)
+    return local_judge(ModelSpec(name=spec.judge, dtype=dtype), judge)
 
 def reference_outputs(source:str, limit:int|None=None)->list: # (Prompt, output)
     "Instructions and outputs of a file or hub data set, AlpacaEval's among them; raises ValueError when the columns are not there."
@@ -335,11 +337,11 @@ def summarise(found:list, spec:AlignmentSpec, failures:dict)->dict:
     return {"win_rate": raw["value"], "win_rate_low": raw["low"], "win_rate_high": raw["high"], "win_rate_n": raw["n"], "length_controlled": controlled["value"], "controlled": controlled,
             "judge": spec.judge, "reference": spec.reference, "duels": len(found), "invalid": sum(d.preference is None for d in found), "failures": dict(failures)}
 
-def align(spec:AlignmentSpec, judge:JudgeSpec, ours:list, theirs:dict, folder)->dict: # summary
-    "Duel `ours` (responses) against `theirs` (response id -> text); writes duels.jsonl and metrics.json into `folder`."
+def align(spec:AlignmentSpec, judge:JudgeSpec, ours:list, theirs:dict, folder, dtype:str="auto")->dict: # summary
+    "Duel `ours` (responses) against `theirs` (response id -> text), a local judge in `dtype`; writes duels.jsonl and metrics.json into `folder`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ask = open_judge(spec, judge, folder/"replies.jsonl")
+    ask = open_judge(spec, judge, folder/"replies.jsonl", dtype)
     found = duels([(r.id, r.prompt, r.response, theirs[r.id]) for r in ours], ask)
     summary = summarise(found, spec, ask.failures)
     write_rows(folder/"duels.jsonl", found)

@@ -60,7 +60,7 @@ def _label(recipe, run, node):
         return previous_rewards(scores, recipe, response_table(for_scoring(recipe.model, run/parent_node(node)/"adapter"), scored_pairs(tokenizer, scores), recipe.judge.batch_tokens, "previous model"))
     def external():
         from scir.alignment import reward_scores
-        return dict(zip([r.id for r in responses], reward_scores(recipe.labels.external, [(r.prompt, r.response) for r in responses])))
+        return dict(zip([r.id for r in responses], reward_scores(recipe.labels.external, [(r.prompt, r.response) for r in responses], dtype=recipe.model.dtype)))
     rows, summary = gather(needed_rewards(recipe, arm), {"votes": votes, "previous": previous, "external": external}, responses)
     write_rows(run/node/"rewards.jsonl", rows)
     return summary
@@ -97,7 +97,7 @@ def _align(recipe, run, node):
         ours = read_rows(out/"responses.jsonl", Response)
         theirs, dropped = {f"{p.id}/0": text for p, text in rows}, len(rows) - len(ours)
     write_json(out/"model_outputs.json", alpaca_eval(ours, f"{recipe.name}/{node}"))
-    return align(spec, recipe.judge, ours, theirs, out) | {"dropped": dropped}
+    return align(spec, recipe.judge, ours, theirs, out, recipe.model.dtype) | {"dropped": dropped}
 
 def _report(recipe, run, node):
     from scir.report import report
@@ -165,12 +165,13 @@ class Step(NamedTuple):
 def plan(recipe:Recipe)->list: # of Step, in an order that respects what needs what
     "All steps of a recipe."
     from scir.labels import needed_rewards
-    steps, trained = [], [a for a in recipe.arms if a != "sft"]
+    steps = []
     for seed in recipe.seeds:
         compared = lambda node: [Step("evaluate", node)] + ([Step("align", node)] if _aligned(recipe, node) else [])
         steps += [Step("warm_start", node_name(seed, 1)), *compared(node_name(seed, 1))]
         if seed == recipe.seeds[0]: steps += compared(node_name(seed, 0))
         for t in range(1, recipe.iterations + 1):
+            trained = [a for a in recipe.arms if recipe.rounds(a) >= t]
             for parent in dict.fromkeys(node_name(seed, t, a) for a in trained):
                 outside = ["label"] if needed_rewards(recipe, node_parts(parent)[1]) else []
                 steps += [Step(s, parent) for s in ("sample", "judge", *outside, "consistency")]

@@ -170,6 +170,7 @@ class Recipe(Section):
     seeds: tuple[int, ...] = spec((0,), "every seed is a full repetition", "D", min_length=1)
     iterations: int = spec(1, "rounds of sampling, judging, training (three are reported)", "S", "rounds", ge=1)
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
+    stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec({}, "arms that make fewer rounds than `iterations`, and how many; two arms are compared where both have been", unit="rounds")
     rewards: tuple[str, ...] = spec(("generative", "implicit"), "internal reward models, names in scir.rewards.REWARDS", "P", min_length=2)
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()
@@ -180,6 +181,10 @@ class Recipe(Section):
     labels: LabelSpec = LabelSpec()
     train: TrainSpec = TrainSpec()
     alignment: AlignmentSpec = AlignmentSpec()
+
+    def rounds(self, arm:str)->int:
+        "How many rounds an arm makes."
+        return 0 if arm == "sft" else min(self.stop_after.get(arm, self.iterations), self.iterations)
 
     def arm(self, name:str)->TrainSpec:
         "The training section as arm `name` has it."
@@ -259,5 +264,5 @@ def parent_node(node:str)->str:
 
 def all_nodes(recipe:Recipe)->list:
     "Every model of a run, the base first; the base is the same for all seeds and stands with the first."
-    trained = [a for a in recipe.arms if a != "sft"]
-    return [node_name(recipe.seeds[0], 0)] + [n for s in recipe.seeds for n in [node_name(s, 1), *(node_name(s, t, a) for a in trained for t in range(2, recipe.iterations + 2))]]
+    of = lambda seed: [node_name(seed, 1), *(node_name(seed, t, a) for a in recipe.arms for t in range(2, recipe.rounds(a) + 2))]
+    return [node_name(recipe.seeds[0], 0), *(n for seed in recipe.seeds for n in of(seed))]
