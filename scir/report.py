@@ -9,9 +9,9 @@ __all__ = ['KEEP', 'ALIGNMENT', 'MEASURES', 'ALONE', 'REPORTED', 'ABLATIONS', 'S
            'model_name', 'table', 'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened',
            'compare', 'sure', 'holm', 'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table',
            'share_gap', 'hits', 'moved', 'ablation_table', 'verdict', 'claim', 'above_chance', 'halved',
-           'most_accurate', 'agreed_better', 'no_collapse', 'ablated', 'idle', 'claims', 'words', 'families',
-           'plot_rate', 'plot_inconsistency', 'contrasted', 'plot_joints', 'course', 'plot_retained', 'plot_training',
-           'plot_calibration', 'plot_splits', 'tables', 'figures', 'caption', 'document', 'report']
+           'most_accurate', 'agreed_better', 'no_collapse', 'ablated', 'idle', 'claims', 'words', 'meetings',
+           'families', 'plot_rate', 'plot_inconsistency', 'contrasted', 'plot_joints', 'course', 'plot_retained',
+           'plot_training', 'plot_calibration', 'plot_splits', 'tables', 'figures', 'caption', 'document', 'report']
 
 # %% ../nbs/18_report.ipynb #228f4beb
 import re
@@ -185,10 +185,10 @@ def markdown(t:pd.DataFrame)->str:
     return "\n".join([line(t.columns), line(["---"] * len(t.columns)), *(line(r) for r in t.itertuples(index=False))]) + "\n"
 
 # %% ../nbs/18_report.ipynb #9cc784e8
-def last(g:Gathered, table:pd.DataFrame|None=None)->pd.DataFrame:
-    "Rows (of the pairs, unless `table` is given) of the models that are compared: each arm's after the last iteration that all arms and seeds of its run have reached; M_1 stands for `sft`."
-    table = g.pairs if table is None else table
-    reached = g.models[g.models.iteration > 1].groupby(["run", "arm", "seed"]).iteration.max().groupby("run").min()
+def last(g:Gathered, arms:tuple=(), table:pd.DataFrame|None=None)->pd.DataFrame:
+    "Rows (of the pairs, unless `table` is given) of `arms`, or of all: each after the last iteration that all of these arms and all seeds of their run have reached; M_1 stands for `sft`."
+    table, models = (t[t.arm.isin(arms)] if arms else t for t in (g.pairs if table is None else table, g.models))
+    reached = models[models.iteration > 1].groupby(["run", "arm", "seed"]).iteration.max().groupby("run").min()
     return table[(table.arm == "sft") | (table.iteration > 1) & (table.iteration == table.run.map(reached))]
 
 def matched(d:pd.DataFrame, one:str, other:str, name:str)->tuple: # two frames, row by row the same pair
@@ -232,13 +232,11 @@ def with_holm(t:pd.DataFrame, family:list)->pd.DataFrame:
 
 # %% ../nbs/18_report.ipynb #d430e7d3
 def comparisons(g:Gathered, one:str="scir")->pd.DataFrame:
-    "`one` against every other arm of a run, same pairs: inconsistency, and on labelled sets the accuracies."
-    d, rows = last(g), []
-    for name in d.set.unique() if one in set(d.arm) else ():
-        for other in [a for a in ARMS if a in set(d.arm) and a != one]:
-            for key in ("inconsistency", *ALONE):
-                if all(measurable(key, d[(d.set == name) & (d.arm == a)]) for a in (one, other)) and (gap := compare(d, one, other, MEASURES[key][1], name)):
-                    rows.append({"set": name, "quantity": MEASURES[key][0], "arms": f"{one} minus {other}", **gap})
+    "`one` against every other arm of a run, same pairs, as M_t of the last iteration that both have reached: inconsistency, and on labelled sets the accuracies."
+    met, rows = {a: last(g, (one, a)) for a in ARMS if a in set(g.models.arm) and a != one}, []
+    for name, (other, d), key in product(g.pairs.set.unique(), met.items(), ("inconsistency", *ALONE)):
+        if all(measurable(key, d[(d.set == name) & (d.arm == a)]) for a in (one, other)) and (gap := compare(d, one, other, MEASURES[key][1], name)):
+            rows.append({"set": name, "quantity": MEASURES[key][0], "arms": f"{one} minus {other}", "as": f"M_{d.iteration.max()}", **gap})
     return with_holm(pd.DataFrame(rows), ["set", "quantity"])
 
 # %% ../nbs/18_report.ipynb #7ba93d93
@@ -320,10 +318,11 @@ def moved(d:pd.DataFrame, arm:str, measure:str, name:str)->dict: # as `compare`
 
 def ablation_table(g:Gathered)->pd.DataFrame:
     "Each ablation against scir: what it lacks, what should go up, what it did."
-    d, rows = last(g), []
+    rows = []
     for arm, (lacks, measure) in ABLATIONS.items():
+        d = last(g, ("scir", arm))
         for name in d.set.unique() if {"scir", arm} <= set(d.arm) else ():
-            if m := moved(d, arm, measure, name): rows.append({"arm": arm, "without": lacks, "set": name, "measure": SHOWN[measure], "difference to scir": _signed(m), "p": m["p"], "seeds so": f"{m['same_way']} of {m['seeds']}", "pairs": m["n"]})
+            if m := moved(d, arm, measure, name): rows.append({"arm": arm, "as": f"M_{d.iteration.max()}", "without": lacks, "set": name, "measure": SHOWN[measure], "difference to scir": _signed(m), "p": m["p"], "seeds so": f"{m['same_way']} of {m['seeds']}", "pairs": m["n"]})
     return with_holm(pd.DataFrame(rows), [])
 
 def _signed(gap): return f"{gap['difference']:+.2g} [{gap['low']:+.2g}, {gap['high']:+.2g}]"
@@ -354,8 +353,9 @@ def above_chance(g:Gathered)->list: # of claims
 
 def halved(g:Gathered)->list: # of claims
     "SCIR's inconsistency after the last iteration is at most half of a baseline's, intervals apart."
-    out, d, pick = [], last(g), MEASURES["inconsistency"][1]
-    for name, arm in product(_panel_first(d), ("sft", "srlm")):
+    out, pick = [], MEASURES["inconsistency"][1]
+    for name, arm in product(_panel_first(g.pairs), ("sft", "srlm")):
+        d = last(g, ("scir", arm))
         both = matched(d, "scir", arm, name)
         if not all(measurable("inconsistency", x) for x in both): continue
         ours, theirs = (grouped(pick(x), x.prompt) for x in both)
@@ -368,18 +368,18 @@ def halved(g:Gathered)->list: # of claims
 
 def most_accurate(g:Gathered)->list: # of claims
     "Each internal model under SCIR is at least as accurate as under every other arm; their agreed verdict is more accurate than either."
-    out, d = [], last(g)
-    labelled = [s for s in d.set.unique() if measurable("accuracy_agreed", d[(d.set == s) & (d.arm == "scir")])]
-    for name, key in [(s, k) for s in labelled for k in ALONE]:
-        arms = [a for a in d.arm.unique() if all(measurable(key, d[(d.set == name) & (d.arm == x)]) for x in ("scir", a)) and a != "scir"]
-        gaps = {a: gap for a in arms if (gap := compare(d, "scir", a, MEASURES[key][1], name))}
+    out, ours, others = [], last(g, ("scir",)), {a: last(g, ("scir", a)) for a in g.models.arm.unique() if a != "scir"}
+    labelled = [s for s in ours.set.unique() if measurable("accuracy_agreed", ours[ours.set == s])]
+    for name, key in product(labelled, ALONE):
+        able = {a: d for a, d in others.items() if all(measurable(key, d[(d.set == name) & (d.arm == x)]) for x in ("scir", a))}
+        gaps = {a: gap for a, d in able.items() if (gap := compare(d, "scir", a, MEASURES[key][1], name))}
         if not gaps: continue
-        best, s = min(gaps, key=lambda a: gaps[a]["difference"]), d[(d.set == name) & (d.arm == "scir")]
+        best, s = min(gaps, key=lambda a: gaps[a]["difference"]), ours[ours.set == name]
         worse = any(sure(gap, len(gaps)) < 0 for gap in gaps.values())
         met = all(gap["difference"] >= 0 and gap["low"] > -MARGIN for gap in gaps.values())
         out.append(claim(f"{MEASURES[key][0]}: scir at least as often as every other arm", "met" if met else verdict(-worse),
                          f"{_pct(grouped(MEASURES[key][1](s), s.prompt))}; nearest or ahead is {best}, scir less {best} {_gap(gaps[best])}", name, ("scir",)))
-    return out + [c for s in labelled if (c := agreed_better(d[(d.set == s) & (d.arm == "scir")], s))]
+    return out + [c for s in labelled if (c := agreed_better(ours[ours.set == s], s))]
 
 def agreed_better(s:pd.DataFrame, name:str)->dict: # a claim
     "The verdict on which SCIR's models agree against each of them alone on all pairs."
@@ -406,9 +406,8 @@ def no_collapse(g:Gathered)->list: # of claims
 
 def ablated(g:Gathered)->list: # of claims
     "Each ablation moves what it should."
-    d = last(g)
     return [claim(f"without the {lacks}: {measure} up", verdict(sure(m)), f"{_signed(m)} ({SHOWN[measure]})" + (f", in {m['same_way']} of {m['seeds']} seeds" if m["seeds"] > 1 else ""), name, (arm, "scir"))
-            for arm, (lacks, measure) in ABLATIONS.items() for name in _panel_first(d) if (m := moved(d, arm, measure, name))]
+            for arm, (lacks, measure) in ABLATIONS.items() for d in [last(g, ("scir", arm))] for name in _panel_first(d) if (m := moved(d, arm, measure, name))]
 
 def idle(g:Gathered)->set:
     "Arms that in some seed found no pair to train on in any iteration: their model is M_1."
@@ -430,12 +429,18 @@ def words(g:Gathered, found:pd.DataFrame, decided:pd.DataFrame)->str:
         parts += ([f"### {run}"] if several else []) + _words(only(g, run), found[found.run == run], decided[decided.run == run] if several else decided)
     return "\n\n".join(parts) + "\n"
 
+def meetings(g:Gathered)->str:
+    "At which iterations the arms of one run are compared, in words."
+    arms, one, met = set(g.models.arm), ("scir",) if "scir" in set(g.models.arm) else (), {}
+    for a in [a for a in ARMS if a in arms - {"sft", "scir"}] or list(one): met.setdefault(last(g, one and (*one, a), g.models).iteration.max(), []).append(a)
+    met, furthest = {t: met[t] for t in sorted(met, reverse=True) if t > 1}, g.models.iteration.max()
+    if not met: return ""
+    said = f"Arms are compared as M_{max(met)}." if len(met) == 1 else "Arms are compared with scir at the last iteration that both have reached in all seeds: " + "; ".join(f"{', '.join(a)} as M_{t}" for t, a in met.items()) + "."
+    return said + (f" Some arms went on to M_{furthest}." if furthest > max(met) else "")
+
 def _words(g, found, decided):
-    line, m = (lambda r: f"- {r.claim}{f' ({r.set})' if r.set else ''}: {r.evidence}"), last(g, g.models)
-    seeds, compared = g.models.seed.nunique(), sorted(set(m.iteration[m.iteration > 1]))
-    parts = [f"Size: {seeds} seed{'s' if seeds > 1 else ''}; " + ", ".join(f"{n} pairs in {s}" for s, n in found.groupby("set").pairs.max().items()) + "." + (f" Arms are compared as M_{compared[0]}." if compared else "")]
-    behind = g.models.iteration.max() > max(compared, default=g.models.iteration.max())
-    if behind: parts.append(f"Some arms went on to M_{g.models.iteration.max()}; they are compared where all of them have been.")
+    line, seeds = (lambda r: f"- {r.claim}{f' ({r.set})' if r.set else ''}: {r.evidence}"), g.models.seed.nunique()
+    parts = [f"Size: {seeds} seed{'s' if seeds > 1 else ''}; " + ", ".join(f"{n} pairs in {s}" for s, n in found.groupby("set").pairs.max().items()) + f". {meetings(g)}".rstrip()]
     for title, key in (("Shown", "met"), ("Looked for and not found", "not met"), ("Left open", "not decided")):
         rows = decided[decided.verdict == key]
         if len(rows): parts.append(f"**{title}**\n\n" + "\n".join(line(r) for r in rows.itertuples()))
@@ -485,9 +490,11 @@ def plot_rate(found:pd.DataFrame, key:str, label:str):
 def plot_inconsistency(found:pd.DataFrame): return plot_rate(found, "inconsistency", "inconsistency rate, 95% interval")
 
 # %% ../nbs/18_report.ipynb #295965cf
-def contrasted(d:pd.DataFrame)->list: # at most three arms
-    "Before, the baseline, and scir; or of what there is."
-    return [a for a in ("sft", "srlm", "scir") if a in set(d.arm)] or list(d.arm.unique())[:3]
+def contrasted(g:Gathered, name:str)->tuple: # rows of set `name`, at most three arms
+    "Before, the baseline, and scir, after the last iteration that they all have reached; or of what there is."
+    d = last(g, ("sft", "srlm", "scir"))
+    d = (d if len(d) else last(g))[lambda x: x.set == name]
+    return d, [a for a in ("sft", "srlm", "scir") if a in set(d.arm)] or list(d.arm.unique())[:3]
 
 MANY = 200  # pairs; from here on a scatter hides how many lie where
 
@@ -498,8 +505,7 @@ def _density(ax, x, y, agree, most):
 def plot_joints(g:Gathered, name:str):
     "p_G against p_I before and after: M_1 and the last models of srlm and scir (or of what there is), all seeds; in the shaded quarters the two contradict. Many pairs are drawn as a density."
     import matplotlib.pyplot as plt
-    d = last(g)[lambda x: x.set == name]
-    arms, (one, other) = contrasted(d), g.rewards[:2]
+    (d, arms), (one, other) = contrasted(g, name), g.rewards[:2]
     if not arms: return None
     fig, axes = plt.subplots(1, len(arms), figsize=(3.6 * len(arms) + .8, 3.9), sharey=True, squeeze=False, layout="constrained")
     for ax, arm in zip(axes[0], arms):
@@ -580,8 +586,7 @@ def plot_training(g:Gathered, family:str="methods"):
 def plot_calibration(g:Gathered, name:str):
     "Reliability of the internal models before and after, all seeds. None without labels."
     import matplotlib.pyplot as plt
-    d = last(g)[lambda x: x.set == name]
-    arms = contrasted(d)
+    d, arms = contrasted(g, name)
     if d.label.isna().any() or not arms: return None
     fig, axes = plt.subplots(1, len(arms), figsize=(3.6 * len(arms), 3.4), sharey=True, squeeze=False, layout="constrained")
     for ax, arm in zip(axes[0], arms):
@@ -596,8 +601,7 @@ def _bin(c, whole): return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}" if who
 def plot_splits(g:Gathered, name:str, bins:int=3):
     "Inconsistency by how sure the surer model is and by length difference, models compared, all seeds; thirds of all their pairs, the same for all arms."
     import matplotlib.pyplot as plt
-    d = last(g)[lambda x: x.set == name]
-    arms = contrasted(d)
+    d, arms = contrasted(g, name)
     if not arms: return None
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
     for ax, column in zip(axes, ("confidence", "length_difference")):

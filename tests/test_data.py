@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from scir.data import bucket, evaluation_rows, in_split, load_instructions, load_pairs, load_prompts, merged, prompt_pool, read_source, split_of
-from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
+from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, all_nodes, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
                          parent_node, parse_recipe)
 from scir.warm_start import seed_pairs
 from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
@@ -163,6 +163,18 @@ def test_training_takes_every_seed_source_and_no_evaluation_prompt(file, tokeniz
     assert len(fewer) == len(pairs) - 3 and dropped == {"in an evaluation set": 3} and not {p.prompt for p in fewer} & {r.prompt for r in load_pairs(shared)[0]}
 
 # recipe -------------------------------------------------------------------
+
+def test_an_arm_may_stop_early():
+    from scir.pipeline import needed, plan, Step
+    recipe = parse_recipe({"iterations": 3, "arms": ["sft", "srlm", "scir", "cream"], "stop_after": {"srlm": 1, "cream": 9}})
+    assert [recipe.rounds(a) for a in recipe.arms] == [0, 1, 3, 3]
+    nodes = [n for n in all_nodes(recipe) if "srlm" in n or "scir" in n]
+    assert nodes == ["seed0/srlm/m2", "seed0/scir/m2", "seed0/scir/m3", "seed0/scir/m4"]
+    steps = plan(recipe)
+    assert {s.node for s in steps if s.stage == "evaluate"} == set(all_nodes(recipe)) and not [s for s in steps if s.stage in ("sample", "judge", "label") and "srlm" in s.node]
+    assert set(needed(recipe, steps[-1])) == {s for s in steps[:-1] if s.stage != "consistency"}, "nothing is done that nobody reads"
+    with pytest.raises(RecipeError, match="stop_after"): parse_recipe({"stop_after": {"scir": 0}})
+    with pytest.raises(RecipeError, match="stop_after"): parse_recipe({"stop_after": {"magic": 1}})
 
 @pytest.mark.parametrize("raw, nearest", [({"train": {"lamda_consistancy": 1}}, "train.lambda_consistency"), ({"iteration": 2}, "iterations"), ({"sampling": {"temprature": 1}}, "sampling.temperature"),
                                           ({"model": {"quantise": "nf4"}}, "model.quantize"), ({"trian": {"beta": 1}}, "train")])

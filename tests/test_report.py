@@ -132,6 +132,19 @@ def test_arms_are_compared_after_the_same_number_of_iterations():
     text = report.words(g, report.summary(g), report.claims(g))
     assert "compared as M_2" in text and "Some arms went on to M_3" in text
 
+def test_two_arms_meet_where_both_have_been():
+    "srlm went as far as scir, an ablation stopped one round earlier: each is compared with scir of its own round."
+    at = lambda arm, wrong: [pairs(arm, t, *both(60, wrong=w)) for t, w in wrong.items()]
+    g = gathered(pairs("sft", 1, *both(60)), *at("scir", {2: 10, 3: 20}), *at("srlm", {2: 0, 3: 20}), *at("scir-static", {2: 10}))
+    t = report.comparisons(g).query("quantity == 'judge right'").set_index("arms")
+    assert t["as"].to_dict() == {"scir minus sft": "M_3", "scir minus srlm": "M_3", "scir minus scir-static": "M_2"}
+    assert t.difference.round(3).to_dict() == {"scir minus sft": -.333, "scir minus srlm": 0, "scir minus scir-static": 0}
+    text = report.words(g, report.summary(g), report.claims(g))
+    assert "srlm as M_3; scir-static as M_2." in text and "went on" not in text
+    assert set(report.contrasted(g, "held-out")[0].iteration) == {1, 3} and set(report.ablation_table(g)["as"]) == {"M_2"}
+    best = report.claims(g).set_index("claim").evidence["judge right: scir at least as often as every other arm"]
+    assert best.startswith("67%") and "scir less sft -33 points" in best
+
 def test_no_width_is_no_certainty():
     g = gathered(pairs("srlm", 2, "++++", "----"), pairs("scir", 2, "++++", "++++"), pairs("sft", 1, "++++", "----"))
     gap = report.compare(last(g), "scir", "srlm", lambda d: ~d.agree, "held-out")
