@@ -101,7 +101,7 @@ def _align(recipe, run, node):
 
 def _report(recipe, run, node):
     from scir.report import report
-    return report(run)
+    return {name: f"report/{name}" for name in report(run)}
 
 class Stage(NamedTuple):
     "What a stage reads and writes; paths are relative to the run directory, sources are the recipe's data fields."

@@ -453,7 +453,7 @@ def test_what_is_lacking_is_said_and_old_figures_go(run, tmp_path, capsys):
     assert line in capsys.readouterr().out and line in (again/"report/results.md").read_text()
     assert not list((again/"report").glob("joint_panel.*")) and (again/"report/mine.png").exists() and (again/"report/joint_held-out.png").exists()
 
-@pytest.mark.parametrize("name", ["smol"])
+@pytest.mark.parametrize("name", ["smol", "smol-full"])
 def test_the_kept_runs_are_made_again_from_their_tables(name, tmp_path):
     kept = Path(__file__).parents[1]/"docs/results"/name
     report.report(kept, tmp_path)
