@@ -42,10 +42,10 @@ def verdict_margins(model,
                     seqs:list, # B presentations, as ids
                     verdicts:Verdicts,
                    )->tuple: # (B,) log-odds of the first response, (B,) log mass p(first)+p(second)
-    "Read the verdict at the last position of each presentation."
-    logits = project(model, hidden_at(model, seqs, [[len(s) - 1] for s in seqs]))
-    first, second = (logits[:, list(ids)].logsumexp(-1) for ids in (verdicts.first, verdicts.second))
-    return first - second, torch.logaddexp(first, second) - logits.logsumexp(-1)
+    "Read the verdict at the last position of each presentation; its logits in float32, since bfloat16 knows them only to 1/16."
+    hidden = hidden_at(model, seqs, [[len(s) - 1] for s in seqs])
+    first, second = (project(model, hidden, list(ids)).logsumexp(-1) for ids in (verdicts.first, verdicts.second))
+    return first - second, (torch.logaddexp(first, second) - project(model, hidden).logsumexp(-1)).clamp(max=0)
 
 def average_orders(m_ab:torch.Tensor, m_ba:torch.Tensor)->torch.Tensor:
     "Margin of a over b with the position bias cancelled."

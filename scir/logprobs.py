@@ -97,11 +97,11 @@ def project(model,
             hidden:torch.Tensor, # (..., d) last hidden states
             rows:torch.Tensor|None=None, # token ids to project on; None is the whole vocabulary
            )->torch.Tensor: # (..., V) or (..., len(rows)) float32 logits
-    "Logits of `hidden`, over all token ids or only some; final soft-capping and scaling as the model has them."
+    "Logits of `hidden`, over all token ids or only some (these computed in float32); final soft-capping and scaling as the model has them."
     base, _ = body(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
     if rows is None: logits = head(hidden.to(head.weight.dtype))
-    else: logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight[rows], None if head.bias is None else head.bias[rows])
+    else: logits = torch.nn.functional.linear(hidden.float(), head.weight[rows].float(), None if head.bias is None else head.bias[rows].float())
     logits = logits.float()
     if (scale := getattr(config, "logits_scaling", None)): logits = logits / scale
     if (scale := getattr(config, "logit_scale", None)): logits = logits * scale

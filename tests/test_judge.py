@@ -1,7 +1,8 @@
 import pytest, torch
 
 from scir.judge import Verdicts, find_verdicts, judge_ids, verdict_margins
-from scir.logprobs import encode_prompt, encode_text
+from scir.logprobs import encode_prompt, encode_text, hidden_at
+from scir.model import load_base
 from scir.recipe import JudgeSpec
 
 JUDGE = JudgeSpec(template="Q: {prompt}\nA: {first}\nB: {second}\nA or B?")
@@ -47,6 +48,19 @@ def test_verdict_is_read_at_the_last_position(policy, tokenizer):
         assert w.exp().item() == pytest.approx((first + second).item(), rel=1e-4) and 0 < w.exp() <= 1
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_bfloat16_verdict_is_not_rounded_to_bfloat16(recipe, tokenizer):
+    "Logits of 20 and more are known to an eighth in bfloat16: close verdicts would be ties, which count as contradictions."
+    model = load_base(recipe.model.model_copy(update={"dtype": "bfloat16"}))
+    model.get_output_embeddings().weight.mul_(300)
+    seqs, verdicts = [encode_prompt(tokenizer, t) for t in ("Hi", "2+2?", "Name a bird.")], Verdicts((65,), (66,))
+    hidden = hidden_at(model, seqs, [[len(s) - 1] for s in seqs]).double()
+    weight = model.get_output_embeddings().weight.double()
+    margins, mass = verdict_margins(model, seqs, verdicts)
+    exact = hidden @ (weight[65] - weight[66])
+    torch.testing.assert_close(margins.double(), exact, atol=1e-3, rtol=1e-5)
+    assert (margins != margins.bfloat16().float()).any() and (mass <= 0).all() and exact.abs().max() > 5
+
 def test_mass_of_all_ids_is_one(policy, tokenizer):
     n = len(tokenizer)
     _, mass = verdict_margins(policy, [[1, 2, 3]], Verdicts(tuple(range(n // 2)), tuple(range(n // 2, n))))
