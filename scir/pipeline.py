@@ -130,7 +130,7 @@ def _aligned(recipe, node):
     return bool(recipe.alignment.judge) and (recipe.alignment.reference != "m1" or node_parts(node)[2] != 1)
 
 LABELLED = ("data.pairs", "data.labelled_sets", "data.max_prompt_tokens", "data.max_response_tokens")
-POOL = (*LABELLED, "data.prompts", "data.held_out_prompts", "data.prompt_limit")
+POOL = ("data.prompts", "data.pairs", "data.labelled_sets", "data.held_out_prompts", "data.prompt_limit", "data.max_prompt_tokens")
 IMPLICIT = ("train.beta", "train.length_normalise")
 
 STAGES = {
@@ -146,7 +146,7 @@ STAGES = {
                          lambda r, n: [f"{n}/scores.jsonl"], lambda r, n: [f"{n}/consistency", f"{n}/agreed.jsonl"]),
     "optimise": Stage("06_optimise", _optimise, ("optimise",), ("model", "rewards", "judge", "train"),
                       _optimised_from, lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl", f"{n}/preferences.jsonl"]),
-    "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
+    "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, *LABELLED, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
                       _evaluated_from, _evaluation),
     "align": Stage("08_align", _align, ("alignment", "exports", "sample", "model"), ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
                    lambda r, n: [f for m in dict.fromkeys((node_name(node_parts(n)[0], 1), n)) for f in _evaluation(r, m)], lambda r, n: [f"{n}/alignment/metrics.json", f"{n}/alignment/duels.jsonl"]),

@@ -7,14 +7,16 @@ __all__ = ['KEEP', 'ALIGNMENT', 'MEASURES', 'ALONE', 'REPORTED', 'ABLATIONS', 'S
            'MANY', 'TERMS', 'CAPTION', 'DRAWN', 'evaluated', 'unevaluated', 'coordinates', 'pair_rows', 'model_rows',
            'step_rows', 'Gathered', 'gather', 'only', 'per_run', 'summary', 'spoken', 'measurable', 'cell',
            'model_name', 'table', 'inconsistency_table', 'reward_table', 'markdown', 'last', 'matched', 'widened',
-           'compare', 'sure', 'holm', 'with_holm', 'comparisons', 'reported', 'alignment_table', 'reported_table',
-           'share_gap', 'hits', 'moved', 'ablation_table', 'verdict', 'claim', 'above_chance', 'halved',
-           'most_accurate', 'agreed_better', 'no_collapse', 'ablated', 'idle', 'claims', 'words', 'meetings',
-           'families', 'plot_rate', 'plot_inconsistency', 'contrasted', 'plot_joints', 'course', 'plot_retained',
-           'plot_training', 'plot_calibration', 'plot_splits', 'tables', 'figures', 'caption', 'document', 'report']
+           'compare', 'sure', 'holm', 'with_holm', 'meetings', 'comparisons', 'reported', 'alignment_table',
+           'reported_table', 'share_gap', 'hits', 'moved', 'ablation_table', 'verdict', 'claim', 'above_chance',
+           'halved', 'most_accurate', 'agreed_better', 'no_collapse', 'ablated', 'idle', 'claims', 'words',
+           'compared_as', 'families', 'plot_rate', 'plot_inconsistency', 'contrasted', 'plot_joints', 'course',
+           'plot_retained', 'plot_training', 'plot_calibration', 'plot_splits', 'tables', 'figures', 'caption',
+           'document', 'report']
 
 # %% ../nbs/18_report.ipynb #228f4beb
 import re
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -231,10 +233,14 @@ def with_holm(t:pd.DataFrame, family:list)->pd.DataFrame:
     return t
 
 # %% ../nbs/18_report.ipynb #d430e7d3
+def meetings(g:Gathered, one:str="scir")->dict: # other arm -> rows of both
+    "`one` beside every other arm, each pair of arms after the last iteration that both have reached."
+    return {a: last(g, (one, a)) for a in ARMS if a in set(g.models.arm) and a != one}
+
 def comparisons(g:Gathered, one:str="scir")->pd.DataFrame:
     "`one` against every other arm of a run, same pairs, as M_t of the last iteration that both have reached: inconsistency, and on labelled sets the accuracies."
-    met, rows = {a: last(g, (one, a)) for a in ARMS if a in set(g.models.arm) and a != one}, []
-    for name, (other, d), key in product(g.pairs.set.unique(), met.items(), ("inconsistency", *ALONE)):
+    rows = []
+    for name, (other, d), key in product(g.pairs.set.unique(), meetings(g, one).items(), ("inconsistency", *ALONE)):
         if all(measurable(key, d[(d.set == name) & (d.arm == a)]) for a in (one, other)) and (gap := compare(d, one, other, MEASURES[key][1], name)):
             rows.append({"set": name, "quantity": MEASURES[key][0], "arms": f"{one} minus {other}", "as": f"M_{d.iteration.max()}", **gap})
     return with_holm(pd.DataFrame(rows), ["set", "quantity"])
@@ -318,10 +324,10 @@ def moved(d:pd.DataFrame, arm:str, measure:str, name:str)->dict: # as `compare`
 
 def ablation_table(g:Gathered)->pd.DataFrame:
     "Each ablation against scir: what it lacks, what should go up, what it did."
-    rows = []
-    for arm, (lacks, measure) in ABLATIONS.items():
-        d = last(g, ("scir", arm))
-        for name in d.set.unique() if {"scir", arm} <= set(d.arm) else ():
+    rows, others = [], meetings(g)
+    for arm, (lacks, measure) in [(a, what) for a, what in ABLATIONS.items() if a in others]:
+        d = others[arm]
+        for name in d.set.unique():
             if m := moved(d, arm, measure, name): rows.append({"arm": arm, "as": f"M_{d.iteration.max()}", "without": lacks, "set": name, "measure": SHOWN[measure], "difference to scir": _signed(m), "p": m["p"], "seeds so": f"{m['same_way']} of {m['seeds']}", "pairs": m["n"]})
     return with_holm(pd.DataFrame(rows), [])
 
@@ -353,9 +359,9 @@ def above_chance(g:Gathered)->list: # of claims
 
 def halved(g:Gathered)->list: # of claims
     "SCIR's inconsistency after the last iteration is at most half of a baseline's, intervals apart."
-    out, pick = [], MEASURES["inconsistency"][1]
-    for name, arm in product(_panel_first(g.pairs), ("sft", "srlm")):
-        d = last(g, ("scir", arm))
+    out, pick, others = [], MEASURES["inconsistency"][1], meetings(g)
+    for name, arm in product(_panel_first(g.pairs), [a for a in ("sft", "srlm") if a in others]):
+        d = others[arm]
         both = matched(d, "scir", arm, name)
         if not all(measurable("inconsistency", x) for x in both): continue
         ours, theirs = (grouped(pick(x), x.prompt) for x in both)
@@ -368,7 +374,7 @@ def halved(g:Gathered)->list: # of claims
 
 def most_accurate(g:Gathered)->list: # of claims
     "Each internal model under SCIR is at least as accurate as under every other arm; their agreed verdict is more accurate than either."
-    out, ours, others = [], last(g, ("scir",)), {a: last(g, ("scir", a)) for a in g.models.arm.unique() if a != "scir"}
+    out, ours, others = [], last(g, ("scir",)), meetings(g)
     labelled = [s for s in ours.set.unique() if measurable("accuracy_agreed", ours[ours.set == s])]
     for name, key in product(labelled, ALONE):
         able = {a: d for a, d in others.items() if all(measurable(key, d[(d.set == name) & (d.arm == x)]) for x in ("scir", a))}
@@ -407,7 +413,7 @@ def no_collapse(g:Gathered)->list: # of claims
 def ablated(g:Gathered)->list: # of claims
     "Each ablation moves what it should."
     return [claim(f"without the {lacks}: {measure} up", verdict(sure(m)), f"{_signed(m)} ({SHOWN[measure]})" + (f", in {m['same_way']} of {m['seeds']} seeds" if m["seeds"] > 1 else ""), name, (arm, "scir"))
-            for arm, (lacks, measure) in ABLATIONS.items() for d in [last(g, ("scir", arm))] for name in _panel_first(d) if (m := moved(d, arm, measure, name))]
+            for arm, d in meetings(g).items() if arm in ABLATIONS for lacks, measure in [ABLATIONS[arm]] for name in _panel_first(d) if (m := moved(d, arm, measure, name))]
 
 def idle(g:Gathered)->set:
     "Arms that in some seed found no pair to train on in any iteration: their model is M_1."
@@ -429,18 +435,18 @@ def words(g:Gathered, found:pd.DataFrame, decided:pd.DataFrame)->str:
         parts += ([f"### {run}"] if several else []) + _words(only(g, run), found[found.run == run], decided[decided.run == run] if several else decided)
     return "\n\n".join(parts) + "\n"
 
-def meetings(g:Gathered)->str:
+def compared_as(g:Gathered)->str:
     "At which iterations the arms of one run are compared, in words."
-    arms, one, met = set(g.models.arm), ("scir",) if "scir" in set(g.models.arm) else (), {}
-    for a in [a for a in ARMS if a in arms - {"sft", "scir"}] or list(one): met.setdefault(last(g, one and (*one, a), g.models).iteration.max(), []).append(a)
-    met, furthest = {t: met[t] for t in sorted(met, reverse=True) if t > 1}, g.models.iteration.max()
+    met, furthest = defaultdict(list), g.models.iteration.max()
+    for a in [a for a in ARMS if a in set(g.models.arm) - {"sft", "scir"}] or ["sft"]: met[last(g, ("scir", a) if "scir" in set(g.models.arm) else (), g.models).iteration.max()].append(a)
+    met = {t: met[t] for t in sorted(met, reverse=True) if t > 1}
     if not met: return ""
     said = f"Arms are compared as M_{max(met)}." if len(met) == 1 else "Arms are compared with scir at the last iteration that both have reached in all seeds: " + "; ".join(f"{', '.join(a)} as M_{t}" for t, a in met.items()) + "."
     return said + (f" Some arms went on to M_{furthest}." if furthest > max(met) else "")
 
 def _words(g, found, decided):
     line, seeds = (lambda r: f"- {r.claim}{f' ({r.set})' if r.set else ''}: {r.evidence}"), g.models.seed.nunique()
-    parts = [f"Size: {seeds} seed{'s' if seeds > 1 else ''}; " + ", ".join(f"{n} pairs in {s}" for s, n in found.groupby("set").pairs.max().items()) + f". {meetings(g)}".rstrip()]
+    parts = [f"Size: {seeds} seed{'s' if seeds > 1 else ''}; " + ", ".join(f"{n} pairs in {s}" for s, n in found.groupby("set").pairs.max().items()) + f". {compared_as(g)}".rstrip()]
     for title, key in (("Shown", "met"), ("Looked for and not found", "not met"), ("Left open", "not decided")):
         rows = decided[decided.verdict == key]
         if len(rows): parts.append(f"**{title}**\n\n" + "\n".join(line(r) for r in rows.itertuples()))

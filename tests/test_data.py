@@ -7,9 +7,9 @@ import pytest
 from scir.data import bucket, evaluation_rows, in_split, load_instructions, load_pairs, load_prompts, merged, prompt_pool, read_source, split_of
 from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, all_nodes, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
                          parent_node, parse_recipe)
-from scir.warm_start import seed_pairs
 from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
                         write_json, write_rows, write_text)
+from scir.warm_start import seed_pairs
 
 def one_line(error): return "\n" not in str(error.value)
 

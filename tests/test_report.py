@@ -457,4 +457,4 @@ def test_what_is_lacking_is_said_and_old_figures_go(run, tmp_path, capsys):
 def test_the_kept_runs_are_made_again_from_their_tables(name, tmp_path):
     kept = Path(__file__).parents[1]/"docs/results"/name
     report.report(kept, tmp_path)
-    for name in ("inconsistency", "reward_models", "comparisons", "claims", "alignment"): assert (tmp_path/f"{name}.csv").read_text() == (kept/f"{name}.csv").read_text(), name
+    for table in ("inconsistency", "reward_models", "comparisons", "claims", "alignment", "ablation"): assert (tmp_path/f"{table}.csv").read_text() == (kept/f"{table}.csv").read_text(), table
