@@ -380,3 +380,17 @@ def test_fitted_reward_learns_a_rule_and_loads_as_a_reward_model(tmp_path):
     noise = [LabelledPair(id=str(i), prompt="Q", chosen=word("abc"), rejected=word("abc")) for i in range(60)]
     assert fit_reward(str(tmp_path/"tiny"), noise, tmp_path/"noise")["cross-validated"]["value"] < .75
     with pytest.raises(ValueError, match="too few"): fit_reward(str(tmp_path/"tiny"), rows[:5], tmp_path/"few")
+
+def test_a_reward_model_in_bfloat16_keeps_close_rewards_apart(tmp_path, monkeypatch):
+    "The body in the recipe's dtype, the head in float32; duels ask for it too."
+    from scir.model import save_tiny_reward
+    from scir.recipe import AlignmentSpec
+    folder, rows = str(save_tiny_reward(tmp_path/"reward")), [(f"Question {i}", "answer " * (i % 3 + 1)) for i in range(20)]
+    model, _ = alignment.load_reward(folder, "bfloat16")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16 and model.score.weight.dtype == torch.float32
+    low, full = (np.array(reward_scores(folder, rows, dtype=d)) for d in ("bfloat16", "float32"))
+    assert np.abs(low - full).max() < .1 * np.ptp(full) and not np.array_equal(low, full) and not np.array_equal(low, torch.tensor(low).bfloat16().double().numpy())
+    asked, real = [], alignment.load_reward
+    monkeypatch.setattr(alignment, "load_reward", lambda name, dtype: asked.append(dtype) or real(name, dtype))
+    alignment.align(AlignmentSpec(judge=f"reward:{folder}"), JUDGE, [types.SimpleNamespace(id=i, prompt=p, response=a) for i, p, a, _ in PAIRS], {i: o for i, _, _, o in PAIRS}, tmp_path/"duels", "bfloat16")
+    assert asked == ["bfloat16"]

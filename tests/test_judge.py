@@ -1,7 +1,7 @@
 import pytest, torch
 
 from scir.judge import Verdicts, find_verdicts, judge_ids, verdict_margins
-from scir.logprobs import encode_prompt, encode_text, hidden_at
+from scir.logprobs import encode_prompt, encode_text, hidden_at, project
 from scir.model import load_base
 from scir.recipe import JudgeSpec
 
@@ -60,6 +60,16 @@ def test_a_bfloat16_verdict_is_not_rounded_to_bfloat16(recipe, tokenizer):
     exact = hidden @ (weight[65] - weight[66])
     torch.testing.assert_close(margins.double(), exact, atol=1e-3, rtol=1e-5)
     assert (margins != margins.bfloat16().float()).any() and (mass <= 0).all() and exact.abs().max() > 5
+
+@torch.no_grad()
+def test_mass_is_never_more_than_one(recipe, tokenizer):
+    "The two verdicts are known in float32, all ids in the model's bfloat16: where the two are nearly all, rounding can put them above."
+    model = load_base(recipe.model.model_copy(update={"dtype": "bfloat16"}))
+    model.get_output_embeddings().weight[65:67] *= 900
+    seqs = [encode_prompt(tokenizer, f"Question {i}") for i in range(24)]
+    whole = project(model, hidden := hidden_at(model, seqs, [[len(s) - 1] for s in seqs])).logsumexp(-1)
+    assert (project(model, hidden, [65, 66]).logsumexp(-1) > whole).any(), "so the test can fail"
+    assert (verdict_margins(model, seqs, Verdicts((65,), (66,)))[1] <= 0).all()
 
 def test_mass_of_all_ids_is_one(policy, tokenizer):
     n = len(tokenizer)

@@ -34,6 +34,11 @@ def test_every_stage_left_an_executed_notebook(run):
         assert any("parameters" in c.metadata.get("tags", []) for c in cells), path
 
 
+def test_the_manifest_names_no_place_of_this_machine(run):
+    text = (run / "manifest.json").read_text()
+    assert str(run) not in text and str(ROOT) not in text and '"report/results.md"' in text
+
+
 def test_printed_table_is_the_report(run):
     table = pd.read_csv(run / "report" / "inconsistency.csv")
     assert set(table.model) == {"M_0, untrained", "M_1 = sft", "srlm M_2", "srlm M_3", "scir M_2", "scir M_3"}
