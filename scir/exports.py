@@ -77,13 +77,10 @@ def _said(turns, answers):
     return [t for both in zip(turns, answers) for t in both] + turns[len(answers):]
 
 def _replies(model, tokenizer, asked, spec, seed, turn): # yields (question_id, text)
-    "One answer to each prompt, decoded in batches of similar length."
-    from scir.sample import generate
-    keys = sorted(asked, key=lambda k: len(asked[k]))
-    for start in tqdm(range(0, len(keys), spec.batch_size), desc=f"turn {turn + 1}", unit="batch"):
-        batch = keys[start:start + spec.batch_size]
-        drawn = generate(model, tokenizer, [asked[k] for k in batch], [row_seed(seed, k, turn) for k in batch], spec)
-        yield from ((k, tokenizer.decode(ids[:-1] if finished else ids)) for k, (ids, finished) in zip(batch, drawn))
+    "One answer to each prompt."
+    from scir.sample import generate, text_of
+    jobs = [(k, ids, row_seed(seed, k, turn)) for k, ids in asked.items()]
+    for k, ids, finished in tqdm(generate(model, tokenizer, jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"): yield k, text_of(tokenizer, ids, finished)
 
 # %% ../nbs/17_exports.ipynb #078498f7
 SECTIONS = {

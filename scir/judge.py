@@ -41,9 +41,10 @@ def judge_ids(tokenizer, judge, prompt:str, first:str, second:str)->list:
 def verdict_margins(model,
                     seqs:list, # B presentations, as ids
                     verdicts:Verdicts,
+                    recompute:bool=False, # as in `hidden_at`
                    )->tuple: # (B,) log-odds of the first response, (B,) log mass p(first)+p(second)
     "Read the verdict at the last position of each presentation; its logits in float32, since bfloat16 knows them only to 1/16."
-    hidden = hidden_at(model, seqs, [[len(s) - 1] for s in seqs])
+    hidden = hidden_at(model, seqs, [[len(s) - 1] for s in seqs], recompute)
     first, second = (project(model, hidden, list(ids)).logsumexp(-1) for ids in (verdicts.first, verdicts.second))
     return first - second, (torch.logaddexp(first, second) - project(model, hidden).logsumexp(-1)).clamp(max=0)
 

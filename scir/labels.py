@@ -100,18 +100,16 @@ def vote(model, tokenizer, responses:list, spec:LabelSpec, judge_system:str|None
     "`spec.votes` sampled votes on every response; `out` keeps their texts and is continued after a kill."
     from scir.logprobs import encode_chat
     from scir.recipe import SamplingSpec
-    from scir.sample import generate
+    from scir.sample import generate, text_of
     from tqdm.auto import tqdm
-    journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens)
+    journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
     jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": r.prompt, "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
-    todo = sorted((j for j in jobs if j[0] not in journal.done), key=lambda j: len(j[1]))
+    todo = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="votes", unit="vote") as bar:
-        for i in range(0, len(todo), batch_size):
-            batch = todo[i:i + batch_size]
-            for (key, _), (ids, finished) in zip(batch, generate(model, tokenizer, [p for _, p in batch], [row_seed(seed, key) for key, _ in batch], how)):
-                text = tokenizer.decode(ids[:-1] if finished else ids)
-                journal.add(Vote(id=key, text=text, points=parse_vote(text)))
-            bar.update(len(batch))
+        for key, ids, finished in generate(model, tokenizer, todo, how):
+            text = text_of(tokenizer, ids, finished)
+            journal.add(Vote(id=key, text=text, points=parse_vote(text)))
+            bar.update()
     points = defaultdict(list)
     for v in journal.finish([key for key, _ in jobs]): points[v.id.rpartition("/")[0]].append(v.points)
     return {r: _mean([p for p in ps if p is not None]) for r, ps in points.items()}

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_prompt', 'encode_turns',
-           'encode_response', 'body', 'project', 'pad_right', 'hidden_states', 'hidden_at', 'similar', 'token_logps',
-           'response_logps', 'batches', 'check_projection']
+           'encode_response', 'body', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right', 'hidden_states',
+           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'batches', 'check_projection']
 
 # %% ../nbs/04_logprobs.ipynb #02ecdbf7
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
+from os.path import commonprefix
+from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -108,6 +110,43 @@ def project(model,
     if (cap := getattr(config, "final_logit_softcapping", None)): logits = cap * torch.tanh(logits / cap)
     return logits
 
+# %% ../nbs/04_logprobs.ipynb #4f6fc83f
+class Tree(NamedTuple):
+    "Sequences in one row."
+    ids: list # n token ids
+    positions: list # n, the place of each in its sequence
+    paths: dict # number of a sequence -> where in the row its tokens are
+
+def trees(seqs:list, # lists of token ids
+          width:int, # d, the size of a hidden state; 0: every sequence alone
+         )->list: # of Tree
+    "Sequences that share a beginning, together where that saves work. Equal ones take up one place."
+    out, last, path = [], [], []
+    cost = lambda n: n * (2 * width + n)
+    for i in sorted(range(len(seqs)), key=lambda i: seqs[i]):
+        shared, n = len(commonprefix([last, seqs[i]])), len(out[-1].ids) if out else 0
+        if not (out and width) or cost(n + len(seqs[i]) - shared) > cost(n) + cost(len(seqs[i])):
+            out.append(Tree([], [], {}))
+            shared = n = 0
+        path = out[-1].paths[i] = path[:shared] + list(range(n, n + len(seqs[i]) - shared))
+        out[-1].ids.extend(seqs[i][shared:])
+        out[-1].positions.extend(range(shared, len(seqs[i])))
+        last = seqs[i]
+    return out
+
+def tree_mask(rows:list, # B trees
+              dtype:torch.dtype,
+             )->torch.Tensor: # (B, 1, T, T), 0 where a token may look, the lowest number elsewhere
+    "Each token sees its ancestors and itself."
+    size = max(len(t.ids) for t in rows)
+    seen = torch.zeros(len(rows), size, size, dtype=torch.bool)
+    for row, tree in zip(seen, rows):
+        for path in tree.paths.values():
+            at = torch.tensor(path)
+            row[at[:, None], at] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+# %% ../nbs/04_logprobs.ipynb #44792493
 def pad_right(seqs:list, pad:int=0, device="cpu")->tuple: # (B, T) ids, (B,) lengths
     "Pad lists of ids on the right."
     lengths = torch.tensor([len(s) for s in seqs], device=device)
@@ -115,35 +154,65 @@ def pad_right(seqs:list, pad:int=0, device="cpu")->tuple: # (B, T) ids, (B,) len
     for i, s in enumerate(seqs): ids[i, :len(s)] = torch.tensor(s)
     return ids.to(device), lengths
 
-def hidden_states(model, seqs:list)->tuple: # (B, T, d), (B,) lengths
-    "Last hidden states of right-padded `seqs`; raises ValueError for one that is longer than the model's context."
-    base, decoder = body(model)
-    ids, lengths = pad_right(seqs, device=model.device)
-    room = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if room and ids.shape[1] > room:
-        raise ValueError(f"a sequence of {ids.shape[1]} tokens does not fit the model's context of {room}; lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens")
-    return decoder(input_ids=ids, use_cache=False).last_hidden_state, lengths
+def hidden_states(model,
+                  rows:list, # B lists of ids, or B trees
+                 )->torch.Tensor: # (B, T, d)
+    "Last hidden states, right-padded; raises ValueError for a sequence that is longer than the model's context."
+    (base, decoder), rows = body(model), [r if isinstance(r, Tree) else Tree(r, list(range(len(r))), {0: range(len(r))}) for r in rows]
+    longest, room = 1 + max(max(t.positions) for t in rows), getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if room and longest > room:
+        raise ValueError(f"a sequence of {longest} tokens does not fit the model's context of {room}; lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens")
+    ids, where = pad_right([t.ids for t in rows], device=model.device)[0], {}
+    if any(len(t.paths) > 1 for t in rows):
+        where = {"attention_mask": tree_mask(rows, decoder.get_input_embeddings().weight.dtype).to(model.device), "position_ids": pad_right([t.positions for t in rows], device=model.device)[0]}
+    return decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
+
+@torch.no_grad()
+def takes_trees(model)->bool:
+    "Whether sequences in one row come out as they do alone; tried once per model."
+    base, training = body(model)[0], model.training
+    if not hasattr(base, "_takes_trees"):
+        seqs = [[1, 2] + [3] * 16, [1, 2, 5], [1, 2, 5, 6, 7]]
+        tree, = trees(seqs, 10**6)
+        model.eval()
+        try: base._takes_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same(hidden_states(model, seqs), hidden_states(model, [tree])[0], tree)
+        except Exception: base._takes_trees = False  # an architecture that cannot read such a mask at all
+        model.train(training)
+    return base._takes_trees
+
+def _same(alone, together, tree):
+    differences = [together[list(path)] - alone[i, :len(path)] for i, path in tree.paths.items()]
+    return all(d.abs().mean() < .05 * alone.abs().mean() for d in differences)
+
+def _read(model, rows, wanted):
+    "Hidden states of `rows` where `wanted`, sequence by sequence."
+    hidden = hidden_states(model, rows)
+    return torch.cat([hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()])
 
 def hidden_at(model,
               seqs:list, # B lists of ids
               wanted:list, # B lists of positions
+              recompute:bool=False, # row by row, keeping nothing for backward but the result: the least memory, for one more forward
              )->torch.Tensor: # (sum of wanted, d), in the order of `seqs`
-    "Last hidden states at some positions. On the CPU, where padding costs as much as text, sequences run in groups of nearly equal length."
-    found = {}
-    for group in similar([len(s) for s in seqs], model.device.type):
-        hidden, _ = hidden_states(model, [seqs[i] for i in group])
-        found |= {i: hidden[row, list(wanted[i])] for row, i in enumerate(group)}
-    return torch.cat([found[i] for i in range(len(seqs))])
+    "Last hidden states at some positions; what sequences share is computed once, rows of nearly equal length run together."
+    config = body(model)[0].config.get_text_config()
+    window = getattr(config, "sliding_window", None) or float("inf")
+    rows = trees(seqs, config.hidden_size if max(map(len, seqs)) <= window and takes_trees(model) else 0)
+    groups = [[t] for t in rows] if recompute else similar(rows, model.device.type)
+    read = partial(checkpoint, _read, use_reentrant=False) if recompute and torch.is_grad_enabled() else _read
+    order = [i for group in groups for tree in group for i in tree.paths]
+    pieces = torch.cat([read(model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
+    return torch.cat([piece for _, piece in sorted(zip(order, pieces), key=lambda x: x[0])])
 
-def similar(lengths:list, device:str="cpu", waste:float=0.1)->list: # lists of row numbers
-    "Rows that may be padded together: on a GPU all of them; on a CPU as long as less than `waste` of the longest would be padding."
-    if device != "cpu": return [list(range(len(lengths)))]
-    out = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if out and lengths[i] >= (1 - waste) * lengths[out[-1][0]]: out[-1].append(i)
-        else: out.append([i])
+def similar(rows:list, device:str="cpu")->list: # lists of trees
+    "Rows that may be padded together: as long as less than a tenth of the longest would be padding, on a GPU less than half."
+    out, waste = [], .1 if device == "cpu" else .5
+    for row in sorted(rows, key=lambda t: -len(t.ids)):
+        if out and len(row.ids) >= (1 - waste) * len(out[-1][0].ids): out[-1].append(row)
+        else: out.append([row])
     return out
 
+# %% ../nbs/04_logprobs.ipynb #5e0f62aa
 def _chunk_logps(model, hidden, targets):
     logits = project(model, hidden)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
@@ -158,21 +227,26 @@ def response_logps(model,
                    prompts:list, # B lists of prompt ids
                    responses:list, # B lists of response ids, none empty
                    chunk:int=512, # completion positions projected at once
+                   recompute:bool=False, # as in `hidden_at`
                   )->torch.Tensor: # (B,) float32, summed over response tokens, nats
-    "Log-probability of each response given its prompt."
-    hidden = hidden_at(model, [p + r for p, r in zip(prompts, responses)], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in zip(prompts, responses)])
-    rows = torch.cat([torch.full((len(r),), i) for i, r in enumerate(responses)]).to(hidden.device)
-    targets = torch.tensor([t for r in responses for t in r], device=hidden.device)
-    return torch.zeros(len(responses), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
+    "Log-probability of each response given its prompt; one that is asked for twice is computed once."
+    asked = [(tuple(p), tuple(r)) for p, r in zip(prompts, responses)]
+    number = {x: i for i, x in enumerate(dict.fromkeys(asked))}
+    hidden = hidden_at(model, [list(p + r) for p, r in number], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number], recompute)
+    rows = torch.tensor([i for (_, r), i in number.items() for _ in r], device=hidden.device)
+    targets = torch.tensor([t for _, r in number for t in r], device=hidden.device)
+    sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
+    return sums[[number[x] for x in asked]]
 
-def batches(lengths:list, # tokens of each row
-            budget:int, # padded tokens per batch
+def batches(sizes:list, # tokens of each row
+            budget:int, # tokens per batch
            )->list: # lists of row numbers
-    "Group rows of similar length so that no batch is over `budget` padded tokens; the longest come first, so that memory fails early or never."
-    order, out = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
-    for i in order:
-        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= budget: out[-1].append(i)
-        else: out.append([i])
+    "Consecutive rows whose tokens add up to at most `budget`; a row that is larger stands alone."
+    out, filled = [], 0
+    for i, size in enumerate(sizes):
+        if out and filled + size <= budget: out[-1].append(i)
+        else: out, filled = out + [[i]], 0
+        filled += size
     return out
 
 def check_projection(model)->None:

@@ -38,7 +38,7 @@ class ModelSpec(Section):
     revision: str | None = spec(None, "branch, tag or commit of a hub model")
     quantize: Literal["nf4"] | None = spec(None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S")
     dtype: Literal["auto", "float32", "bfloat16"] = spec("auto", "compute dtype; auto is bfloat16 on a GPU that has it, float32 elsewhere")
-    gradient_checkpointing: bool = spec(False, "recompute activations in backward: less memory for one more forward")
+    gradient_checkpointing: bool | Literal["sequences"] = spec(False, "compute activations again in backward, for less memory and one more forward: layer by layer, or `sequences`, one prompt's sequences at a time")
     trust_remote_code: bool = spec(False, "run code that comes with the model; off unless said here")
     allow_pickle: bool = spec(False, "load weights that are not safetensors; off unless said here")
 
@@ -101,7 +101,7 @@ class JudgeSpec(Section):
     template: str = spec("Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?", "what the judge is asked; holes {prompt}, {first}, {second}")
     system: str | None = spec(None, "system message; none leaves the chat template's own")
     verdicts: tuple[str, str] = spec(("A", "B"), "words for 'first is better' and 'second is better'; single, distinct tokens")
-    batch_tokens: int = spec(8192, "padded tokens per forward when scoring", unit="tokens", ge=1)
+    batch_tokens: int = spec(8192, "tokens read together when scoring", unit="tokens", ge=1)
 
     @field_validator("template")
     @classmethod

@@ -44,11 +44,16 @@ class View:
     pairs: list # of Pair
     recipe: Recipe
 
+    @property
+    def recompute(self)->bool:
+        "Whether backward runs each sequence again instead of keeping what it needs."
+        return self.recipe.model.gradient_checkpointing == "sequences"
+
     @cached_property
     def logps(self)->torch.Tensor: # (B, 2) float32
         "log pi_theta of both responses."
         p = self.pairs
-        both = response_logps(self.model, [x.prompt_ids for x in p] * 2, [x.ids_a for x in p] + [x.ids_b for x in p])
+        both = response_logps(self.model, [x.prompt_ids for x in p] * 2, [x.ids_a for x in p] + [x.ids_b for x in p], recompute=self.recompute)
         return both.view(2, -1).T
 
     @cached_property
@@ -68,7 +73,7 @@ class View:
         "The judge's reading of both orders."
         ab = [judge_ids(self.tokenizer, self.recipe.judge, p.prompt, p.response_a, p.response_b) for p in self.pairs]
         ba = [judge_ids(self.tokenizer, self.recipe.judge, p.prompt, p.response_b, p.response_a) for p in self.pairs]
-        margins, mass = verdict_margins(self.model, ab + ba, self.verdicts)
+        margins, mass = verdict_margins(self.model, ab + ba, self.verdicts, self.recompute)
         return margins.view(2, -1), mass.view(2, -1)
 
 # %% ../nbs/06_rewards.ipynb #881a5b4f
@@ -99,7 +104,7 @@ def pointwise(view:View)->torch.Tensor:
     verdicts = Verdicts(verdict_ids(view.tokenizer, "Yes"), verdict_ids(view.tokenizer, "No"))
     seqs = [encode_chat(view.tokenizer, POINTWISE, {"prompt": p.prompt, "response": r}, view.recipe.judge.system)
             for side in ("response_a", "response_b") for p in view.pairs for r in [getattr(p, side)]]
-    a, b = verdict_margins(view.model, seqs, verdicts)[0].view(2, -1)
+    a, b = verdict_margins(view.model, seqs, verdicts, view.recompute)[0].view(2, -1)
     return a - b
 
 def margins(view:View)->dict: # name -> (B,) float32

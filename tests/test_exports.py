@@ -150,7 +150,7 @@ def test_the_second_turn_sees_the_models_own_answer():
     for q in ASKED:
         for turn in range(len(q["turns"])):
             talk = [x for i in range(turn) for x in (q["turns"][i], answers[q["question_id"]][i])] + [q["turns"][turn]]
-            (ids, finished), = generate(model, tokenizer, [encode_turns(tokenizer, talk)], [row_seed(0, q["question_id"], turn)], SPEC)
+            (_, ids, finished), = generate(model, tokenizer, [(0, encode_turns(tokenizer, talk), row_seed(0, q["question_id"], turn))], SPEC)
             assert tokenizer.decode(ids[:-1] if finished else ids) == answers[q["question_id"]][turn]
     assert answer_questions(model, tokenizer, ASKED, SPEC, seed=1)[0] != answers
 

@@ -1,12 +1,12 @@
 from collections import Counter
 
 import pytest, torch
-from transformers import TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from scipy.stats import chisquare
 
 from scir import sample as module
 from scir.logprobs import encode_prompt
-from scir.sample import Nucleus, RowGumbel, distinct, end_ids, generate, processors, sample, summarise
+from scir.sample import Pool, distinct, draw, end_ids, generate, sample, summarise
 from scir.score import candidate_pairs, score, set_reference
 from scir.store import Prompt, Response, read_rows, row_seed
 
@@ -31,42 +31,82 @@ def test_rows_have_their_own_seeds(policy, tokenizer, recipe, tmp_path):
     assert len({r.seed for r in rows + other}) == 30 and len({tuple(r.response_ids) for r in rows + other}) == 30
     assert [r.id for r in rows] == [f"p{i}/{c}" for i in range(5) for c in range(3)]
 
+def generators(n, *key): return [torch.Generator().manual_seed(row_seed(0, *key, i)) for i in range(n)]
+
 @pytest.mark.parametrize("temperature", [1.0, .7])
-def test_draws_follow_the_softmax(recipe, temperature):
+def test_draws_follow_the_softmax(temperature):
     logits, n = torch.tensor([2., 1., 0., -1., .5, .5]), 6000
-    draw = processors(recipe.sampling.model_copy(update={"temperature": temperature}), [row_seed(0, i) for i in range(n)])
-    counts = torch.bincount(draw(None, logits.expand(n, -1).clone()).argmax(-1), minlength=6)
+    counts = torch.bincount(draw(logits.expand(n, -1), generators(n), temperature, 1.0), minlength=6)
     assert chisquare(counts, n * (logits.double() / temperature).softmax(-1)).pvalue > 1e-3
 
 def test_draws_of_one_row_are_independent():
-    gumbel, logits = RowGumbel([row_seed(0)]), torch.tensor([[.5, 0., -.5]])
-    picks = [gumbel(None, logits).argmax().item() for _ in range(4000)]
+    logits, one = torch.tensor([[.5, 0., -.5]]), generators(1)
+    picks = [draw(logits, one, 1.0, 1.0).item() for _ in range(4000)]
     p, pairs = logits[0].double().softmax(-1), Counter(zip(picks[::2], picks[1::2]))
     assert chisquare([pairs[i, j] for i in range(3) for j in range(3)], (2000 * p[:, None] * p).flatten()).pvalue > 1e-3
 
-def test_nucleus_is_never_left(recipe):
-    logits = torch.tensor([3., 2.5, 0., -1., -9.])  # the first two hold 0.9 of the mass
-    draw = processors(recipe.sampling.model_copy(update={"top_p": .8}), list(range(500)))
-    assert set(draw(None, logits.expand(500, -1).clone()).argmax(-1).tolist()) == {0, 1}
+@pytest.mark.parametrize("top_p", [.01, .3, .5, .95, .999])
+def test_nucleus_is_that_of_transformers(top_p):
+    "The same draw as from its masked logits, with the same noise; the border may round differently."
+    n = 400
+    logits = torch.randn(n, 500, generator=torch.Generator().manual_seed(0)) * torch.tensor([.01, .3, 1., 3., 10.]).repeat(n // 5)[:, None]
+    masked = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(.7)(None, logits.clone()))
+    ours, theirs = draw(logits, generators(n), .7, top_p), draw(masked * .7, generators(n), .7, 1.0)
+    assert (ours != theirs).sum() <= 2
+    assert (ours != draw(logits, generators(n), .7, 1.0)).sum() > (0 if top_p < .99 else -1)
 
-@pytest.mark.parametrize("top_p", [.01, .5, .95, .999])
-@pytest.mark.parametrize("first", [1, 16, 500])
-def test_nucleus_is_transformers(top_p, first):
-    scores = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) * torch.tensor([.01, .3, 1., 3., 10., 40.])[:, None]
-    ours, theirs = Nucleus(top_p, first)(None, scores), TopPLogitsWarper(top_p)(None, scores.clone())
-    assert (ours.isinf() != theirs.isinf()).sum() <= 1 and ours.isfinite().any(-1).all()  # the border may round differently
-    assert torch.equal(ours[ours.isfinite()], scores[ours.isfinite()])
+def test_draws_from_a_nucleus_follow_its_softmax():
+    logits, n = torch.tensor([1.5, 1., .8, 0., -1.]), 6000  # the first three hold 0.83
+    counts = torch.bincount(draw(logits.expand(n, -1), generators(n), 1.0, .8), minlength=5)
+    assert not counts[3:].any() and chisquare(counts[:3], n * logits[:3].double().softmax(-1)).pvalue > 1e-3
 
 def test_ties_at_the_border_stay(): # .3 .3 .2 .2: the border of .7 lies between equal ones
-    assert Nucleus(.7)(None, torch.tensor([[.3, .2, .3, .2]]).log()).isfinite().all() and Nucleus(.55)(None, torch.tensor([[.3, .2, .3, .2]]).log()).isfinite().tolist() == [[True, False, True, False]]
+    logits = torch.tensor([.3, .2, .3, .2]).log().expand(300, -1)
+    assert set(draw(logits, generators(300), 1.0, .7).tolist()) == {0, 1, 2, 3} and set(draw(logits, generators(300), 1.0, .55).tolist()) == {0, 2}
 
-def test_noise_is_finite(): assert RowGumbel([1])(None, torch.zeros(1, 200_000)).isfinite().all()
+def test_a_token_of_no_probability_is_never_drawn():
+    assert set(draw(torch.tensor([[-torch.inf, 0., -200.]]).expand(200, -1), generators(200), 1.0, 1.0).tolist()) == {1}
+
+# the pool ------------------------------------------------------------------
+
+@pytest.mark.parametrize("batch_size", [1, 4, 30])
+def test_the_likeliest_tokens_are_those_of_transformers(policy, tokenizer, recipe, monkeypatch, batch_size):
+    "At temperature 0.0001 a draw is the argmax: greedy `generate`, prompt by prompt, is the oracle."
+    ending(policy, tokenizer, monkeypatch)
+    prompts = [encode_prompt(tokenizer, t * n) for n, t in enumerate(["Hi", "Why?", "A longer one. ", "é", "Count to three. ", "So be it"], 1)]
+    spec = recipe.sampling.model_copy(update={"temperature": 1e-4, "max_new_tokens": 40, "batch_size": batch_size})
+    ours = {key: (ids, finished) for key, ids, finished in generate(policy, tokenizer, [((i, c), p, c) for i, p in enumerate(prompts) for c in range(2)], spec)}
+    lengths = set()
+    for i, p in enumerate(prompts):
+        theirs = policy.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=40, eos_token_id=sorted(end_ids(policy, tokenizer)), pad_token_id=tokenizer.pad_token_id)[0, len(p):].tolist()
+        for c in range(2): assert ours[i, c] == (theirs, theirs[-1] in end_ids(policy, tokenizer))
+        lengths.add(len(theirs))
+    assert len(lengths) > 2
+
+def test_places_of_ended_rows_are_given_to_others(policy, tokenizer, recipe, monkeypatch):
+    ending(policy, tokenizer, monkeypatch)
+    joined, step = [], Pool.step
+    monkeypatch.setattr(Pool, "step", lambda self: (joined.append(len(self.rows)), step(self))[1])
+    out = list(generate(policy, tokenizer, [(i, encode_prompt(tokenizer, "Hi" * (i % 3 + 1)), i) for i in range(40)], recipe.sampling.model_copy(update={"batch_size": 8, "max_new_tokens": 12})))
+    assert sorted(key for key, *_ in out) == list(range(40)) and max(joined) == 8 and min(joined) < 8
+    assert sum(joined) < 5 * 12 * 8  # batch after batch would be up to this
+
+def test_a_prompt_is_read_once_for_all_its_candidates(policy, tokenizer, recipe, monkeypatch):
+    seen, forward = [], Pool._forward
+    monkeypatch.setattr(Pool, "_forward", lambda self, ids, *a: (seen.append(ids.shape), forward(self, ids, *a))[1])
+    prompts = [encode_prompt(tokenizer, t) for t in ("Hi", "Why?")]
+    list(generate(policy, tokenizer, [((i, c), p, c) for i, p in enumerate(prompts) for c in range(3)], recipe.sampling.model_copy(update={"batch_size": 6, "max_new_tokens": 2})))
+    assert seen == [(2, max(map(len, prompts))), (6, 1)]
+
+def test_a_model_with_a_state_is_refused(policy, recipe, monkeypatch):
+    monkeypatch.setattr(type(policy.get_base_model()), "_is_stateful", True)
+    with pytest.raises(ValueError, match="keeps a state that rows cannot share"): Pool(policy, recipe.sampling, set())
 
 def test_first_token_is_drawn_from_the_model(policy, tokenizer, recipe):
     n, prompt = 3000, encode_prompt(tokenizer, "Hi")
     with torch.no_grad(): p = policy(input_ids=torch.tensor([prompt], device=policy.device)).logits[0, -1].double().softmax(-1).cpu()
-    out = generate(policy, tokenizer, [prompt] * n, [row_seed(7, i) for i in range(n)], recipe.sampling.model_copy(update={"max_new_tokens": 1}))
-    counts, rare = torch.bincount(torch.tensor([ids[0] for ids, _ in out]), minlength=len(p)), p * n < 5
+    out = generate(policy, tokenizer, [(i, prompt, row_seed(7, i)) for i in range(n)], recipe.sampling.model_copy(update={"max_new_tokens": 1}))
+    counts, rare = torch.bincount(torch.tensor([ids[0] for _, ids, _ in out]), minlength=len(p)), p * n < 5
     assert chisquare([*counts[~rare], counts[rare].sum()], [*(n * p[~rare]), n * p[rare].sum()]).pvalue > 1e-3
 
 @pytest.mark.parametrize("setting, value", [("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1), ("top_k", 1)])
@@ -96,15 +136,16 @@ def test_sampled_ids_are_the_scored_ids(policy, tokenizer, recipe, tmp_path, mon
         for ids, scored, c in ((p.ids_a, s.ids_a, a), (p.ids_b, s.ids_b, b)): assert ids == scored == rows[f"{s.prompt_id}/{c}"].response_ids
 
 def test_interrupted_sampling_goes_on(policy, tokenizer, recipe, tmp_path, monkeypatch):
-    whole, calls = drawn(policy, tokenizer, recipe, tmp_path), []
-    def dying(*a):
-        calls.append(len(a[2]))
-        if len(calls) == 3: raise KeyboardInterrupt
-        return generate(*a)
+    whole, asked = drawn(policy, tokenizer, recipe, tmp_path), []
+    def dying(model, tokenizer, jobs, spec):
+        asked.append(len(jobs))
+        for n, row in enumerate(generate(model, tokenizer, jobs, spec)):
+            if len(asked) == 1 and n == 7: raise KeyboardInterrupt
+            yield row
     monkeypatch.setattr(module, "generate", dying)
     with pytest.raises(KeyboardInterrupt): drawn(policy, tokenizer, recipe, tmp_path/"cut")
     assert not (tmp_path/"cut/responses.jsonl").exists()
-    assert drawn(policy, tokenizer, recipe, tmp_path/"cut") == whole and sum(calls) == 15 + 4
+    assert drawn(policy, tokenizer, recipe, tmp_path/"cut") == whole and asked == [15, 8]
 
 def test_long_prompts_are_dropped_and_counted(policy, tokenizer, recipe, tmp_path):
     length = len(encode_prompt(tokenizer, PROMPTS[1].prompt))
