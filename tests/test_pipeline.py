@@ -275,3 +275,17 @@ def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
     assert changed(named, marks(labelled_sets={"known": str(known)})) == ["warm_start", "sample"]
     (reward / "model.safetensors").write_text("22")
     assert changed(bare, marks()) == ["label", "align"]
+
+
+@pytest.mark.parametrize("avx, amx, dtype", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
+def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_path, monkeypatch, avx, amx, dtype):
+    from scir.pipeline import open_run
+    from scir.recipe import load_recipe
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in (("avx512_bf16", avx), ("amx_tile", amx)): monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=value: value)
+    (tmp_path / "auto.yaml").write_text("name: auto\nmodel: {name: tiny-random}\n")
+    recipe, run = open_run(tmp_path / "auto.yaml", tmp_path / "run")
+    assert recipe.model.dtype == dtype and load_recipe(run / "recipe.yaml").model.dtype == dtype and json.loads((run / "manifest.json").read_text())["model"]["dtype"] == dtype
+    for name in ("avx512_bf16", "amx_tile"): monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: dtype == "float32")  # another machine
+    assert open_run(tmp_path / "auto.yaml", tmp_path / "run")[0].model.dtype == dtype

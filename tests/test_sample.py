@@ -45,7 +45,7 @@ def test_draws_of_one_row_are_independent():
     p, pairs = logits[0].double().softmax(-1), Counter(zip(picks[::2], picks[1::2]))
     assert chisquare([pairs[i, j] for i in range(3) for j in range(3)], (2000 * p[:, None] * p).flatten()).pvalue > 1e-3
 
-@pytest.mark.parametrize("top_p", [.01, .3, .5, .95, .999])
+@pytest.mark.parametrize("top_p", [.01, .3, .5, .95])
 def test_nucleus_is_that_of_transformers(top_p):
     "The same draw as from its masked logits, with the same noise; the border may round differently."
     n = 400
@@ -53,7 +53,7 @@ def test_nucleus_is_that_of_transformers(top_p):
     masked = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(.7)(None, logits.clone()))
     ours, theirs = draw(logits, generators(n), .7, top_p), draw(masked * .7, generators(n), .7, 1.0)
     assert (ours != theirs).sum() <= 2
-    assert (ours != draw(logits, generators(n), .7, 1.0)).sum() > (0 if top_p < .99 else -1)
+    assert (ours != draw(logits, generators(n), .7, 1.0)).sum() > 0
 
 def test_draws_from_a_nucleus_follow_its_softmax():
     logits, n = torch.tensor([1.5, 1., .8, 0., -1.]), 6000  # the first three hold 0.83
@@ -83,6 +83,15 @@ def test_the_likeliest_tokens_are_those_of_transformers(policy, tokenizer, recip
         lengths.add(len(theirs))
     assert len(lengths) > 2
 
+def test_a_sliding_window_is_that_of_transformers(tokenizer, recipe):
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=12,
+                                             initializer_range=.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval()
+    prompts, spec = [encode_prompt(tokenizer, t) for t in ("Hi", "Count to three, slowly.", "Why?")], recipe.sampling.model_copy(update={"temperature": 1e-4, "max_new_tokens": 30, "batch_size": 2})
+    ours = {key: ids for key, ids, _ in generate(model, tokenizer, [(i, p, i) for i, p in enumerate(prompts)], spec)}
+    for i, p in enumerate(prompts): assert ours[i] == model.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=30)[0, len(p):].tolist()
+
 def test_places_of_ended_rows_are_given_to_others(policy, tokenizer, recipe, monkeypatch):
     ending(policy, tokenizer, monkeypatch)
     joined, step = [], Pool.step
@@ -98,8 +107,18 @@ def test_a_prompt_is_read_once_for_all_its_candidates(policy, tokenizer, recipe,
     list(generate(policy, tokenizer, [((i, c), p, c) for i, p in enumerate(prompts) for c in range(3)], recipe.sampling.model_copy(update={"batch_size": 6, "max_new_tokens": 2})))
     assert seen == [(2, max(map(len, prompts))), (6, 1)]
 
-def test_a_model_with_a_state_is_refused(policy, recipe, monkeypatch):
-    monkeypatch.setattr(type(policy.get_base_model()), "_is_stateful", True)
+def test_rows_that_ended_do_not_move_on(policy, tokenizer, recipe, monkeypatch):
+    "So that no position is beyond the longest prompt and response."
+    ending(policy, tokenizer, monkeypatch)
+    seen, forward, prompt = [], Pool._forward, encode_prompt(tokenizer, "Hi")
+    monkeypatch.setattr(Pool, "_forward", lambda self, ids, mask, positions, cache: (seen.append(int(positions.max())), forward(self, ids, mask, positions, cache))[1])
+    list(generate(policy, tokenizer, [(i, prompt, i) for i in range(40)], recipe.sampling.model_copy(update={"batch_size": 16, "max_new_tokens": 20})))
+    assert max(seen) <= len(prompt) + 20 - 2
+
+@pytest.mark.parametrize("what", ["state", "layers"])
+def test_a_model_with_a_state_is_refused(policy, recipe, monkeypatch, what):
+    if what == "state": monkeypatch.setattr(type(policy.get_base_model()), "_is_stateful", True)
+    else: monkeypatch.setattr(policy.config, "layer_types", ["full_attention", "conv"], raising=False)
     with pytest.raises(ValueError, match="keeps a state that rows cannot share"): Pool(policy, recipe.sampling, set())
 
 def test_first_token_is_drawn_from_the_model(policy, tokenizer, recipe):

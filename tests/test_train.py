@@ -46,11 +46,23 @@ def test_a_run_of_one_step_trains(run, recipe):
     folder = run("x", steps=1, scale=0., loss=lambda view: warm_start_loss(view, recipe.warm_start))
     assert all(v.abs().max() > 0 for n, v in adapter(folder).items() if "lora_B" in n)
 
-def test_gradient_checkpointing_changes_no_gradient(make_policy, tokenizer, pairs, recipe):
-    plain, saving = make_policy(), for_training(make_policy(), recipe.model.model_copy(update={"gradient_checkpointing": True}))
-    assert saving.get_base_model().is_gradient_checkpointing and not plain.get_base_model().is_gradient_checkpointing
-    one, two = (gradients(m, tokenizer, pairs, recipe) for m in (plain, saving))
+@pytest.mark.parametrize("how", [True, "sequences"])
+def test_gradient_checkpointing_changes_no_gradient(make_policy, tokenizer, pairs, recipe, how):
+    spec = recipe.model.model_copy(update={"gradient_checkpointing": how})
+    plain, saving = make_policy(), for_training(make_policy(), spec)
+    assert saving.get_base_model().is_gradient_checkpointing == (how is True) and not plain.get_base_model().is_gradient_checkpointing
+    one, two = gradients(plain, tokenizer, pairs, recipe), gradients(saving, tokenizer, pairs, recipe.model_copy(update={"model": spec}))
     assert len(one) == 28 and all(g.abs().sum() > 0 for g in one.values()) and close(one, two)
+
+def test_saved_tensors_of_sequences_are_few(make_policy, tokenizer, pairs, recipe):
+    "Between forward and backward only what the loss itself needs is kept."
+    kept = {}
+    for how in (False, "sequences"):
+        model, size = make_policy(), []
+        one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"gradient_checkpointing": how})})
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (size.append(t.numel()), t)[1], lambda t: t): loss, _ = pair_loss(View(model, tokenizer, pairs, one), one.train)
+        kept[how] = sum(size)
+    assert kept["sequences"] < kept[False] / 10
 
 @pytest.mark.parametrize("loss", ["pair_loss", "warm_start_loss"])
 def test_accumulation_is_one_big_batch(run, recipe, pairs, loss):
