@@ -344,7 +344,7 @@ def plot(found:dict, path)->None:
     def reached(key):
         sign, goal, _ = TARGETS[key]
         ratio = found["figures"][key]["ratio"]
-        return ratio / goal if sign == ">=" else goal / ratio if sign == "<=" else 10 / max(ratio, 100 / ratio)
+        return ratio / goal if sign == ">=" else goal / ratio if sign == "<=" else min(ratio / (10 - goal), (10 + goal) / ratio)
     values = [reached(k) for k in keys]
     fig, ax = plt.subplots(figsize=(9, .38 * len(keys) + 1))
     ax.barh(keys, values, color=["#0072B2" if found["figures"][k]["met"] else "#D55E00" for k in keys])

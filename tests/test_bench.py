@@ -1,11 +1,10 @@
 import json, subprocess, sys
+from pathlib import Path
 
 import pytest, torch
 
-from scir import bench
-from scir.bench import TARGETS, Work, alternate, child, floor_seconds, library_generate, met, peak_bytes
+from scir.bench import TARGETS, Work, alternate, child, floor_seconds, library_generate, met, peak_bytes, table
 from scir.logprobs import encode_prompt
-from scir.recipe import load_recipe
 from scir.sample import end_ids, generate
 
 @pytest.fixture(scope="module")
@@ -68,3 +67,9 @@ def test_both_contestants_of_the_gradient_have_the_same_one(work):
         grads.append([p.grad for p in made[0].parameters() if p.requires_grad])
     for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
     assert any(g.abs().max() > 1e-3 for g in grads[0])
+
+def test_the_documented_table_is_that_of_the_kept_run():
+    root = Path(__file__).parents[1]
+    found = json.loads((root/"docs/results/bench/bfloat16.json").read_text())
+    assert list(found["figures"]) == list(TARGETS) and table(found) in (root/"docs/speed.md").read_text()
+    assert all(f["met"] == met(k, f["ratio"]) for k, f in found["figures"].items())
