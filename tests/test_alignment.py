@@ -145,14 +145,14 @@ ROWS = [("q", "short"), ("q", "a much longer answer " * 6), ("other question", "
 @pytest.mark.parametrize("chat, pad", [(True, True), (True, False), (False, True), (False, False)])
 def test_rewards_do_not_depend_on_the_batch(reward_model, chat, pad):
     name = reward_model(chat=chat, pad=pad)
-    alone, together = reward_scores(name, ROWS, 1), reward_scores(name, ROWS, 4)
+    alone, together = reward_scores(name, ROWS, 1, "float32"), reward_scores(name, ROWS, 4, "float32")
     assert alone == pytest.approx(together, abs=1e-5) and alone[0] == pytest.approx(alone[3], abs=1e-6) and len(set(np.round(alone, 5))) == 3
 
 def test_reward_is_the_models_own_logit_under_its_template(reward_model):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     name = reward_model()
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(name)
-    for (prompt, response), r in zip(ROWS, reward_scores(name, ROWS)):
+    for (prompt, response), r in zip(ROWS, reward_scores(name, ROWS, dtype="float32")):
         ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], return_tensors="pt", return_dict=False)
         with torch.no_grad(): assert model(ids).logits.item() == pytest.approx(r, abs=1e-5)
 

@@ -64,7 +64,7 @@ def same_margins(table, expected):
 # scir judge -----------------------------------------------------------------
 
 def test_a_file_never_seen_before(pairs, tmp_path):
-    said = works("judge", "--model", TINY, "--pairs", pairs, "--out", tmp_path/"s.parquet")
+    said = works("judge", "--model", TINY, "--pairs", pairs, "--out", tmp_path/"s.parquet", "--set", "model.dtype=float32")
     assert "accuracy_generative: " in said and "flip_rate: " in said and "n=5" in said and "dropped: nothing" in said and f"rows: {tmp_path/'s.parquet'}" in said
     assert "accuracy_implicit" not in said and "inconsistency: " not in said  # without an adapter the implicit model is silent
     table = pd.read_parquet(tmp_path/"s.parquet")
@@ -93,7 +93,7 @@ def test_only_one_split(tmp_path):
 def test_an_adapter_folder(pairs, tmp_path):
     recipe = made_recipe()
     adapter = save_adapter(tmp_path/"adapter", recipe)
-    said = works("judge", "--model", adapter, "--pairs", pairs, "--out", tmp_path/"s.parquet")
+    said = works("judge", "--model", adapter, "--pairs", pairs, "--out", tmp_path/"s.parquet", "--set", "model.dtype=float32")
     assert all(f"\n{k}: " in "\n" + said for k in ("inconsistency", "accuracy_generative", "accuracy_implicit", "flip_rate"))
     table = pd.read_parquet(tmp_path/"s.parquet")
     same_margins(table, scored(pairs, tmp_path/"s.jsonl", recipe, adapter))
