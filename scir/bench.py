@@ -388,4 +388,4 @@ def main(json:Annotated[Path, typer.Option(help="file to write; a plot of the sa
 
 # %% ../nbs/22_bench.ipynb #75657566
 #| eval: false
-if __name__ == "__main__": typer.run(main)
+if __name__ == "__main__" and "__file__" in globals(): typer.run(main)  # not in a notebook

@@ -83,22 +83,27 @@ def test_the_likeliest_tokens_are_those_of_transformers(policy, tokenizer, recip
         lengths.add(len(theirs))
     assert len(lengths) > 2
 
-def test_a_sliding_window_is_that_of_transformers(tokenizer, recipe):
-    from transformers import MistralConfig, MistralForCausalLM
+SHAPE = dict(vocab_size=259, hidden_size=64, initializer_range=.2, bos_token_id=256, eos_token_id=257, pad_token_id=258)
+
+@pytest.mark.parametrize("family, options", [("Mistral", dict(sliding_window=12, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)),
+                                             ("Bloom", dict(n_layer=2, n_head=4)), ("GPT2", dict(n_layer=2, n_head=4, n_embd=64, n_positions=100))])
+def test_other_families_sample_what_transformers_samples(tokenizer, recipe, family, options):
+    "A sliding window, biases that grow with distance, learned positions."
+    import transformers
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=12,
-                                             initializer_range=.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval()
-    prompts, spec = [encode_prompt(tokenizer, t) for t in ("Hi", "Count to three, slowly.", "Why?")], recipe.sampling.model_copy(update={"temperature": 1e-4, "max_new_tokens": 30, "batch_size": 2})
+    model = getattr(transformers, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel")(getattr(transformers, f"{family}Config")(**SHAPE, **options)).eval()
+    prompts, spec = [encode_prompt(tokenizer, t) for t in ("Hi", "Count to three, slowly.", "Why?")], recipe.sampling.model_copy(update={"temperature": 1e-4, "max_new_tokens": 45, "batch_size": 2})
     ours = {key: ids for key, ids, _ in generate(model, tokenizer, [(i, p, i) for i, p in enumerate(prompts)], spec)}
-    for i, p in enumerate(prompts): assert ours[i] == model.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=30)[0, len(p):].tolist()
+    for i, p in enumerate(prompts): assert ours[i] == model.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=45)[0, len(p):].tolist()
 
 def test_places_of_ended_rows_are_given_to_others(policy, tokenizer, recipe, monkeypatch):
     ending(policy, tokenizer, monkeypatch)
-    joined, step = [], Pool.step
-    monkeypatch.setattr(Pool, "step", lambda self: (joined.append(len(self.rows)), step(self))[1])
+    joined, stepped, join, step = [], [], Pool.join, Pool.step
+    monkeypatch.setattr(Pool, "join", lambda self, jobs: (joined.append((len(self.rows), len(jobs))), join(self, jobs))[1])
+    monkeypatch.setattr(Pool, "step", lambda self: (stepped.append(len(self.rows)), step(self))[1])
     out = list(generate(policy, tokenizer, [(i, encode_prompt(tokenizer, "Hi" * (i % 3 + 1)), i) for i in range(40)], recipe.sampling.model_copy(update={"batch_size": 8, "max_new_tokens": 12})))
-    assert sorted(key for key, *_ in out) == list(range(40)) and max(joined) == 8 and min(joined) < 8
-    assert sum(joined) < 5 * 12 * 8  # batch after batch would be up to this
+    assert sorted(key for key, *_ in out) == list(range(40)) and sum(n for _, n in joined) == 40
+    assert joined[0] == (0, 8) and all(0 < old <= 4 for old, _ in joined[1:]) and max(stepped) == 8 > min(stepped)
 
 def test_a_prompt_is_read_once_for_all_its_candidates(policy, tokenizer, recipe, monkeypatch):
     seen, forward = [], Pool._forward
@@ -107,13 +112,17 @@ def test_a_prompt_is_read_once_for_all_its_candidates(policy, tokenizer, recipe,
     list(generate(policy, tokenizer, [((i, c), p, c) for i, p in enumerate(prompts) for c in range(3)], recipe.sampling.model_copy(update={"batch_size": 6, "max_new_tokens": 2})))
     assert seen == [(2, max(map(len, prompts))), (6, 1)]
 
-def test_rows_that_ended_do_not_move_on(policy, tokenizer, recipe, monkeypatch):
-    "So that no position is beyond the longest prompt and response."
-    ending(policy, tokenizer, monkeypatch)
+@torch.no_grad()
+def test_a_row_that_ended_does_not_move_on(policy, tokenizer, recipe, monkeypatch):
+    "One row ends while fifteen younger ones go on, too few to be dropped: no position is beyond the longest prompt and response."
     seen, forward, prompt = [], Pool._forward, encode_prompt(tokenizer, "Hi")
     monkeypatch.setattr(Pool, "_forward", lambda self, ids, mask, positions, cache: (seen.append(int(positions.max())), forward(self, ids, mask, positions, cache))[1])
-    list(generate(policy, tokenizer, [(i, prompt, i) for i in range(40)], recipe.sampling.model_copy(update={"batch_size": 16, "max_new_tokens": 20})))
-    assert max(seen) <= len(prompt) + 20 - 2
+    pool, ended = Pool(policy, recipe.sampling.model_copy(update={"max_new_tokens": 20}), set()), []
+    pool.join([("old", prompt, 0)])
+    for _ in range(10): ended += pool.step()
+    pool.join([(i, prompt, i) for i in range(1, 16)])
+    while pool.rows: ended += pool.step()
+    assert ended[0].key == "old" and len(ended) == 16 and {len(r.ids) for r in ended} == {20} and max(seen) == len(prompt) + 18
 
 @pytest.mark.parametrize("what", ["state", "layers"])
 def test_a_model_with_a_state_is_refused(policy, recipe, monkeypatch, what):

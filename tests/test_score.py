@@ -85,15 +85,20 @@ def test_a_label_stands_in_every_arm_and_its_absence_asks_the_models(policy, tok
     asked, penalty = loss(math.nan, "scir"), loss(-1., "scir")
     assert penalty < asked < max(loss(0., "scir"), loss(1., "scir")) and loss(-1., "srlm") == 0
 
-def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(policy, tokenizer, pairs, recipe, tmp_path):
+def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch):
+    from scir import score as module
+    read, rows = [], module._rows
+    monkeypatch.setattr(module, "_rows", lambda view: (read.append(len(view.pairs)), rows(view))[1])
     set_reference(policy, pairs, 4096)
     whole = score(policy, tokenizer, pairs, recipe, tmp_path/"a.jsonl")
     small = recipe.model_copy(update={"judge": recipe.judge.model_copy(update={"batch_tokens": 1})})
     data = "".join(s.model_dump_json() + "\n" for s in whole[3:5])
     (tmp_path/"b.partial.jsonl").write_text(data + '{"id": "p7", "pro')
+    read.clear()
     for a, b in zip(whole, score(policy, tokenizer, pairs, small, tmp_path/"b.jsonl"), strict=True):
         assert a.id == b.id and a.margins == pytest.approx(b.margins, abs=1e-4) and a.ids_a == b.ids_a
     assert len(read_rows(tmp_path/"b.jsonl", Score)) == 8
+    assert read == [1] * (len(pairs) - 2)  # the two that were there are not read again
 
 # pairs --------------------------------------------------------------------
 

@@ -54,13 +54,15 @@ def test_gradient_checkpointing_changes_no_gradient(make_policy, tokenizer, pair
     one, two = gradients(plain, tokenizer, pairs, recipe), gradients(saving, tokenizer, pairs, recipe.model_copy(update={"model": spec}))
     assert len(one) == 28 and all(g.abs().sum() > 0 for g in one.values()) and close(one, two)
 
-def test_saved_tensors_of_sequences_are_few(make_policy, tokenizer, pairs, recipe):
+@pytest.mark.parametrize("kind", ["warm start", "optimise"])
+def test_saved_tensors_of_sequences_are_few(make_policy, tokenizer, pairs, recipe, kind):
     "Between forward and backward only what the loss itself needs is kept."
-    kept = {}
+    kept, instructions = {}, {p.id: (p.prompt_ids, p.ids_a) for p in pairs}
+    loss_of = lambda view: pair_loss(view, view.recipe.train) if kind == "optimise" else warm_start_loss(view, recipe.warm_start, instructions)
     for how in (False, "sequences"):
         model, size = make_policy(), []
         one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"gradient_checkpointing": how})})
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (size.append(t.numel()), t)[1], lambda t: t): loss, _ = pair_loss(View(model, tokenizer, pairs, one), one.train)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (size.append(t.numel()), t)[1], lambda t: t): loss, _ = loss_of(View(model, tokenizer, pairs, one))
         kept[how] = sum(size)
     assert kept["sequences"] < kept[False] / 10
 
