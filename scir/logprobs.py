@@ -184,8 +184,9 @@ def _same_in_a_tree(model):
     try: alone, together = hidden_states(model, seqs), hidden_states(model, [tree])[0]
     except torch.OutOfMemoryError: raise
     except Exception: return False  # an architecture that cannot read such a mask at all
+    # measured on SmolLM2-135M: rounding up to 0.11 (bfloat16, fused attention), positions or mask ignored 0.23 and more
     branches = [(together[path[2:]], alone[i, 2:len(path)]) for i, path in tree.paths.items()]
-    return all((a - b).norm() < .05 * b.norm() for a, b in branches)
+    return all((a - b).norm() < .16 * b.norm() for a, b in branches)
 
 def _read(anchor, model, rows, wanted):
     "Hidden states of `rows` where `wanted`, sequence by sequence. `anchor` tells `checkpoint` the device whose random numbers it must repeat."

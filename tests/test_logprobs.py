@@ -162,10 +162,11 @@ def test_a_response_asked_for_twice_is_computed_once(policy, pairs, monkeypatch)
     one, two, again = response_logps(policy, [p.prompt_ids] * 3, [p.ids_a, p.ids_b, p.ids_a])
     assert seen == [2] and one == again != two
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, attention", [("float32", "sdpa"), ("bfloat16", "sdpa"), ("bfloat16", "grouped")])
 @pytest.mark.parametrize("deaf", ["position_ids", "attention_mask", None])
-def test_the_trial_tells_on_a_real_model(recipe, monkeypatch, deaf, dtype):
+def test_the_trial_tells_on_a_real_model(recipe, monkeypatch, deaf, dtype, attention):
     model = load_base(recipe.model.model_copy(update={"name": "smollm2-135m-instruct", "dtype": dtype}))
+    model.set_attn_implementation(attention)
     decoder = model.get_decoder()
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda **kw: forward(**{k: v for k, v in kw.items() if k != deaf}))
