@@ -179,7 +179,7 @@ def judge_gradient_figures(w:Work)->dict:
 
 # %% ../nbs/22_bench.ipynb #314ab43c
 def trl_step(w:Work, pairs:list, precomputed:bool, checkpointing:bool=False):
-    "() -> None: DPO steps of trl over `pairs`, in batches of eight. Its default recomputes layers in backward, which takes less memory and more time."
+    "() -> None: DPO steps of trl over `pairs`, in batches of eight. Its default, `checkpointing`, computes layers again in backward."
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     sides = [("response_a", "response_b") if p.target else ("response_b", "response_a") for p in pairs]

