@@ -110,7 +110,8 @@ def score(model, tokenizer, pairs:list, recipe:Recipe, out)->list: # of Score
         for batch in _together(pairs, lambda p: 2 * (len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)), recipe.judge.batch_tokens):
             lacking = {pairs[i].id for i in batch} - journal.done
             if not lacking: continue
-            for row in _rows(View(model, tokenizer, [pairs[i] for i in batch], recipe)): journal.add(row)
+            for row in _rows(View(model, tokenizer, [pairs[i] for i in batch], recipe)):
+                if row.id in lacking: journal.add(row)
             bar.update(len(lacking))
     return journal.finish([p.id for p in pairs])
 
