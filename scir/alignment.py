@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .consistency import rate
 from .data import read_source
 from .recipe import AlignmentSpec, JudgeSpec, ModelSpec
-from .store import Prompt, Row, digest, read_rows, write_json, write_rows
+from .store import Prompt, Row, digest, hide_secrets, salvage, write_json, write_rows
 
 # %% ../nbs/16_alignment.ipynb #dda0cbc9
 class Duel(Row):
@@ -118,7 +118,7 @@ def local_judge(spec:ModelSpec, judge:JudgeSpec):
     "A causal language model as judge, P = sigmoid(verdict margin); a presentation longer than its context has no verdict. Raises ValueError when a verdict word is not one token."
     import torch
     from scir.judge import find_verdicts, judge_ids, verdict_margins
-    from scir.logprobs import batches
+    from scir.logprobs import batches, in_batches
     from scir.model import dense, load_tokenizer
     tokenizer, failures = load_tokenizer(spec), Counter()
     verdicts, model = find_verdicts(tokenizer, judge.verdicts), dense(spec)
@@ -130,9 +130,10 @@ def local_judge(spec:ModelSpec, judge:JudgeSpec):
         fits = [i for i, s in enumerate(seqs) if len(s) <= room]
         failures.update(TOO_LONG for s in seqs if len(s) > room)
         out = [None] * len(rows)
-        for batch in tqdm(batches([len(seqs[i]) for i in fits], judge.batch_tokens), desc="judged", unit="batch"):
-            margins, _ = verdict_margins(model, [seqs[fits[b]] for b in batch], verdicts)
-            for b, p in zip(batch, margins.sigmoid().tolist()): out[fits[b]] = p
+        sizes = [len(seqs[i]) for i in fits]
+        def margins(batch): return verdict_margins(model, [seqs[fits[b]] for b in batch], verdicts)[0]
+        for batch, m in tqdm(in_batches(margins, batches(sizes, judge.batch_tokens), sizes), desc="judged", unit="batch"):
+            for b, p in zip(batch, m.sigmoid().tolist()): out[fits[b]] = p
         return out
     return judge_function(read, failures)
 
@@ -168,15 +169,16 @@ def reward_inputs(tokenizer, prompt:str, response:str)->dict: # name -> list of 
 def _outputs(model, tokenizer, rows, batch):
     "The head's outputs per row, None where it is longer than the model's context; padded batches of similar length."
     import torch
-    from scir.logprobs import pad_right
+    from scir.logprobs import in_batches, pad_right
     inputs = [reward_inputs(tokenizer, *r) for r in rows]
     room = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
     order = sorted((i for i, x in enumerate(inputs) if len(x["input_ids"]) <= room), key=lambda i: -len(inputs[i]["input_ids"]))
     out = [None] * len(rows)
-    for start in tqdm(range(0, len(order), batch), desc="rewards", unit="batch"):
-        chosen = order[start:start + batch]
+    def read(chosen):
         tensors = {k: pad_right([inputs[i][k] for i in chosen], tokenizer.pad_token_id if k == "input_ids" else 0, model.device)[0] for k in inputs[chosen[0]]}
-        with torch.no_grad(): logits = model(**tensors).logits.float().tolist()
+        with torch.no_grad(): return model(**tensors).logits.float().tolist()
+    parts = [order[i:i + batch] for i in range(0, len(order), batch)]
+    for chosen, logits in tqdm(in_batches(read, parts, [len(x["input_ids"]) for x in inputs]), total=len(parts), desc="rewards", unit="batch"):
         for i, r in zip(chosen, logits): out[i] = r
     return out
 
@@ -264,10 +266,7 @@ def chat_request(model:str, judge:JudgeSpec, instruction:str, first:str, second:
 def complete(client, request:dict)->tuple: # (text, None) or (None, reason)
     "Send one request. Raises ValueError where asking again cannot help."
     import openai
-    secret = os.environ.get("OPENAI_API_KEY")
-    try:
-        text = str(client.chat.completions.create(**request).choices[0].message.content or "")
-        return text.replace(secret, "***") if secret else text, None
+    try: return hide_secrets(str(client.chat.completions.create(**request).choices[0].message.content or "")), None
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
         raise ValueError(f"judge {request['model']}: the server answers {e.status_code}; look at the url, the model's name and OPENAI_API_KEY") from None
     except openai.APIStatusError as e: return None, f"{type(e).__name__} {e.status_code}"
@@ -275,8 +274,8 @@ def complete(client, request:dict)->tuple: # (text, None) or (None, reason)
 
 # %% ../nbs/16_alignment.ipynb #1fbf4923
 def open_replies(cache)->dict: # id -> text
-    "Kept replies; a line that a kill left unfinished is dropped from the file."
-    rows = read_rows(cache, Reply, partial=True) if Path(cache).exists() else []
+    "Kept replies; a line that a kill left unfinished, or that is damaged, is dropped from the file."
+    rows = salvage(cache, Reply)
     write_rows(cache, rows)
     return {r.id: r.text for r in rows}
 

@@ -34,11 +34,12 @@ def one_line(debug:bool=False):
         fail(_reason(e))
 
 def _reason(error):
-    "A failed notebook's last line, a recipe's faults each on its line, any other error on one."
+    "A recipe's faults each on its line, any other error on one."
+    from scir.pipeline import reason
     from scir.recipe import RecipeError
-    if hasattr(error, "ename"): return f"{error.ename}: {error.evalue} (the executed notebook in the run's notebooks/ has the traceback)"
     if isinstance(error, RecipeError): return error
-    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split()) or type(error).__name__
+    return reason(error) + (" (the executed notebook in the run's notebooks/ has the traceback)" if hasattr(error, "ename") else "")
+
 
 # %% ../nbs/21_cli.ipynb #80861804
 def positive(n:int|None)->int|None:

@@ -17,7 +17,7 @@ from .model import for_sampling, for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, node_name, node_parts, parent_node
 from .sample import sample
 from .score import candidate_pairs, drawn_side, labelled_pairs, score, set_reference
-from .store import Response, Score, atomic_path, digest, hash_path, read_json, read_rows, write_json
+from .store import Response, Score, atomic_path, digest, hash_path, read_json, read_rows, write_json, write_rows
 
 # %% ../nbs/15_evaluate.ipynb #03acbd61
 def labelled_sets(tokenizer, recipe:Recipe)->dict: # name -> (list of Pair, drops by reason)
@@ -68,6 +68,7 @@ def evaluate(recipe:Recipe, run, node:str)->dict: # metrics
     tokenizer, seed = load_tokenizer(recipe.model), node_parts(node)[0]
     answers, sets = answer(recipe, run, node, tokenizer), labelled_sets(tokenizer, recipe)
     pairs, dropped = panel(recipe, run, seed, tokenizer)
+    if not pairs: write_rows(Path(run)/node/"evaluation"/"panel.jsonl", [])
     found = {"answers": answers, "sets": judge_sets(recipe, run, node, tokenizer, sets | ({"panel": (pairs, dropped)} if pairs else {}))}
     write_json(Path(run)/node/"evaluation"/"metrics.json", found)
     return found

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_prompt', 'encode_turns',
            'encode_response', 'body', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right', 'hidden_states',
-           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'batches', 'check_projection']
+           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'batches', 'check_projection',
+           'in_batches']
 
 # %% ../nbs/04_logprobs.ipynb #02ecdbf7
 import re
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .model import additive_mask
+from .model import additive_mask, make_room, out_of_memory
 
 # %% ../nbs/04_logprobs.ipynb #24d3a97b
 PLAIN_TEMPLATE = "### Instruction:\n{content}\n\n### Response:\n"  # for base models, which have no chat template
@@ -263,3 +264,22 @@ def check_projection(model)->None:
         ours = project(model, body(model)[1](input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
         raise ValueError(f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; extend scir.logprobs.project")
+
+def in_batches(read, # list of row numbers -> what is read of them
+               batch:list, # lists of row numbers
+               sizes:list, # tokens of each row
+              ): # yields (row numbers, what was read)
+    "Read batch by batch. When memory runs out the batches are halved, aloud, and it goes on; raises MemoryError when one row alone does not fit."
+    queue = list(batch)
+    while queue:
+        rows, found, full = queue.pop(0), None, False
+        try: found = read(rows)
+        except Exception as e:
+            if not out_of_memory(e): raise
+            full = True
+        if not full: yield rows, found
+        elif len(rows) == 1: raise MemoryError(f"out of memory with a single row of {sizes[rows[0]]} tokens; lower data.max_prompt_tokens or data.max_response_tokens, or take a smaller model or dtype")
+        else:
+            left, budget = [i for b in (rows, *queue) for i in b], sum(sizes[i] for i in rows) // 2
+            make_room(f"batches of at most {budget} tokens")
+            queue = [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]

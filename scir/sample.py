@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .logprobs import encode_prompt
+from .model import make_room, out_of_memory
 from .recipe import SamplingSpec
 from .store import Journal, Response, row_seed
 
@@ -142,14 +143,30 @@ def end_ids(model, tokenizer)->set:
 def generate(model, tokenizer,
              jobs:list, # (key, prompt ids, seed) of each response
              spec:SamplingSpec): # yields (key, response ids, whether it came to its end)
-    "Sample responses, `spec.batch_size` at a time; each comes as soon as it is done, its end-of-turn id included."
-    queue, pool = sorted(jobs, key=lambda j: (len(j[1]), j[1]), reverse=True), Pool(model, spec, end_ids(model, tokenizer))
+    "Sample responses, `spec.batch_size` at a time; each comes as soon as it is done, its end-of-turn id included. When memory runs out half as many are decoded together; those under way begin again, and with their seeds come out the same. Raises MemoryError when one alone does not fit."
+    left, ends = {job[0]: job for job in jobs}, end_ids(model, tokenizer)
+    while left:
+        full = False
+        try:
+            for row in _decoded(Pool(model, spec, ends), [*left.values()], spec.batch_size):
+                del left[row.key]
+                yield row.key, row.ids, row.ids[-1] in ends
+        except Exception as e:
+            if not out_of_memory(e): raise
+            full = True
+        if full and spec.batch_size == 1: raise MemoryError(f"out of memory with a single response; lower sampling.max_new_tokens or data.max_prompt_tokens")
+        if full:
+            spec = spec.model_copy(update={"batch_size": min(spec.batch_size, len(left) + 1) // 2})
+            make_room(f"{spec.batch_size} responses decoded together")
+
+def _decoded(pool, queue, together): # yields rows as they end
+    queue.sort(key=lambda j: (len(j[1]), j[1]), reverse=True)
     while queue or pool.rows:
-        free = spec.batch_size - len(pool.rows)
-        if queue and free >= spec.batch_size / 2:
+        free = together - len(pool.rows)
+        if queue and free >= together / 2:
             pool.join(queue[:free])
             del queue[:free]
-        for row in pool.step(): yield row.key, row.ids, row.ids[-1] in pool.ends
+        yield from pool.step()
 
 def text_of(tokenizer, ids:list, finished:bool)->str:
     "A response as text, without its end-of-turn id."

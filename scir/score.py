@@ -15,7 +15,7 @@ from itertools import combinations, groupby
 import torch
 from tqdm.auto import tqdm
 
-from .logprobs import batches, encode_prompt, encode_response, response_logps
+from .logprobs import batches, encode_prompt, encode_response, in_batches, response_logps
 from .recipe import Recipe
 from .rewards import Pair, View, margins
 from .store import Journal, Response, Score, row_seed
@@ -79,21 +79,20 @@ def as_reference(model):
     else:
         with model.disable_adapter(): yield
 
-def _together(pairs, tokens, budget):
-    "Numbers of `pairs` in batches of at most `budget` tokens, long prompts first, those of a prompt side by side."
+def _together(pairs, sizes, budget, read):
+    "`read` on batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].prompt_ids), pairs[i].prompt_ids))
-    return [[order[i] for i in batch] for batch in batches([tokens(pairs[i]) for i in order], budget)]
+    return in_batches(read, [[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)], sizes)
 
 @torch.no_grad()
 def pair_logps(model, pairs:list, budget:int, desc:str)->list: # of (log-prob of a, log-prob of b), nats
     "Log-probabilities of both responses of every pair."
-    out = {}
+    out, sizes = {}, [2 * len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b) for p in pairs]
+    def read(rows): return response_logps(model, [pairs[i].prompt_ids for i in rows for _ in "ab"], [ids for i in rows for ids in (pairs[i].ids_a, pairs[i].ids_b)])
     with tqdm(total=len(pairs), desc=desc, unit="pair") as bar:
-        for batch in _together(pairs, lambda p: 2 * len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b), budget):
-            chosen = [pairs[i] for i in batch]
-            logps = response_logps(model, [p.prompt_ids for p in chosen for _ in "ab"], [ids for p in chosen for ids in (p.ids_a, p.ids_b)])
-            out |= dict(zip(batch, map(tuple, logps.view(-1, 2).tolist())))
-            bar.update(len(batch))
+        for rows, logps in _together(pairs, sizes, budget, read):
+            out |= dict(zip(rows, map(tuple, logps.view(-1, 2).tolist())))
+            bar.update(len(rows))
     return [out[i] for i in range(len(pairs))]
 
 def set_reference(model, pairs:list, budget:int)->None:
@@ -105,14 +104,14 @@ def set_reference(model, pairs:list, budget:int)->None:
 @torch.no_grad()
 def score(model, tokenizer, pairs:list, recipe:Recipe, out)->list: # of Score
     "Score `pairs` (their `reference_logps` filled in) with every reward model of the recipe; writes `out` row by row."
-    journal = Journal(out, Score)
+    journal, sizes = Journal(out, Score), [2 * (len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)) for p in pairs]
+    lacking = lambda rows: {pairs[i].id for i in rows} - journal.done
+    def read(rows): return list(_rows(View(model, tokenizer, [pairs[i] for i in rows], recipe))) if lacking(rows) else []
     with tqdm(total=len(pairs), initial=len(journal.done), desc="judged", unit="pair") as bar:
-        for batch in _together(pairs, lambda p: 2 * (len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)), recipe.judge.batch_tokens):
-            lacking = {pairs[i].id for i in batch} - journal.done
-            if not lacking: continue
-            for row in _rows(View(model, tokenizer, [pairs[i] for i in batch], recipe)):
-                if row.id in lacking: journal.add(row)
-            bar.update(len(lacking))
+        for rows, scores in _together(pairs, sizes, recipe.judge.batch_tokens, read):  # whole batches also after a kill, so that their sums are the same
+            for row in scores:
+                if row.id in lacking(rows): journal.add(row)
+            bar.update(len(lacking(rows)))
     return journal.finish([p.id for p in pairs])
 
 def _rows(view):
