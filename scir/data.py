@@ -36,6 +36,8 @@ def read_source(source:str)->list: # dicts
 
 def _read_file(path):
     import datasets, tempfile
+    import pandas as pd
+    if path.suffix == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")  # 4 and NA are answers too
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:
         return datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train", cache_dir=cache).to_list()
@@ -70,7 +72,12 @@ def _instance(row):
 
 def _llmbar(row):
     a, b = row["output_1"], row["output_2"]
-    return (row["input"], a, b) if row["label"] == 1 else (row["input"], b, a)
+    if str(row["label"]) not in ("1", "2"): raise ValueError(f"label {row['label']!r} is neither 1 nor 2")
+    return (row["input"], a, b) if str(row["label"]) == "1" else (row["input"], b, a)
+
+def _first_turn(row):
+    if not isinstance(row["turns"], list): raise TypeError("turns is no list")
+    return row["turns"][0]
 
 PAIR_FORMATS = [  # columns -> (prompt, chosen, rejected)
     ({"prompt", "response_a", "response_b", "label"}, _labelled_ab),
@@ -79,10 +86,10 @@ PAIR_FORMATS = [  # columns -> (prompt, chosen, rejected)
     ({"chosen", "rejected"}, _transcript),
 ]
 PROMPT_FORMATS = [  # columns -> prompt, or None for a row that is not a prompt
-    ({"text", "role", "parent_id"}, lambda r: r["text"] if r["role"] == "prompter" and r["parent_id"] is None else None),  # oasst1
+    ({"text", "role", "parent_id"}, lambda r: r["text"] if r["role"] == "prompter" and not r["parent_id"] else None),  # oasst1
     ({"instruction", "instances"}, lambda r: _instance(r)[0]),
     ({"instruction"}, _with_input),
-    ({"turns"}, lambda r: r["turns"][0]),  # MT-Bench
+    ({"turns"}, _first_turn),  # MT-Bench
     ({"prompt"}, lambda r: _text(r["prompt"])),
     ({"chosen", "rejected"}, lambda r: _transcript(r)[0]),
 ]
@@ -105,38 +112,42 @@ def recognise(rows:list, formats:list, source:str):
 def _convert(source, formats, check, build):
     rows, out, dropped, seen = read_source(source), [], Counter(), set()
     if not rows: raise ValueError(f"data source {source}: no rows")
-    convert = recognise(rows, formats, source)
+    convert, malformed = recognise(rows, formats, source), []
     for n, row in enumerate(rows, 1):
         try: made = convert(row)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"data source {source}, row {n}: {type(e).__name__}: {e}") from None
-        reason = "not a prompt" if made is None else check(made)
+        except ValueError as e: raise ValueError(f"data source {source}, row {n}: {e}") from None
+        except (KeyError, IndexError, TypeError, AttributeError):  # a list, a number or nothing where others have text
+            malformed.append(n)
+            made, reason = None, "malformed"
+        else: reason = "not a prompt" if made is None else check(made)
         if not reason and made in seen: reason = "duplicate"
         if reason: dropped[reason] += 1
         else:
             seen.add(made)
             out.append(build(row, made))
-    if not out: raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}")
+    if not out: raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{f', the first malformed one is row {malformed[0]}' if malformed else ''}")
     if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(out)).items() if n > 1]:
         raise ValueError(f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out")
     return out, dict(dropped)
 
-def _empty(*texts):
+def _unusable(*texts):
     if any(not isinstance(t, str) for t in texts): return "not text"
+    if any("\ud800" <= c <= "\udfff" for t in texts for c in t): return "not Unicode"  # half of a surrogate pair, which no tokenizer reads
     return "empty" if any(not t.strip() for t in texts) else None
 
 def load_prompts(source:str)->tuple: # list of Prompt, drops by reason
     "Prompts of a source, duplicates and empty ones dropped and counted."
-    return _convert(source, PROMPT_FORMATS, _empty, lambda row, p: Prompt(id=str(row.get("id") or digest(p)), prompt=p))
+    return _convert(source, PROMPT_FORMATS, _unusable, lambda row, p: Prompt(id=str(row.get("id") or digest(p)), prompt=p))
 
 def load_pairs(source:str)->tuple: # list of LabelledPair, drops by reason
     "Labelled pairs of a source; pairs with equal or empty sides are dropped and counted."
-    def check(t): return _empty(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
+    def check(t): return _unusable(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
     def build(row, t): return LabelledPair(id=str(row.get("id") or digest(*t)), prompt=t[0], chosen=t[1], rejected=t[2], subset=str(row.get("how") or row.get("subset") or ""))
     return _convert(source, PAIR_FORMATS, check, build)
 
 def load_instructions(source:str)->tuple: # list of (prompt, output), drops by reason
     "Prompts with a good answer, for supervised training."
-    return _convert(source, INSTRUCTION_FORMATS, lambda t: _empty(*t), lambda row, t: t)
+    return _convert(source, INSTRUCTION_FORMATS, lambda t: _unusable(*t), lambda row, t: t)
 
 # %% ../nbs/02_data.ipynb #91597648
 def merged(load, # load_prompts or load_pairs

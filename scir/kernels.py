@@ -6,12 +6,14 @@
 __all__ = ['PRELOAD', 'Forked', 'WarmProvisioner', 'use_warm_kernels']
 
 # %% ../nbs/19_kernels.ipynb #944cf791
-import multiprocessing, os, signal, sys, threading, time
+import logging, multiprocessing, os, signal, sys, threading, time
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 # %% ../nbs/19_kernels.ipynb #63478b4e
-PRELOAD = ["scir.trainer", "scir.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package of faster kernels for 4 bits on a CPU
+
+PRELOAD = ["scir.kernels", "scir.trainer", "scir.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
 
 def _die_with(owner, server):
     "End this kernel, and the fork server, when the process that started them is gone, even by kill -9."

@@ -8,10 +8,10 @@ import numpy as np
 import pytest, torch
 
 import scir.alignment as alignment
-from scir.alignment import Duel, duels, endpoint_judge, length_controlled, local_judge, parse_verdict, reward_judge, reward_scores, win_rate
+from scir.alignment import Duel, duels, endpoint_judge, length_controlled, local_judge, parse_verdict, reward_judge, reward_scores, summarise, win_rate
 from scir.consistency import rate
 from scir.model import tiny_model
-from scir.recipe import JudgeSpec, ModelSpec
+from scir.recipe import AlignmentSpec, JudgeSpec, ModelSpec
 from scir.store import read_rows
 
 JUDGE = JudgeSpec(template="Q: {prompt}\nA: {first}\nB: {second}\nA or B?")
@@ -266,16 +266,18 @@ def test_a_reply_cut_by_a_kill_is_asked_again(quick, tmp_path):
         assert len(seen) == 9 and all(d.preference == .5 for d in found)
     assert len(read_rows(tmp_path/"c.jsonl")) == 8
 
+GARBLED = "no answer: not a chat completion"
+
 @pytest.mark.parametrize("fault, reason", [
-    ((500, '{"error": "no"}', 0), "InternalServerError 500"), ((429, '{"error": "slow down"}', 0), "RateLimitError 429"), ((400, "{}", 0), "BadRequestError 400"), ((200, '{"choices": [', 0), None), ((200, "{}", 0), None), ((200, "[]", 0), None),
-    ((200, '{"choices": []}', 0), None), ((200, '{"choices": [{"message": null}]}', 0), None), ((200, "null", 0), None), ((200, "", 0), None), ((200, said("A"), .8), "APITimeoutError")])
+    ((500, '{"error": "no"}', 0), "no answer: InternalServerError 500"), ((429, '{"error": "slow down"}', 0), "no answer: RateLimitError 429"), ((400, "{}", 0), "refused: BadRequestError 400"), ((200, '{"choices": [', 0), GARBLED), ((200, "{}", 0), GARBLED), ((200, "[]", 0), GARBLED),
+    ((200, '{"choices": []}', 0), GARBLED), ((200, '{"choices": [{"message": null}]}', 0), GARBLED), ((200, "null", 0), GARBLED), ((200, "", 0), GARBLED), ((200, said("A"), .8), "no answer: APITimeoutError")])
 def test_a_failure_is_counted_and_asked_again(quick, tmp_path, fault, reason):
     state = {"well": False}
     with server(lambda *_: (200, said("A"), 0) if state["well"] else fault) as (url, seen):
         ask = endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")
         found = duels(PAIRS[:2], ask)
         assert all(d.preference is None for d in found) and sum(ask.failures.values()) == 4 == len(seen)
-        if reason: assert ask.failures == {reason: 4}
+        assert ask.failures == {reason: 4} and summarise(found, AlignmentSpec(judge=url), ask.failures)["unanswered"] == (0 if reason.startswith("refused") else 4)
         assert (tmp_path/"c.jsonl").read_text() == "" and win_rate(found)["invalid"] == 2
         state["well"] = True
         assert [d.preference for d in duels(PAIRS[:2], ask)] == [.5, .5] and len(seen) == 8
@@ -286,6 +288,20 @@ def test_the_client_retries_before_giving_up(quick, monkeypatch, tmp_path):
     with server(lambda n, *_: (503, "{}", 0) if n <= 2 else (200, said("B"), 0)) as (url, seen):
         ask = endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")
         assert ask([("q", "a", "b")]) == [0.0] and len(seen) == 3 and not ask.failures
+
+def test_a_garbled_reply_is_asked_for_again_after_a_pause(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(alignment, "RETRIES", 2)
+    with server(lambda n, *_: (200, "<html>busy</html>", 0) if n <= 2 else (200, said("B"), 0)) as (url, seen):
+        started, ask = time.time(), endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")
+        assert ask([("q", "a", "b")]) == [0.0] and len(seen) == 3 and not ask.failures and time.time() - started > 1
+
+def test_a_dead_server_is_not_asked_for_ever(quick, tmp_path):
+    state = {"well": False}
+    with server(lambda *_: (200, said("A"), 0) if state["well"] else (500, "{}", 0)) as (url, seen):
+        ask, rows = endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl"), [(f"q{i}", "a", "b") for i in range(100)]
+        assert ask(rows) == [None] * 100 and alignment.GIVE_UP <= len(seen) < alignment.GIVE_UP + alignment.AT_ONCE and sum(ask.failures.values()) == 100
+        state["well"], asked = True, len(seen)
+        assert ask(rows) == [1.0] * 100 and len(seen) == asked + 100
 
 def test_an_unreadable_reply_is_kept_and_no_tie(quick, tmp_path):
     with server(lambda n, *_: (200, said(["Neither.", None, "A or B", ""][n % 4]), 0)) as (url, seen):
@@ -298,7 +314,7 @@ def test_nobody_there_is_a_failure_too(quick, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         ask = endpoint_judge(f"http://127.0.0.1:{s.getsockname()[1]}/v1", "m", JUDGE, tmp_path/"c.jsonl")
-        assert ask([("q", "a", "b")]) == [None] and ask.failures == {"APIConnectionError": 1}
+        assert ask([("q", "a", "b")]) == [None] and ask.failures == {"no answer: APIConnectionError": 1}
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_cannot_get_better_raises_at_once(quick, tmp_path, status):
@@ -361,7 +377,7 @@ def test_a_real_server_judges_and_its_replies_outlive_it(quick, monkeypatch, alw
         assert [d.verdicts for d in found] == [(1.0, 1.0)] * 4, (read_rows(tmp_path/"c.jsonl"), ask.failures)
         assert win_rate(found)["value"] == .5 and not ask.failures
     assert duels(PAIRS, ask) == found and {r["text"] for r in read_rows(tmp_path/"c.jsonl")} == {"A"}
-    assert duels([("new", "q", "a", "b")], ask)[0].preference is None and ask.failures == {"APIConnectionError": 2}
+    assert duels([("new", "q", "a", "b")], ask)[0].preference is None and ask.failures == {"no answer: APIConnectionError": 2}
 
 
 # a reward model of one's own -------------------------------------------------
