@@ -48,3 +48,13 @@ def any_tokenizer(request, tokenizer):
     if not (SMOLLM2/"tokenizer.json").exists(): pytest.skip("data/models/smollm2-135m-instruct is not there")
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(SMOLLM2)
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    "recipes/tiny.yaml, run once from outside."
+    from test_pipeline import scir
+    folder = tmp_path_factory.mktemp("runs")/"tiny"
+    done = scir("run", "recipes/tiny.yaml", "--out", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder/"stdout.txt").write_text(done.stdout)
+    return folder

@@ -16,13 +16,8 @@ def scir(*args):
     return subprocess.run([str(BIN / "scir"), *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    done = scir("run", "recipes/tiny.yaml", "--out", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "stdout.txt").write_text(done.stdout)
-    return folder
+@pytest.fixture
+def run(tiny_run): return tiny_run
 
 
 def test_every_stage_left_an_executed_notebook(run):

@@ -1,0 +1,251 @@
+"""What a run says of itself: states with reasons, locks, failures, checkpoints, verification."""
+import json, shutil, subprocess, sys
+
+import pytest
+from typer.testing import CliRunner
+
+from scir import pipeline
+from scir.audit import status, verify
+from scir.cli import app
+from scir.pipeline import STAGES, Step, alone, begin, differences, do, note_failure, reason, start_manifest, state, work
+from scir.recipe import load_recipe
+from scir.store import Journal, Prompt, read_json, read_rows, unfinished, write_rows
+from scir.trainer import SEAL, last_checkpoint
+from test_pipeline import ROOT, scir
+
+SAMPLE = Step("sample", "seed0/m1")
+
+@pytest.fixture
+def copy(tiny_run, tmp_path, monkeypatch):
+    "A finished run of its own, and its recipe."
+    monkeypatch.chdir(ROOT)
+    shutil.copytree(tiny_run, tmp_path / "run")
+    return load_recipe(tmp_path / "run/recipe.yaml"), tmp_path / "run"
+
+def names(recipe, run): return {step.key: s.name for step, s in status(recipe, run)}
+
+def why(recipe, run, key): return next(s.why for step, s in status(recipe, run) if step.key == key)
+
+def test_a_finished_run_is_done_wherever_it_lies(copy):
+    assert set(names(*copy).values()) == {"done"} and len(names(*copy)) == 21
+
+def test_a_parameter_makes_its_stages_stale_and_all_that_follow_and_none_before(copy):
+    recipe, run = load_recipe(copy[1] / "recipe.yaml", ("train.learning_rate=0.002",)), copy[1]
+    found = names(recipe, run)
+    assert {k for k, v in found.items() if v == "done"} == {"warm_start:seed0/m1", "sample:seed0/m1", "judge:seed0/m1", "consistency:seed0/m1", "evaluate:seed0/m0", "evaluate:seed0/m1"}
+    assert why(recipe, run, "optimise:seed0/scir/m2") == "train.learning_rate was 0.001, is 0.002"
+    assert why(recipe, run, "sample:seed0/scir/m2") == "after optimise:seed0/scir/m2, unless that comes out as it was"
+
+def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
+    recipe, run = copy
+    hashes = {"data/pairs.jsonl": "evaluate:seed0/m0", "data/models/tiny-random": "judge:seed0/m1", "score.py": "judge:seed0/m1", "02_sample.ipynb": "sample:seed0/m1"}
+    for end, key in hashes.items():
+        with monkeypatch.context() as m:
+            m.setattr(pipeline, "hash_path", lambda p, end=end, plain=pipeline.hash_path: "other" if str(p).endswith(end) else plain(p))
+            assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "score.py": "scir.score", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
+    (run / "seed0/m1/scores.jsonl").unlink()
+    assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
+
+def test_an_older_manifest_is_stale(copy):
+    recipe, run = copy
+    manifest = read_json(run / "manifest.json")
+    del manifest["steps"][SAMPLE.key]["inputs"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert "earlier version" in why(recipe, run, SAMPLE.key)
+
+def test_differences_are_phrases():
+    before = {"field a": 1, "field b": 2, "data d": "x", "file f": "x", "code m": "x", "notebook n": "x"}
+    assert differences(before, before) == []
+    assert differences(before, {"field a": 5, "field c": 3, "data d": "y", "file f": "absent", "code m": "z", "notebook n": "z"}) == [
+        "a was 1, is 5", "c is new", "d changed", "f is gone", "the code of scir.m changed", "notebook n changed", "b is no longer read"]
+
+def test_a_failure_is_noted_until_the_next_try(copy, monkeypatch):
+    recipe, run = copy
+    def fails(*a): raise OSError(28, "No space left on device")
+    (run / "seed0/m1/responses.jsonl").write_text("gone")
+    with monkeypatch.context() as m:
+        m.setitem(STAGES, "sample", STAGES["sample"]._replace(call=fails))
+        with pytest.raises(OSError): do("sample", recipe, run, "seed0/m1")
+    assert names(recipe, run)[SAMPLE.key] == "failed" and "No space left" in why(recipe, run, SAMPLE.key) and "run again" in why(recipe, run, SAMPLE.key)
+    do("sample", recipe, run, "seed0/m1")
+    assert set(names(recipe, run).values()) == {"done"}
+
+def test_an_interrupted_step_says_what_it_has(copy):
+    recipe, run = copy
+    rows = (run / "seed0/m1/responses.jsonl").read_text().splitlines(True)
+    (run / "seed0/m1/responses.jsonl").unlink()
+    begin(recipe, run, SAMPLE)
+    unfinished(run / "seed0/m1/responses.jsonl").write_text("".join(rows[:5]))
+    assert names(recipe, run)[SAMPLE.key] == "missing" and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
+    assert "interrupted" in scir("status", run).stdout
+
+def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
+    "An evaluation that is killed after its answers keeps them, under an unfinished name, and leaves none behind."
+    recipe, run = copy
+    step, answers = Step("evaluate", "seed0/m1"), run / "seed0/m1/evaluation/responses.jsonl"
+    kept = answers.read_text()
+    (run / "seed0/m1/evaluation/metrics.json").unlink()
+    begin(recipe, run, step)
+    assert not answers.exists() and not unfinished(answers).exists()  # nothing of an older try
+    answers.write_text(kept)
+    monkeypatch.setattr("scir.sample.generate", lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"))
+    work(recipe, run, step)
+    assert answers.read_text() == kept and not list((run / "seed0/m1").rglob("*.partial.jsonl")) and names(recipe, run)[step.key] == "done"
+
+def test_litter_of_a_kill_is_swept(copy):
+    recipe, run = copy
+    for f in ("seed0/m1/.scores.jsonl.1.tmp", "report/.x.csv.1.tmp"): (run / f).write_text("half")
+    (run / "seed0/m1/.adapter.tmp").mkdir()
+    begin(recipe, run, Step("warm_start", "seed0/m1"))
+    begin(recipe, run, Step("report"))
+    assert not list(run.rglob("*.tmp"))
+
+def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, monkeypatch):
+    recipe, run = copy
+    asked = []
+    def call(recipe, run, node):
+        asked.append(node)
+        write_rows(run / node / "responses.jsonl", [{}])
+        return {"unanswered": 2 if len(asked) == 1 else 0}
+    monkeypatch.setitem(STAGES, "sample", STAGES["sample"]._replace(call=call))
+    (run / "seed0/m1/responses.jsonl").unlink()
+    do("sample", recipe, run, "seed0/m1")
+    assert state(recipe, run, SAMPLE) == ("incomplete", "2 questions without an answer; they are asked again")
+    monkeypatch.setitem(STAGES, "judge", STAGES["judge"]._replace(call=lambda *a: {}))
+    do("judge", recipe, run, "seed0/m1")
+    assert len(asked) == 1  # good enough for what comes after
+    do("sample", recipe, run, "seed0/m1")
+    assert len(asked) == 2 and state(recipe, run, SAMPLE).name == "done"
+
+# locks ---------------------------------------------------------------------
+
+HOLD = "import sys, time; from pathlib import Path; from scir.pipeline import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
+
+@pytest.fixture
+def holder(tmp_path):
+    def hold(what):
+        p = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), what], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        held.append(p)
+        assert p.stdout.readline() == "held\n"
+        return p
+    held = []
+    yield hold
+    for p in held: p.kill()
+
+def test_the_second_run_says_so_and_stops(holder, tmp_path):
+    other = holder("run")
+    done = scir("run", "recipes/tiny.yaml", "--out", tmp_path)
+    assert done.returncode == 1 and f"another `scir run` works on it (process {other.pid}); wait for it, or end it" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "manifest.json").exists()
+    other.kill()
+    other.wait()
+    with alone(tmp_path, "run", 0, "x"): pass  # the system frees what a killed process held
+
+def test_two_kernels_do_not_work_at_once(holder, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe("recipes/tiny.yaml")
+    start_manifest(recipe, tmp_path)
+    monkeypatch.setattr(pipeline, "alone", lambda run, what, wait, busy, plain=alone: plain(run, what, .2, busy))
+    other = holder("step")
+    with pytest.raises(RuntimeError, match=f"busy with sample or another step .process {other.pid}"): work(recipe, tmp_path, SAMPLE)
+    assert read_json(tmp_path / "manifest.json")["begun"] == {}
+
+# kept files ----------------------------------------------------------------
+
+def test_a_damaged_line_of_an_unfinished_file_costs_its_row_only(tmp_path, capsys):
+    rows = [Prompt(id=str(i), prompt="x") for i in range(5)]
+    write_rows(tmp_path / "a.partial.jsonl", rows)
+    text = (tmp_path / "a.partial.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "a.partial.jsonl").write_bytes(b"\n".join([text[0], text[1][:7], b"\0" * 9, *text[2:4], text[4][:-3]]))
+    journal = Journal(tmp_path / "a.jsonl", Prompt)
+    assert sorted(journal.done) == ["0", "2", "3"] and "2 of 5 lines cannot be read" in capsys.readouterr().out
+    for i in ("1", "4"): journal.add(Prompt(id=i, prompt="x"))
+    assert journal.finish([r.id for r in rows]) == rows == read_rows(tmp_path / "a.jsonl", Prompt)
+
+def test_a_damaged_manifest_is_one_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text((ROOT / "recipes/tiny.yaml").read_text())
+    (tmp_path / "manifest.json").write_text('{"steps": {')
+    done = scir("run", "recipes/tiny.yaml", "--out", tmp_path)
+    assert done.returncode == 1 and "manifest.json: damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "unsealed", "grown"])
+def test_the_newest_whole_checkpoint_is_taken(tmp_path, damage):
+    for n in (5, 10):
+        folder = tmp_path / f"checkpoint-{n}"
+        folder.mkdir()
+        for name in ("optimizer.pt", "trainer_state.json"): (folder / name).write_text("12345")
+        (folder / SEAL).write_text(json.dumps({"optimizer.pt": 5, "trainer_state.json": 5}))
+    assert last_checkpoint(tmp_path).endswith("checkpoint-10")
+    newest = tmp_path / "checkpoint-10"
+    {"cut": lambda: (newest / "optimizer.pt").write_text("1"), "gone": lambda: (newest / "optimizer.pt").unlink(), "unsealed": lambda: (newest / SEAL).unlink(), "grown": lambda: (newest / "x").write_text("")}[damage]()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-5") and not newest.exists()
+
+@pytest.mark.parametrize("text, said", [("[Errno 28] No space left on device", "the disk is full: free some"), ("Error while serializing: I/O error: StorageFull", "the disk is full"),
+                                        ("[Errno 13] Permission denied: 'x'", "let this user write there"), ("[Errno 30] Read-only file system: 'x'", "let this user write there"), ("other", "other")])
+def test_what_helps_is_said_where_it_is_known(text, said): assert said in reason(RuntimeError(text)) and "\n" not in reason(RuntimeError(text + "\nmore"))
+
+def test_no_secret_is_kept(copy, monkeypatch):
+    recipe, run = copy
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    note_failure(run, SAMPLE, "the hub refuses hf_abcdefghij")
+    assert "refuses ***" in (run / "manifest.json").read_text() and "hf_abc" not in reason(ValueError("hf_abcdefghij"))
+
+# verify --------------------------------------------------------------------
+
+def touched(run, file, change):
+    "Change a file and, as a forger would, its hash in the manifest."
+    path = run / file
+    path.write_text(change(path.read_text()))
+    text, m = (run / "manifest.json").read_text(), read_json(run / "manifest.json")
+    old = next(s["outputs"][file] for s in m["steps"].values() if file in s["outputs"])
+    (run / "manifest.json").write_text(text.replace(old, pipeline.hash_path(path)))
+
+def faults(run): return {name: [what for what, fault in found if fault] for name, found in verify(run).items()}
+
+def test_a_run_that_nobody_touched_verifies(copy):
+    assert not any(faults(copy[1]).values()) and {k: len(v) > 7 for k, v in verify(copy[1]).items()} == dict.fromkeys(("files", "inputs", "margins", "figures", "tables"), True)
+    done = CliRunner().invoke(app, ["verify", str(copy[1])])
+    assert done.exit_code == 0 and "files: 51 of 51 as they should be" in done.stdout
+
+def test_a_touched_file_is_found(copy):
+    with (copy[1] / "seed0/scir/m2/adapter/adapter_config.json").open("a") as f: f.write(" ")
+    assert faults(copy[1])["files"] == ["seed0/scir/m2/adapter"]
+    done = CliRunner().invoke(app, ["verify", str(copy[1])])
+    assert done.exit_code == 1 and "seed0/scir/m2/adapter: is not what was written (optimise:seed0/scir/m2)" in done.stderr
+
+def margin(text):
+    rows = [json.loads(l) for l in text.splitlines()]
+    rows[3]["margins"]["implicit"] = -rows[3]["margins"]["implicit"] - 1
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+def figure(text):
+    found = json.loads(text)
+    found["sets"]["held-out"]["inconsistency"]["value"] += .1
+    return json.dumps(found)
+
+def test_a_forged_margin_is_found(copy):
+    touched(copy[1], "seed0/scir/m2/evaluation/held-out.jsonl", margin)
+    found = faults(copy[1])
+    assert not found["files"] and len(found["margins"]) == 1 and "seed0/scir/m2/evaluation/held-out.jsonl" in found["figures"] and found["tables"]
+
+def test_forged_scores_are_another_input(copy):
+    path = copy[1] / "seed0/m1/scores.jsonl"
+    path.write_text(path.read_text().replace('"subset":""', '"subset":"x"', 1))
+    m = read_json(copy[1] / "manifest.json")
+    m["steps"]["judge:seed0/m1"]["outputs"]["seed0/m1/scores.jsonl"] = pipeline.hash_path(path)
+    (copy[1] / "manifest.json").write_text(json.dumps(m))
+    assert not faults(copy[1])["files"] and any("optimise:seed0/scir/m2" in w for w in faults(copy[1])["inputs"])
+
+def test_a_forged_figure_is_found(copy):
+    touched(copy[1], "seed0/scir/m2/evaluation/metrics.json", figure)
+    assert faults(copy[1])["figures"] == ["seed0/scir/m2/evaluation/held-out.jsonl"]
+
+def test_a_forged_table_is_found(copy):
+    csv = copy[1] / "report/inconsistency.csv"
+    csv.write_text(csv.read_text().replace("scir M_2", "scir M_9", 1))
+    assert faults(copy[1])["tables"] == ["report/inconsistency.csv"]
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_no_run_is_one_line(tmp_path, command):
+    done = CliRunner().invoke(app, [command, str(tmp_path / "absent")])
+    assert done.exit_code == 1 and "not a run directory" in done.stderr and len(done.stderr.strip().splitlines()) == 1
