@@ -1,10 +1,10 @@
-# `make demo`, `make test`, `make bench`. Each sets up what it needs the first time.
+# `make demo`, `make test`, `make test-faults`, `make bench`. Each sets up what it needs the first time.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test bench export clean
+.PHONY: demo test test-faults bench export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -13,6 +13,9 @@ test: $(MODEL)            ## gates, notebook tests, pytest
 	$(BIN)/python tests/gates.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^run$$'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-faults: $(MODEL)     ## runs killed, disks full, servers down, inputs that mean harm: under half an hour on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
 	TQDM_DISABLE=1 $(BIN)/python -m scir.bench --json $(or $(JSON),data/bench.json)

@@ -8,7 +8,7 @@ __all__ = ['FILE_KINDS', 'PAIR_FORMATS', 'PROMPT_FORMATS', 'INSTRUCTION_FORMATS'
            'evaluation_rows', 'evaluation_prompts', 'prompt_pool']
 
 # %% ../nbs/02_data.ipynb #33387ec4
-import hashlib
+import hashlib, json
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -17,30 +17,51 @@ from .recipe import DataSpec
 from .store import LabelledPair, Prompt, digest
 
 # %% ../nbs/02_data.ipynb #76e8c60e
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+def _json_lines(path):
+    "One object per line, by Python's own parser: pyarrow's, which `datasets` uses, can be crashed by hostile bytes, and stops at the first row of another type."
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        try: rows += [json.loads(line)] if line.strip() else []
+        except ValueError as e: raise ValueError(f"line {n}: {e}") from None
+    return rows
+
+def _json(path):
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    return found if isinstance(found, list) else [found]
+
+def _csv(path):
+    import pandas as pd
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")  # 4 and NA are answers too
+
+def _parquet(path):
+    import pyarrow.parquet as pq
+    return pq.read_table(path).to_pylist()
+
+FILE_KINDS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 def read_source(source:str)->list: # dicts
     "Rows of a local file or a hub data set; raises FileNotFoundError or ValueError in one line."
-    import datasets
     path = Path(source)
     if path.suffix in FILE_KINDS or source.startswith((".", "/")):
         if not path.is_file(): raise FileNotFoundError(f"data source {source}: no such file")
         if path.suffix not in FILE_KINDS: raise ValueError(f"data source {source}: a file of {', '.join(FILE_KINDS)} is needed")
         if path.stat().st_size == 0: raise ValueError(f"data source {source}: the file is empty")
         try: return _read_file(path)
-        except Exception as e: raise ValueError(f"data source {source}: cannot be read: {' '.join(str(e.__cause__ or e).split())[:200]}") from None
+        except UnicodeDecodeError as e: raise ValueError(f"data source {source}: not UTF-8 (byte {e.start}); save it as UTF-8") from None
+        except Exception as e: raise ValueError(f"data source {source}: cannot be read: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
     name, _, split = source.partition(":")
     owner, repo, config = (name.split("/") + ["", ""])[:3]
+    import datasets
     try: return datasets.load_dataset(f"{owner}/{repo}" if repo else owner, config or None, split=split or "train").to_list()
     except Exception as e: raise ValueError(f"data source {source}: not a local file, and the hub says: {' '.join(str(e).split())[:200]}") from None
 
 def _read_file(path):
-    import datasets, tempfile
-    import pandas as pd
-    if path.suffix == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")  # 4 and NA are answers too
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache:
-        return datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train", cache_dir=cache).to_list()
+    "Rows with the same columns, None where one has no such field."
+    rows = FILE_KINDS[path.suffix](path)
+    if odd := next((n for n, r in enumerate(rows, 1) if not isinstance(r, dict)), None): raise ValueError(f"row {odd} is no object with named fields")
+    columns = dict.fromkeys(c for r in rows for c in r)
+    return [{c: r.get(c) for c in columns} for r in rows]
+
 
 # %% ../nbs/02_data.ipynb #feb85a70
 def _text(message)->str: # a string, or a chat's last message

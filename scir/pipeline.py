@@ -327,6 +327,7 @@ def record(recipe:Recipe, run:Path, step:Step, read:dict, seconds:float, summary
     outputs = {f: hash_path(run/f) for f in STAGES[step.stage].writes(recipe, step.node)}
     lacking = {"incomplete": f"{summary['unanswered']} questions without an answer; they are asked again"} if isinstance(summary, dict) and summary.get("unanswered") else {}
     manifest["steps"][step.key] = {"fingerprint": digest(read), "seconds": round(seconds, 1), "finished": now(), "summary": summary, "outputs": outputs, "inputs": read} | lacking | provenance()
+    for f in outputs: _remove(unfinished(run/f))
     manifest["begun"].pop(step.key, None)
     manifest["model_hash"] = manifest.get("model_hash") or _model_hash(recipe)
     write_manifest(run, manifest)
@@ -474,13 +475,18 @@ def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
     if unknown: raise ValueError(f"{source}: its parameters cell lacks {sorted(unknown)}")
     target = run/"notebooks"/f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(source), str(target), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()),
+    literal = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill fills parameters into paths
+    try: papermill.execute_notebook(literal(source), literal(target), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()),
                                     stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
     except DeadKernelError:
         why = f"{step.key}: its kernel was killed, most often for want of memory; run again, it goes on where it stopped"
         note_failure(run, step, why)
         _say_in(target, why)
+        print(file=sys.stderr)
         raise RuntimeError(why) from None
+    except Exception:
+        print(file=sys.stderr)  # ends the line of a progress bar
+        raise
     finally:
         if target.exists(): write_text(target, hide_secrets(target.read_text(encoding="utf-8")))
     return target
@@ -489,7 +495,8 @@ def _say_in(notebook, why):
     "An error as the last output of the cell that was running."
     import nbformat
     nb = nbformat.read(notebook, 4)
-    cell = next(c for c in nb.cells if c.cell_type == "code" and c.metadata.get("papermill", {}).get("status") in ("running", "failed"))
+    cells = [c for c in nb.cells if c.cell_type == "code"]
+    cell = next((c for c in cells if c.metadata.get("papermill", {}).get("status") != "completed"), cells[-1])
     cell.outputs.append(nbformat.v4.new_output("error", ename="DeadKernel", evalue=why, traceback=[why]))
     nbformat.write(nb, notebook)
 
@@ -508,6 +515,7 @@ def run_recipe(recipe:Recipe, run:Path|None=None)->Path: # the run directory
     check_recipe(recipe)
     run.mkdir(parents=True, exist_ok=True)
     with alone(run, "run", 0, "another `scir run` works on it"):
+        for litter in (*run.glob(".*.tmp"), *run.glob("notebooks/.*.tmp")): _remove(litter)
         recipe = settled(recipe, run)
         make_models(recipe)
         start_manifest(recipe, run)

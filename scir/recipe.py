@@ -224,7 +224,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
 def _explain(error, where):
-    name = ".".join(str(p) for p in error["loc"])
+    name = " ".join(".".join(str(p) for p in error["loc"])[:200].split())
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.0)
         return f"{where}: {name} is not a field; the nearest is {close[0]}"
@@ -237,12 +237,28 @@ def parse_recipe(raw:dict, where:str="recipe")->Recipe:
     try: return Recipe.model_validate(raw)
     except ValidationError as e: raise RecipeError("\n".join(_explain(x, where) for x in e.errors())) from None
 
+def _twice(node):
+    "A key that a mapping has twice, if there is one; `node` is what YAML's composer makes, where an alias is the same node again."
+    left, seen = [node], set()
+    while left:
+        if (n := left.pop()) is None or id(n) in seen: continue
+        seen.add(id(n))
+        if isinstance(n, yaml.SequenceNode): left += n.value
+        elif isinstance(n, yaml.MappingNode):
+            keys = [k.value for k, _ in n.value if isinstance(k, yaml.ScalarNode)]
+            if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None): return twice
+            left += [x for both in n.value for x in both]
+
 MOST = 10_000 # values in a recipe, and, times 100, characters
 
 def read_yaml(text:str|bytes, where:str):
     "YAML as plain values; raises RecipeError for what is not YAML, not UTF-8, or grows beyond `MOST` values (aliases can multiply)."
     if len(text) > 100 * MOST: raise RecipeError(f"{where}: {len(text)} characters are too many for a recipe")
-    try: value = yaml.safe_load(text.decode("utf-8") if isinstance(text, bytes) else text)
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if twice := _twice(yaml.compose(text, yaml.SafeLoader)): raise RecipeError(f"{where}: {_SHORT.repr(twice)} stands there twice; of two values YAML would silently take the last")
+        value = yaml.safe_load(text)
+    except RecipeError: raise
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e: raise RecipeError(f"{where}: not valid YAML: {_SHORT.repr(' '.join(str(e).split()))}") from None
     left, seen = [value], 0
     while left and seen <= MOST:
@@ -254,12 +270,13 @@ def read_yaml(text:str|bytes, where:str):
 def override(raw:dict, setting:str)->dict:
     "Apply one `section.field=value` (value as YAML) to a raw recipe."
     name, eq, value = setting.partition("=")
-    if not eq: raise RecipeError(f"--set {setting}: write it as section.field=value")
-    parsed = read_yaml(value, f"--set {setting}")
+    said = " ".join(setting[:100].split())
+    if not eq: raise RecipeError(f"--set {said}: write it as section.field=value")
+    parsed = read_yaml(value, f"--set {said}")
     node = raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
     *parents, leaf = name.strip().split(".")
     for p in parents:
-        if not isinstance(node.setdefault(p, {}), dict): raise RecipeError(f"--set {setting}: {p} is a value, not a section")
+        if not isinstance(node.setdefault(p, {}), dict): raise RecipeError(f"--set {said}: {p} is a value, not a section")
         node = node[p]
     node[leaf] = parsed
     return raw

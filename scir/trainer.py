@@ -132,7 +132,7 @@ def fit(model, tokenizer, pairs:list, loss_of, recipe, folder, args:TrainingArgu
     last = last_checkpoint(Path(args.output_dir))
     if last: print(f"resuming from {last}")
     trainer.train(resume_from_checkpoint=last)
-    history = [line for line in trainer.state.log_history if "loss" in line]
+    history = [dict(sorted(line.items())) for line in trainer.state.log_history if "loss" in line]  # a checkpoint keeps them sorted
     write_rows(folder/"metrics.jsonl", history)
     save_adapter(model, folder/"adapter")
     shutil.rmtree(args.output_dir, ignore_errors=True)
