@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_prompt', 'encode_turns',
            'encode_response', 'body', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right', 'hidden_states',
-           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'batches', 'check_projection',
+           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'check_projection', 'batches',
            'in_batches']
 
 # %% ../nbs/04_logprobs.ipynb #02ecdbf7
@@ -245,6 +245,16 @@ def response_logps(model,
     sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
     return sums[[number[x] for x in asked]]
 
+def check_projection(model)->None:
+    "Raise if our projection differs from the model's own logits, as it would for an architecture with a head of its own kind."
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        ours = project(model, body(model)[1](input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
+        raise ValueError(f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; extend scir.logprobs.project")
+
+# %% ../nbs/04_logprobs.ipynb #de7c9a72
 def batches(sizes:list, # tokens of each row
             budget:int, # tokens per batch
            )->list: # lists of row numbers
@@ -256,21 +266,12 @@ def batches(sizes:list, # tokens of each row
         filled += size
     return out
 
-def check_projection(model)->None:
-    "Raise if our projection differs from the model's own logits, as it would for an architecture with a head of its own kind."
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    with torch.no_grad():
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-        ours = project(model, body(model)[1](input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
-        raise ValueError(f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; extend scir.logprobs.project")
-
 def in_batches(read, # list of row numbers -> what is read of them
-               batch:list, # lists of row numbers
+               parts:list, # lists of row numbers
                sizes:list, # tokens of each row
               ): # yields (row numbers, what was read)
     "Read batch by batch. When memory runs out the batches are halved, aloud, and it goes on; raises MemoryError when one row alone does not fit."
-    queue = list(batch)
+    queue = list(parts)
     while queue:
         rows, found, full = queue.pop(0), None, False
         try: found = read(rows)

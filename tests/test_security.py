@@ -1,0 +1,78 @@
+"""Models are weights, recipes are data: nothing that comes with them is executed, nothing secret is kept, every package is pinned."""
+import ast, json, re
+from importlib import metadata
+from pathlib import Path
+
+import pytest, torch
+
+from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
+from scir.recipe import ModelSpec, RecipeError, parse_recipe
+from scir.store import hide_secrets
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def called(tree):
+    "Dotted names of everything that is called, and of everything that is imported."
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Call): yield ast.unparse(n.func)
+        elif isinstance(n, ast.Import): yield from (a.name for a in n.names)
+        elif isinstance(n, ast.ImportFrom): yield n.module or ""
+
+def test_no_module_executes_data():
+    forbidden = {"eval", "exec", "pickle", "marshal", "shelve", "dill", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "joblib.load", "__import__"}
+    for path in (ROOT/"scir").glob("*.py"):
+        source = path.read_text()
+        assert not forbidden & set(called(ast.parse(source))), path
+        assert "shell=True" not in source and "weights_only=False" not in source, path
+
+CODE = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\nPath({here!r}).touch()\nraise SystemExit\n"
+
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, kind):
+    save_tiny(tmp_path/"m")
+    mark = tmp_path/"executed"
+    (tmp_path/"m/x.py").write_text(CODE.format(here=str(mark)))
+    file, auto = ("config.json", {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}) if kind == "model" else ("tokenizer_config.json", {"AutoTokenizer": ["x.T", "x.T"]})
+    config = json.loads((tmp_path/"m"/file).read_text()) | {"auto_map": auto}
+    if kind == "model": config["model_type"] = "its_own"
+    else: config["tokenizer_class"] = "T"
+    (tmp_path/"m"/file).write_text(json.dumps(config))
+    try: (load_base if kind == "model" else load_tokenizer)(ModelSpec(name=str(tmp_path/"m")))
+    except (ValueError, OSError) as e: assert "trust_remote_code" in str(e) or kind == "tokenizer"
+    else: assert kind == "tokenizer"  # its file of tokens is enough to read it without the code
+    assert not mark.exists() and not list(tmp_path.rglob("executed"))
+
+def test_pickled_weights_are_not_read_unless_the_recipe_says_so(tmp_path):
+    from safetensors.torch import load_file
+    folder = save_tiny(tmp_path/"m")
+    torch.save(load_file(folder/"model.safetensors"), folder/"pytorch_model.bin")
+    (folder/"model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"): load_base(ModelSpec(name=str(folder), dtype="float32"))
+    assert load_base(ModelSpec(name=str(folder), dtype="float32", allow_pickle=True)).config.hidden_size == 64
+
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_pickled_adapters_are_not_read(tmp_path, recipe, which):
+    for name in ("good", "bad"): new_adapter(load_base(recipe.model), recipe.lora).save_pretrained(tmp_path/name)
+    weights = tmp_path/"bad/adapter_model.safetensors"
+    from safetensors.torch import load_file
+    torch.save(load_file(weights), tmp_path/"bad/adapter_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match="pickled weights are not read; save the adapter again") as e:
+        for_scoring(recipe.model, *((tmp_path/"bad",) if which == "policy" else (tmp_path/"good", tmp_path/"bad")))
+    assert "\n" not in str(e.value)
+
+@pytest.mark.parametrize("judge", ["https://me:sk-secret@host/v1", "https://sk-secret@host/v1", "http://host/v1?key=sk-secret"])
+def test_no_key_may_stand_in_a_recipe(judge):
+    with pytest.raises(RecipeError, match="OPENAI_API_KEY") as e: parse_recipe({"alignment": {"judge": judge}})
+    assert "secret" not in str(e.value) and len(str(e.value).splitlines()) == 1
+
+def test_secrets_are_hidden_and_placeholders_are_words(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1234567890")
+    monkeypatch.setenv("HF_TOKEN", "none")
+    assert hide_secrets("key sk-1234567890, none") == "key ***, none"
+
+def test_every_installed_package_is_pinned():
+    "As an audit of known holes asks the index, which does not work offline, the pins say at least what was installed."
+    pinned = {m[1].lower().replace("_", "-"): m[2] for line in (ROOT/"constraints.txt").read_text().splitlines() if (m := re.match(r"([\w.-]+)==([^;\s]+)", line))}
+    ours = {d.metadata["Name"].lower().replace("_", "-") for d in metadata.distributions()} - {"scir", "pip", "setuptools", "wheel"}
+    assert not ours - pinned.keys()
