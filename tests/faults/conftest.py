@@ -1,48 +1,7 @@
 """`make test-faults`: runs are killed, disks fill up, servers misbehave, inputs mean harm. Counts are printed at the end."""
-import json, os, random, signal, subprocess, sys, time
-from collections import Counter
-from pathlib import Path
+import pytest
 
-import psutil, pytest
-
-from scir.recipe import load_recipe
-from scir.store import hash_path, read_json
-
-ROOT = Path(__file__).resolve().parents[2]
-SCIR = str(Path(sys.executable).parent/"scir")
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-TALLY = Counter()
-
-def command(*args, **kw):
-    "A `scir` command that ends by itself; its output as text."
-    return subprocess.run([SCIR, *map(str, args)], cwd=ROOT, env=ENV | kw.pop("env", {}), capture_output=True, text=True, timeout=600, **kw)
-
-def one_line(done, *words):
-    "It failed, and said so in one line (progress bars aside) that holds all the words."
-    said = [l for l in done.stderr.replace("\r", "\n").splitlines() if l.startswith("scir: ")]
-    assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr + done.stdout and all(w in said[0] for w in words), (done.returncode, done.stderr[-2000:])
-
-def outputs(run):
-    "Everything that the run's steps wrote, hashed now, and their summaries."
-    steps = read_json(run/"manifest.json")["steps"]
-    return {f: hash_path(run/f) for s in steps.values() for f in s["outputs"]} | {k: s["summary"] for k, s in steps.items()}
-
-def rows(run): return Counter(f.relative_to(run).as_posix() for f in run.rglob("*.jsonl") for line in f.open("rb"))
-
-def equal(run, reference):
-    "The run ended with what the uninterrupted one ended with; rows that it lacks are counted."
-    TALLY["rows lost"] += sum((rows(reference) - rows(run)).values())
-    ours, theirs = outputs(run), outputs(reference)
-    assert ours.keys() == theirs.keys() and not [k for k in ours if ours[k] != theirs[k]], [k for k in theirs if ours.get(k) != theirs[k]]
-    assert not [f for pattern in ("*.partial.jsonl", ".*.tmp", "checkpoints") for f in run.rglob(pattern)]
-
-SHORT = ("--set", "arms=[scir]", "--set", "iterations=1")
-
-def uninterrupted(tmp_path_factory, *settings):
-    folder = tmp_path_factory.mktemp("reference")/"tiny"
-    done = command("run", "recipes/tiny.yaml", "--out", folder, *settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+from harness import SHORT, TALLY, uninterrupted
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -64,7 +23,9 @@ def fault():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.when == "call" and report.failed and "fault" in item.fixturenames: TALLY["faults"] -= 1  # its fixture ends well all the same
+    if report.when == "call" and "fault" in item.fixturenames:
+        TALLY["faults"] -= not report.passed  # its fixture ends well all the same
+        TALLY["faults tried"] -= report.skipped
     return report
 
 def pytest_terminal_summary(terminalreporter):
@@ -72,7 +33,7 @@ def pytest_terminal_summary(terminalreporter):
     write("")
     for name in ("tiny", "smol"):
         if t[f"{name} tried"]: write(f"interruptions of {name} survived: {t[f'{name} survived']} of {t[f'{name} tried']} ({', '.join(f'{n} while {k[1]}' for k, n in sorted(t.items(), key=str) if isinstance(k, tuple) and k[0] == name)})")
-    write(f"faults survived: {t['faults']} of {t['faults tried']}")
+    if t["faults tried"]: write(f"faults survived: {t['faults']} of {t['faults tried']}")
     for dtype in ("float32", "bfloat16"):
         if found := {k[2]: n for k, n in t.items() if isinstance(k, tuple) and k[0] == "differ" and k[1] == dtype}: write(f"of 32 responses in {dtype}, other ones with {', '.join(f'{name}: {n}' for name, n in found.items())}")
     write(f"inputs tried: {t['inputs']} ({t['refused']} refused in one line, {t['dropped']} of their rows dropped and counted)")

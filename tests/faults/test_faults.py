@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat, psutil, pytest
 
-from conftest import ENV, ROOT, SCIR, SHORT, command, equal, one_line
+from harness import ENV, ROOT, SCIR, SHORT, command, equal, one_line
 from scir.store import read_json
 from test_alignment import said, server
 

@@ -4,7 +4,7 @@ import csv, io, json, string
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from conftest import ROOT, TALLY, command, one_line
+from harness import ROOT, TALLY, command, one_line
 from scir.data import load_instructions, load_pairs, load_prompts
 from scir.judge import judge_ids
 from scir.labels import parse_vote

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil, pytest
 
-from conftest import ENV, ROOT, SCIR, TALLY, command, equal
+from harness import ENV, ROOT, SCIR, TALLY, command, equal
 from scir.store import read_json
 
 def started(recipe, folder):

@@ -3,7 +3,7 @@ import json, subprocess, sys
 
 import pytest
 
-from conftest import ENV, ROOT, TALLY, equal, uninterrupted, SHORT
+from harness import ENV, ROOT, TALLY, equal, uninterrupted, SHORT
 
 SAMPLE = """
 import json, sys
