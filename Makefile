@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test test-faults bench export clean
+.PHONY: demo test test-faults interruptions faults bench export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -15,7 +15,13 @@ test: $(MODEL)            ## gates, notebook tests, pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests tests/faults/test_hostile.py
 
 test-faults: $(MODEL)     ## runs killed, disks full, servers down, inputs that mean harm: under half an hour on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target interruptions faults
+
+interruptions:
+	$(BIN)/python -m pytest tests/faults/test_interruptions.py
+
+faults:
+	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
 	TQDM_DISABLE=1 $(BIN)/python -m scir.bench --json $(or $(JSON),data/bench.json)

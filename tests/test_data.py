@@ -102,6 +102,28 @@ def test_useless_rows_are_dropped_and_counted(file):
     assert len(found) == 1 and dropped == {"empty": 1, "duplicate": 1, "not a prompt": 1}
     with pytest.raises(ValueError, match="no usable row.*'empty': 2"): load_prompts(file([{"prompt": ""}, {"prompt": "\t"}]))
 
+@pytest.mark.parametrize("label, says", [(9, "9 is neither 1 nor 2"), (None, "None is neither 1 nor 2"), ("a", "'a' is neither 1 nor 2")])
+def test_a_wrong_label_of_llmbar_is_not_taken_for_2(file, label, says):
+    with pytest.raises(ValueError, match=f"row 2: label {says}"): load_pairs(file([dict(input="P", output_1="a", output_2="b", label=1), dict(input="Q", output_1="a", output_2="b", label=label)]))
+
+@pytest.mark.parametrize("row, reason", [(dict(turns="First?"), "malformed"), (dict(turns=[]), "malformed"), (dict(turns=[5]), "not text"), (dict(turns=["\ud800"]), "not Unicode"), (dict(turns=["a\ude00b"]), "not Unicode")])
+def test_odd_prompts_are_dropped_under_their_reason(file, row, reason):
+    rows, dropped = load_prompts(file([dict(turns=["Good?"]), row]))
+    assert [r.prompt for r in rows] == ["Good?"] and dropped == {reason: 1}
+    with pytest.raises(ValueError, match="no usable row") as e: load_prompts(file([row]))
+    assert ("first malformed one is row 1" in str(e.value)) == (reason == "malformed")
+
+def test_numbers_and_missing_marks_are_texts_in_a_csv(tmp_path):
+    (tmp_path/"x.csv").write_text("prompt,chosen,rejected\n2+2?,4,5\nAvailable?,NA,null\n")
+    rows, dropped = load_pairs(str(tmp_path/"x.csv"))
+    assert [(r.chosen, r.rejected) for r in rows] == [("4", "5"), ("NA", "null")] and dropped == {}
+
+@pytest.mark.parametrize("text, says", [(b"\xff\xfe", "not UTF-8 (byte 0); save it as UTF-8"), (b'{"prompt": "a"}\n{"prompt": "b', "line 2"), (b'{"prompt": "a"}\n[1]\n', "row 2 is no object"), (b"\0\0\n", "line 1")])
+def test_a_broken_line_is_named(tmp_path, text, says):
+    (tmp_path/"x.jsonl").write_bytes(text)
+    with pytest.raises(ValueError) as e: load_prompts(str(tmp_path/"x.jsonl"))
+    assert says in str(e.value) and "\n" not in str(e.value)
+
 def test_rows_with_the_same_id_do_not_merge(file):
     "Responses and scores are filed under these ids."
     try: found, _ = load_prompts(file([{"id": "1", "prompt": "a"}, {"id": "1", "prompt": "b"}]))

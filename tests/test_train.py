@@ -207,3 +207,11 @@ def test_loss_and_gradient_are_those_of_trl(make_policy, tokenizer, pairs, recip
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), abs=1e-5) and abs(ours.item() - math.log(2)) > 1e-3
     assert len(expected) == 28 and close(expected, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, 1e-5)
+
+def test_adapters_of_two_processes_are_the_same_bytes(make_policy, tmp_path):
+    "peft keeps the names of the layers in a set, whose order changes from process to process."
+    save_adapter(make_policy(), tmp_path/"a")
+    names = json.loads((tmp_path/"a/adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7 and names == sorted(names)
+
+def test_log_lines_have_their_fields_in_order(run): assert all(list(l) == sorted(l) for l in lines(run("x")))
