@@ -12,7 +12,7 @@ __all__ = ['FOLDS', 'STRENGTHS', 'WEAK', 'DRAWS', 'TOO_LONG', 'RETRIES', 'TIMEOU
 # %% ../nbs/16_alignment.ipynb #21aa77e0
 import math, os, re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import NormalDist
 
@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .consistency import rate
-from .data import read_source
+from .data import read_source, unusable
 from .recipe import AlignmentSpec, JudgeSpec, ModelSpec
 from .store import Prompt, Row, digest, hide_secrets, salvage, write_json, write_rows
 
@@ -269,7 +269,7 @@ class Garbled(Exception):
 
 def _asked(client, request): # the reply's text
     import openai
-    try: return hide_secrets(str(client.chat.completions.create(**request).choices[0].message.content or ""))
+    try: return hide_secrets(str(client.chat.completions.create(**request).choices[0].message.content or "")).encode("utf-8", "replace").decode()
     except openai.OpenAIError: raise
     except (ValueError, TypeError, AttributeError, IndexError): raise Garbled from None
 
@@ -316,7 +316,9 @@ def endpoint_judge(url:str, # of an OpenAI-compatible server, with its /v1
         missing, pool = {k: r for k, r in zip(keys, requests) if k not in known}, ThreadPoolExecutor(AT_ONCE)
         try:
             with open(cache, "a", encoding="utf-8") as file:
-                for key, (text, reason) in zip(missing, tqdm(pool.map(send, missing.values()), total=len(missing), desc="asked", unit="request")):
+                asked = {pool.submit(send, r): k for k, r in missing.items()}
+                for done in tqdm(as_completed(asked), total=len(asked), desc="asked", unit="request"):
+                    key, (text, reason) = asked[done], done.result()
                     if reason: failures[reason] += 1
                     else: _keep(file, known, Reply(id=key, model=model, text=text))
         finally: pool.shutdown(cancel_futures=True)
@@ -337,11 +339,13 @@ def open_judge(spec:AlignmentSpec, judge:JudgeSpec, cache, dtype:str="auto"):
     if spec.judge.startswith("http"): return endpoint_judge(spec.judge, spec.judge_model, judge, cache)
     return local_judge(ModelSpec(name=spec.judge, dtype=dtype), judge)
 
-def reference_outputs(source:str, limit:int|None=None)->list: # (Prompt, output)
-    "Instructions and outputs of a file or hub data set, AlpacaEval's among them; raises ValueError when the columns are not there."
+def reference_outputs(source:str, limit:int|None=None)->tuple: # list of (Prompt, output), how many of the rows have no text for one of them
+    "The first `limit` instructions and outputs of a file or hub data set, AlpacaEval's among them; raises ValueError when the columns or rows are not there."
     rows = read_source(source)
-    if not {"instruction", "output"} <= set(rows[0]): raise ValueError(f"alignment.reference {source}: columns {sorted(rows[0])}; instruction and output are needed")
-    return [(Prompt(id=digest(r["instruction"]), prompt=r["instruction"]), r["output"]) for r in rows[:limit]]
+    if not rows or not {"instruction", "output"} <= set(rows[0]): raise ValueError(f"alignment.reference {source}: columns {sorted(rows[0]) if rows else []}; rows with instruction and output are needed")
+    usable = [r for r in rows[:limit] if not unusable(r["instruction"], r["output"])]
+    if not usable: raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
+    return [(Prompt(id=digest(r["instruction"]), prompt=r["instruction"]), r["output"]) for r in usable], len(rows[:limit]) - len(usable)
 
 def by_prompt(duels:list)->list: # of Duel, one per instruction
     "Duels of one instruction as one, with their mean preference; invalid ones are left out of the mean."

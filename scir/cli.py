@@ -127,7 +127,7 @@ def verify(run: Annotated[Path, typer.Argument(help="a run directory")], debug: 
     "Hash a run's files again and derive its margins, figures and tables again; exit code 1 when anything is not as recorded. Example: scir verify data/runs/smol"
     from scir.audit import verify as ask
     with one_line(debug):
-        opened(run)
+        _, run = opened(run)
         checks = ask(run)
     for name, found in checks.items(): typer.echo(f"{name}: {sum(not fault for _, fault in found)} of {len(found)} as they should be")
     faults = [f"{what}: {fault}" for found in checks.values() for what, fault in found if fault]
@@ -142,6 +142,7 @@ def opened(run:Path, recipe:Path|None=None, setting:tuple|list=())->tuple: # Rec
     quiet()
     if not (run/"recipe.yaml").exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory")
     loaded, run = load_recipe(recipe or run/"recipe.yaml", tuple(setting)), run.resolve()
+    if not (root()/"nbs"/"run").is_dir(): raise FileNotFoundError(f"no nbs/run in {Path.cwd()} or above it; call scir inside a checkout of the project")
     os.chdir(root())
     return settled(loaded, run), run
 

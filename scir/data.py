@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'PAIR_FORMATS', 'PROMPT_FORMATS', 'INSTRUCTION_FORMATS', 'SPLITS', 'read_source', 'recognise',
-           'load_prompts', 'load_pairs', 'load_instructions', 'merged', 'bucket', 'split_of', 'take', 'in_split',
-           'evaluation_rows', 'evaluation_prompts', 'prompt_pool']
+           'unusable', 'load_prompts', 'load_pairs', 'load_instructions', 'merged', 'bucket', 'split_of', 'take',
+           'in_split', 'evaluation_rows', 'evaluation_prompts', 'prompt_pool']
 
 # %% ../nbs/02_data.ipynb #33387ec4
-import hashlib, json
+import csv, hashlib, json
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -30,8 +30,16 @@ def _json(path):
     return found if isinstance(found, list) else [found]
 
 def _csv(path):
-    import pandas as pd
-    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")  # 4 and NA are answers too
+    "Every cell a text: 4 and NA are answers too."
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        header, rows = next(lines, []), []
+        if len(set(header)) < len(header): raise ValueError(f"its header {header} names a column twice")
+        for row in filter(None, lines):
+            if len(row) != len(header): raise ValueError(f"line {lines.line_num}: {len(row)} fields where the header has {len(header)}; put texts with commas or line ends into quotes")
+            rows.append(dict(zip(header, row)))
+    return rows
 
 def _parquet(path):
     import pyarrow.parquet as pq
@@ -142,33 +150,39 @@ def _convert(source, formats, check, build):
             made, reason = None, "malformed"
         else: reason = "not a prompt" if made is None else check(made)
         if not reason and made in seen: reason = "duplicate"
+        if not reason and _halves(*_fields(built := build(row, made))): reason = "not Unicode"  # its id or subset
         if reason: dropped[reason] += 1
         else:
             seen.add(made)
-            out.append(build(row, made))
+            out.append(built)
     if not out: raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{f', the first malformed one is row {malformed[0]}' if malformed else ''}")
     if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(out)).items() if n > 1]:
         raise ValueError(f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out")
     return out, dict(dropped)
 
-def _unusable(*texts):
+def _halves(*texts): return any("\ud800" <= c <= "\udfff" for t in texts for c in t)  # of surrogate pairs, which no tokenizer reads and no file takes
+
+def _fields(row): return row if isinstance(row, tuple) else row.model_dump().values()
+
+def unusable(*texts)->str|None: # a reason
+    "Why a row with these texts cannot be used."
     if any(not isinstance(t, str) for t in texts): return "not text"
-    if any("\ud800" <= c <= "\udfff" for t in texts for c in t): return "not Unicode"  # half of a surrogate pair, which no tokenizer reads
+    if _halves(*texts): return "not Unicode"
     return "empty" if any(not t.strip() for t in texts) else None
 
 def load_prompts(source:str)->tuple: # list of Prompt, drops by reason
     "Prompts of a source, duplicates and empty ones dropped and counted."
-    return _convert(source, PROMPT_FORMATS, _unusable, lambda row, p: Prompt(id=str(row.get("id") or digest(p)), prompt=p))
+    return _convert(source, PROMPT_FORMATS, unusable, lambda row, p: Prompt(id=str(row.get("id") or digest(p)), prompt=p))
 
 def load_pairs(source:str)->tuple: # list of LabelledPair, drops by reason
     "Labelled pairs of a source; pairs with equal or empty sides are dropped and counted."
-    def check(t): return _unusable(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
+    def check(t): return unusable(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
     def build(row, t): return LabelledPair(id=str(row.get("id") or digest(*t)), prompt=t[0], chosen=t[1], rejected=t[2], subset=str(row.get("how") or row.get("subset") or ""))
     return _convert(source, PAIR_FORMATS, check, build)
 
 def load_instructions(source:str)->tuple: # list of (prompt, output), drops by reason
     "Prompts with a good answer, for supervised training."
-    return _convert(source, INSTRUCTION_FORMATS, lambda t: _unusable(*t), lambda row, t: t)
+    return _convert(source, INSTRUCTION_FORMATS, lambda t: unusable(*t), lambda row, t: t)
 
 # %% ../nbs/02_data.ipynb #91597648
 def merged(load, # load_prompts or load_pairs

@@ -13,7 +13,7 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 # %% ../nbs/19_kernels.ipynb #63478b4e
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package of faster kernels for 4 bits on a CPU
 
-PRELOAD = ["scir.kernels", "scir.trainer", "scir.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+PRELOAD = ["scir.kernels", "scir.pipeline", "scir.trainer", "scir.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
 
 def _die_with(owner, server):
     "End this kernel, and the fork server, when the process that started them is gone, even by kill -9."

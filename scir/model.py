@@ -53,9 +53,13 @@ def _dequantise(gguf, folder):
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     tokenizer.save_pretrained(folder)
+    _save_beside(model, folder)
+
+def _save_beside(model, folder):
+    "Write a model and move its files to their place, the weights last: they mark the folder as complete."
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
-    for f in temporary.iterdir(): os.replace(f, folder/f.name)  # model.safetensors is what marks the folder as complete
+    for f in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"): os.replace(f, folder/f.name)
     temporary.rmdir()
 
 # %% ../nbs/03_model.ipynb #da180559
@@ -88,7 +92,7 @@ def save_tiny(folder:Path=MODELS/"tiny-random")->Path:
     if not (folder/"model.safetensors").exists():
         model, tokenizer = tiny_model()
         tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        _save_beside(model, folder)
     return folder
 
 # %% ../nbs/03_model.ipynb #bc6cbbc1
@@ -102,7 +106,7 @@ def save_tiny_reward(folder:Path=MODELS/"tiny-reward")->Path:
             torch.manual_seed(0)
             reward = LlamaForSequenceClassification(model.config)
         tokenizer.save_pretrained(folder)
-        reward.save_pretrained(folder)
+        _save_beside(reward, folder)
     return folder
 
 # %% ../nbs/03_model.ipynb #59416ba7

@@ -110,6 +110,7 @@ class JudgeSpec(Section):
         "All three holes must be there."
         missing = [h for h in ("{prompt}", "{first}", "{second}") if h not in template]
         if missing: raise ValueError(f"the template lacks {', '.join(missing)}")
+        if "\ue000" in template or "\ue001" in template: raise ValueError("the template holds U+E000 or U+E001, by which holes are marked inside; take them out")
         return template
 
 class LabelSpec(Section):
@@ -133,7 +134,7 @@ class AlignmentSpec(Section):
     def no_secret(cls, judge):
         "A recipe is copied into manifests and reports, so no key may stand in it."
         parts = urlsplit(judge or "")
-        if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query): raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
+        if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query or parts.fragment): raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
         return judge
 
 class TrainSpec(Section):
@@ -229,7 +230,7 @@ def _explain(error, where):
         close = difflib.get_close_matches(name, field_names(), n=1, cutoff=0.0)
         return f"{where}: {name} is not a field; the nearest is {close[0]}"
     found = "" if isinstance(error["input"], dict) else f" = {_SHORT.repr(error['input'])}"
-    found = re.sub(r"//[^/\s]*@|\?[^'\"]*", "***", found) if "://" in found else found
+    found = re.sub(r"//[^/\s]*@|[?#][^'\"]*", "***", found) if "://" in found else found
     return f"{where}: {name}{found}: {error['msg'][0].lower() + error['msg'][1:]}"
 
 def parse_recipe(raw:dict, where:str="recipe")->Recipe:

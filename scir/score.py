@@ -7,7 +7,7 @@ __all__ = ['candidate_pairs', 'drawn_side', 'labelled_pairs', 'scored_pairs', 'r
            'set_reference', 'score']
 
 # %% ../nbs/11_score.ipynb #edb22861
-import random
+import math, random
 from collections import Counter
 from contextlib import contextmanager
 from itertools import combinations, groupby
@@ -118,6 +118,8 @@ def _rows(view):
     found = {k: v.tolist() for k, v in margins(view).items()}
     (m_ab, m_ba), (mass_ab, mass_ba) = (x.cpu() for x in view.orders[0]), (x.exp().cpu() for x in view.orders[1])
     for i, p in enumerate(view.pairs):
+        if not all(map(math.isfinite, (*view.logps[i].tolist(), *p.reference_logps, m_ab[i], m_ba[i], *(v[i] for v in found.values())))):
+            raise FloatingPointError(f"pair {p.id}: a log-prob or margin is not finite; look at the model and its adapter, and at model.dtype")
         yield Score(id=p.id, prompt_id=p.extra["prompt_id"], prompt=p.prompt, response_a=p.response_a, response_b=p.response_b,
                     ids_a=p.ids_a, ids_b=p.ids_b, logps=view.logps[i].tolist(), reference_logps=p.reference_logps,
                     order_margins=(float(m_ab[i]), float(m_ba[i])), verdict_mass=(float(mass_ab[i]), float(mass_ba[i])),

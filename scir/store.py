@@ -112,7 +112,7 @@ def write_json(path, value)->None:
 def read_json(path, default=None):
     "Parsed JSON, or `default` when there is no file. Raises ValueError for a damaged one."
     try: return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else default
-    except ValueError as e: raise ValueError(f"{path}: damaged, not JSON ({e}); put a copy back, or remove it to have it made again") from None
+    except ValueError as e: raise ValueError(f"{path}: damaged, not JSON ({e}); put a copy back, or remove it, and what it stands for is made again from the start") from None
 
 def write_rows(path, rows)->None:
     "Write rows (pydantic or dict) as JSON Lines, atomically."

@@ -25,7 +25,7 @@ class PairTrainer(Trainer):
         super().__init__(data_collator=lambda pairs: {"pairs": pairs}, processing_class=tokenizer, **kw)
         self.loss_of, self.recipe, self.tokenizer = loss_of, recipe, tokenizer
         self.model_accepts_loss_kwargs = False  # so that the loss is divided by the accumulation steps
-        self._sums, self._count, self.parts = {}, 0.0, 1
+        self._sums, self._weights, self._rows, self.parts = {}, {}, [], 1
 
     def training_step(self, model, inputs, *args, **kw):
         "A batch at once, or, since memory ran out, in `self.parts` parts with the same gradient."
@@ -43,11 +43,11 @@ class PairTrainer(Trainer):
 
     def _before(self):
         "What a try that runs out of memory would leave changed: gradients of earlier batches of the step, metrics."
-        return {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}, dict(self._sums), self._count
+        return {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}, dict(self._sums), dict(self._weights), list(self._rows)
 
-    def _restore(self, gradients, sums, count):
+    def _restore(self, gradients, *noted):
         for p in self.model.parameters(): p.grad = gradients[p].clone() if p in gradients else None
-        self._sums, self._count = dict(sums), count
+        self._sums, self._weights, self._rows = (type(x)(x) for x in noted)
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         view = View(self.accelerator.unwrap_model(model), self.tokenizer, inputs["pairs"], self.recipe)
@@ -55,16 +55,18 @@ class PairTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}, rows {[p.id for p in view.pairs]}; lower the learning rate or look at these rows")
         share = inputs.get("share", 1.0)
-        for k, v in metrics.items(): self._sums[k] = self._sums.get(k, 0.0) + float(v) * share
-        self._count += share
+        self._rows += [p.id for p in view.pairs]
+        for k, v in metrics.items():
+            weight = share * float(metrics["retained"]) if k == "margin" else share  # a mean over the retained pairs alone
+            self._sums[k], self._weights[k] = self._sums.get(k, 0.0) + float(v) * weight, self._weights.get(k, 0.0) + weight
         return (loss * share, None) if return_outputs else loss * share
 
     def log(self, logs, *args, **kw):
         if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise FloatingPointError(f"the gradient is {logs['grad_norm']} at step {self.state.global_step}; lower the learning rate")
-        if self._count and "loss" in logs:
-            logs = logs | {k: v / self._count for k, v in self._sums.items()}
-            self._sums, self._count = {}, 0.0
+            raise FloatingPointError(f"the gradient is {logs['grad_norm']} at step {self.state.global_step}, rows {self._rows}; lower the learning rate or look at these rows")
+        if self._sums and "loss" in logs:
+            logs = logs | {k: v / (self._weights[k] or 1.0) for k, v in self._sums.items()}
+        if "loss" in logs: self._sums, self._weights, self._rows = {}, {}, []
         return super().log(logs, *args, **kw)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -147,5 +149,7 @@ def save_adapter(model, folder)->None:
     config = read_json(temporary/"adapter_config.json")
     write_json(temporary/"adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})  # a set, in another order in every process
     for f in temporary.iterdir(): flush(f)
+    flush(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    flush(folder.parent)

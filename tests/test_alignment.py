@@ -303,6 +303,34 @@ def test_a_dead_server_is_not_asked_for_ever(quick, tmp_path):
         state["well"], asked = True, len(seen)
         assert ask(rows) == [1.0] * 100 and len(seen) == asked + 100
 
+def test_half_a_surrogate_pair_in_a_reply_is_kept_as_a_mark(quick, tmp_path):
+    with server(lambda *_: (200, said("A\ud800"), 0)) as (url, seen):
+        ask = endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")
+        ask([("q", "a", "b")])
+    assert [r["text"] for r in read_rows(tmp_path/"c.jsonl")] == ["A?"]
+
+def test_answers_are_kept_as_they_come(quick, monkeypatch, tmp_path):
+    "A slow first request does not hold back the others: what was answered before a kill is not asked again."
+    monkeypatch.setattr(alignment, "TIMEOUT", 5.)
+    kept = []
+    def reply(n, body, headers):
+        if "q0" in str(body):
+            time.sleep(1.5)
+            kept.append(len((tmp_path/"c.jsonl").read_text().splitlines()))
+        return 200, said("A"), 0
+    with server(reply) as (url, seen): endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")([(f"q{i}", "a", "b") for i in range(9)])
+    assert kept == [8]
+
+@pytest.mark.parametrize("rows, says", [("[]", "rows with instruction and output are needed"), ('[{"instruction": null, "output": "x"}, {"instruction": "q", "output": null}]', "no row has a text for both")])
+def test_reference_outputs_without_texts_are_one_line(tmp_path, rows, says):
+    (tmp_path/"r.json").write_text(rows)
+    with pytest.raises(ValueError, match=says): alignment.reference_outputs(str(tmp_path/"r.json"))
+
+def test_reference_rows_without_a_text_are_counted(tmp_path):
+    (tmp_path/"r.json").write_text('[{"instruction": "q", "output": "x"}, {"instruction": "\\ud800", "output": "x"}, {"instruction": "p", "output": null}]')
+    rows, unusable = alignment.reference_outputs(str(tmp_path/"r.json"))
+    assert [(p.prompt, o) for p, o in rows] == [("q", "x")] and unusable == 2
+
 def test_an_unreadable_reply_is_kept_and_no_tie(quick, tmp_path):
     with server(lambda n, *_: (200, said(["Neither.", None, "A or B", ""][n % 4]), 0)) as (url, seen):
         ask = endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")

@@ -1,5 +1,6 @@
 """What a run says of itself: states with reasons, locks, failures, checkpoints, verification."""
 import json, shutil, subprocess, sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -38,11 +39,16 @@ def test_a_parameter_makes_its_stages_stale_and_all_that_follow_and_none_before(
 
 def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
     recipe, run = copy
-    hashes = {"data/pairs.jsonl": "evaluate:seed0/m0", "data/models/tiny-random": "judge:seed0/m1", "score.py": "judge:seed0/m1", "02_sample.ipynb": "sample:seed0/m1"}
+    hashes = {"data/pairs.jsonl": "evaluate:seed0/m0", "data/models/tiny-random": "judge:seed0/m1", "02_sample.ipynb": "sample:seed0/m1"}
     for end, key in hashes.items():
         with monkeypatch.context() as m:
             m.setattr(pipeline, "hash_path", lambda p, end=end, plain=pipeline.hash_path: "other" if str(p).endswith(end) else plain(p))
-            assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "score.py": "scir.score", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
+            assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
+    with monkeypatch.context() as m:
+        m.setitem(pipeline.LOADED, "score", "other")
+        assert why(recipe, run, "judge:seed0/m1") == "the code of scir.score changed" and names(recipe, run)["sample:seed0/m1"] == "done"
+        m.setitem(STAGES, "sample", STAGES["sample"]._replace(call=lambda *a: {}))
+        assert "pipeline's sample changed" in why(recipe, run, SAMPLE.key)
     (run / "seed0/m1/scores.jsonl").unlink()
     assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
 
@@ -92,13 +98,61 @@ def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
     work(recipe, run, step)
     assert answers.read_text() == kept and not list((run / "seed0/m1").rglob("*.partial.jsonl")) and names(recipe, run)[step.key] == "done"
 
-def test_litter_of_a_kill_is_swept(copy):
+def test_litter_of_a_kill_is_swept_and_nothing_else(copy):
     recipe, run = copy
-    for f in ("seed0/m1/.scores.jsonl.1.tmp", "report/.x.csv.1.tmp"): (run / f).write_text("half")
+    for f in ("seed0/m1/.scores.partial.jsonl.1.tmp", "report/.x.csv.1.tmp", ".mine.tmp"): (run / f).write_text("half")
     (run / "seed0/m1/.adapter.tmp").mkdir()
-    begin(recipe, run, Step("warm_start", "seed0/m1"))
-    begin(recipe, run, Step("report"))
-    assert not list(run.rglob("*.tmp"))
+    for step in (Step("warm_start", "seed0/m1"), Step("judge", "seed0/m1"), Step("report")): begin(recipe, run, step)
+    assert [f.name for f in run.rglob("*.tmp")] == [".mine.tmp"]
+
+def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
+    "A kernel or a fork server that was started before an edit would do the step with the old code."
+    recipe, run = copy
+    monkeypatch.setattr(pipeline, "hash_path", lambda p, plain=pipeline.hash_path: "edited" if str(p).endswith("scir/score.py") else plain(p))
+    with pytest.raises(RuntimeError, match="the code of scir.score changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
+    assert (run / "seed0/m1/scores.jsonl").exists()
+
+def test_a_run_of_another_recipe_is_left_alone(copy):
+    done = scir("run", "recipes/tiny.yaml", "--set", "name=other", "--out", copy[1])
+    assert done.returncode == 1 and "belongs to recipe 'tiny', not 'other'" in done.stderr and set(names(*copy).values()) == {"done"}
+
+def test_a_notebook_does_not_change_the_recipe_of_a_run_at_work(holder, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    start_manifest(load_recipe("recipes/tiny.yaml", ("iterations=1",)), tmp_path)
+    other = holder("run")
+    with pytest.raises(RuntimeError, match=f"a `scir run` works on it .process {other.pid}"): pipeline.open_run("recipes/tiny.yaml", str(tmp_path))
+    assert load_recipe(tmp_path / "recipe.yaml").iterations == 1
+    assert pipeline.open_run(None, str(tmp_path))[0].iterations == 1  # as the run's own kernels do
+
+def test_what_fails_after_the_work_is_noted_too(copy, monkeypatch):
+    recipe, run = copy
+    (run / "seed0/m1/responses.jsonl").unlink()
+    def full(*a): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(pipeline, "record", full)
+        with pytest.raises(OSError): do("sample", recipe, run, "seed0/m1")
+    assert "No space left" in why(recipe, run, SAMPLE.key)
+
+def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again(copy):
+    recipe, run = copy
+    book = pipeline.notebook_of(run, SAMPLE)
+    assert pipeline.shown(run, SAMPLE)
+    half = json.loads(book.read_text())
+    half["metadata"]["papermill"]["end_time"] = None
+    book.write_text(json.dumps(half))
+    before = read_json(run / "manifest.json")["steps"]
+    done = scir("run", "recipes/tiny.yaml", "--out", run)
+    assert done.returncode == 0 and "sample:seed0/m1: done: its notebook is not, and is executed again" in done.stdout and done.stdout.count(": unchanged") == 20
+    assert pipeline.shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
+
+def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
+    recipe, run = copy
+    (run / "seed0/m1/responses.jsonl").unlink()
+    begin(recipe, run, SAMPLE)
+    unfinished(run / "seed0/m1/responses.jsonl").write_text("{}\n" * 5)
+    changed = load_recipe(run / "recipe.yaml", ("sampling.temperature=0.5",))
+    assert why(changed, run, SAMPLE.key) == "begun with other inputs; begins anew" and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
+    with alone(run, "step", 0, "x"): assert why(recipe, run, SAMPLE.key) == "at work now"
 
 def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, monkeypatch):
     recipe, run = copy
@@ -244,6 +298,45 @@ def test_a_forged_table_is_found(copy):
     csv = copy[1] / "report/inconsistency.csv"
     csv.write_text(csv.read_text().replace("scir M_2", "scir M_9", 1))
     assert faults(copy[1])["tables"] == ["report/inconsistency.csv"]
+
+def test_a_changed_header_is_another_table(copy):
+    csv = copy[1] / "report/summary.csv"
+    csv.write_text(csv.read_text().replace("inconsistency", "consistency", 1))
+    assert faults(copy[1])["tables"] == ["report/summary.csv"]
+
+def test_margins_are_those_of_the_settings_they_were_made_with(copy):
+    start_manifest(load_recipe(copy[1] / "recipe.yaml", ("train.beta=0.7",)), copy[1])
+    assert not faults(copy[1])["margins"] and faults(copy[1])["files"] == []
+
+@pytest.mark.parametrize("file, check", [("seed0/m1/scores.jsonl", "margins"), ("seed0/m0/evaluation/held-out.jsonl", "margins"), ("seed0/m0/evaluation/metrics.json", "figures"), ("seed0/scir/m2/evaluation/responses.jsonl", "figures")])
+def test_a_truncated_file_is_a_line_among_the_others(copy, file, check):
+    path = copy[1] / file
+    path.write_bytes(path.read_bytes()[:-30])
+    found = faults(copy[1])
+    assert file in found["files"] and len(found[check]) >= 1 and len(verify(copy[1])["margins"]) > 50
+
+def test_forged_preferences_of_duels_are_found():
+    from scir.alignment import Duel, summarise
+    from scir.audit import WINS, same, win_figures
+    from scir.recipe import AlignmentSpec
+    import tempfile
+    duels = [Duel(id=str(i), instruction=f"q{i}", output="a" * i, reference="b", verdicts=(i / 12, .4), preference=(1 + i / 12 - .4) / 2) for i in range(12)]
+    kept = summarise(duels, AlignmentSpec(), {})
+    with tempfile.TemporaryDirectory() as d:
+        write_rows(Path(d) / "duels.jsonl", duels)
+        assert same({k: kept[k] for k in WINS}, win_figures(Path(d) / "duels.jsonl"))
+        write_rows(Path(d) / "duels.jsonl", [duels[0].model_copy(update={"verdicts": (.9, .1)}), *duels[1:]])
+        assert not same({k: kept[k] for k in WINS}, win_figures(Path(d) / "duels.jsonl"))
+
+def test_verify_takes_a_path_from_where_one_stands(copy, monkeypatch):
+    monkeypatch.chdir(copy[1].parent)
+    monkeypatch.setattr(pipeline, "root", lambda: ROOT)
+    assert CliRunner().invoke(app, ["verify", "run"]).exit_code == 0
+
+def test_status_outside_a_checkout_says_so(copy, monkeypatch):
+    monkeypatch.chdir(copy[1].parent)
+    done = CliRunner().invoke(app, ["status", "run"])
+    assert done.exit_code == 1 and "call scir inside a checkout" in done.stderr
 
 @pytest.mark.parametrize("command", ["status", "verify"])
 def test_no_run_is_one_line(tmp_path, command):

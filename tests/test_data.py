@@ -118,6 +118,16 @@ def test_numbers_and_missing_marks_are_texts_in_a_csv(tmp_path):
     rows, dropped = load_pairs(str(tmp_path/"x.csv"))
     assert [(r.chosen, r.rejected) for r in rows] == [("4", "5"), ("NA", "null")] and dropped == {}
 
+@pytest.mark.parametrize("text, says", [("prompt,chosen,rejected\nextra,p,c,r\n", "line 2: 4 fields where the header has 3"), ("prompt,chosen,rejected\np,c\n", "line 2: 2 fields"), ("prompt,prompt,chosen,rejected\np,q,c,r\n", "names a column twice")])
+def test_a_csv_whose_columns_shift_is_refused(tmp_path, text, says):
+    (tmp_path/"x.csv").write_text(text)
+    with pytest.raises(ValueError, match=says): load_pairs(str(tmp_path/"x.csv"))
+
+@pytest.mark.parametrize("field", ["id", "subset", "how"])
+def test_ids_and_subsets_are_unicode_too(file, field):
+    rows, dropped = load_pairs(file([dict(prompt="P", chosen="a", rejected="b", **{field: "x"}), dict(prompt="Q", chosen="a", rejected="b", **{field: "\ud800"})]))
+    assert [r.prompt for r in rows] == ["P"] and dropped == {"not Unicode": 1}
+
 @pytest.mark.parametrize("text, says", [(b"\xff\xfe", "not UTF-8 (byte 0); save it as UTF-8"), (b'{"prompt": "a"}\n{"prompt": "b', "line 2"), (b'{"prompt": "a"}\n[1]\n', "row 2 is no object"), (b"\0\0\n", "line 1")])
 def test_a_broken_line_is_named(tmp_path, text, says):
     (tmp_path/"x.jsonl").write_bytes(text)

@@ -202,3 +202,11 @@ def test_a_tie_is_a_contradiction_and_no_hit():
 @pytest.mark.parametrize("column", ["confidence", "length_difference"])
 def test_quantile_bins_hold_every_pair(column):
     assert by_quantile(frame(SCORES), column).n.sum() == 4 and by_quantile(frame(SCORES[:2] * 3), "length_difference").n.tolist() == [6]
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_no_rows(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch, value):
+    "JSON has no word for them: they would be read as nothing."
+    import scir.score as module
+    monkeypatch.setattr(module, "margins", lambda view: {k: v + value for k, v in margins(view).items()})
+    with pytest.raises(FloatingPointError, match="pair p.: a log-prob or margin is not finite"): score(policy, tokenizer, pairs, recipe, tmp_path/"s.jsonl")
+    assert (tmp_path/"s.partial.jsonl").read_text() == ""

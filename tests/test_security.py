@@ -1,5 +1,5 @@
 """Models are weights, recipes are data: nothing that comes with them is executed, nothing secret is kept, every package is pinned."""
-import ast, json, re
+import ast, json
 from importlib import metadata
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_pickled_adapters_are_not_read(tmp_path, recipe, which):
         for_scoring(recipe.model, *((tmp_path/"bad",) if which == "policy" else (tmp_path/"good", tmp_path/"bad")))
     assert "\n" not in str(e.value)
 
-@pytest.mark.parametrize("judge", ["https://me:sk-secret@host/v1", "https://sk-secret@host/v1", "http://host/v1?key=sk-secret"])
+@pytest.mark.parametrize("judge", ["https://me:sk-secret@host/v1", "https://sk-secret@host/v1", "http://host/v1?key=sk-secret", "http://host/v1#sk-secret"])
 def test_no_key_may_stand_in_a_recipe(judge):
     with pytest.raises(RecipeError, match="OPENAI_API_KEY") as e: parse_recipe({"alignment": {"judge": judge}})
     assert "secret" not in str(e.value) and len(str(e.value).splitlines()) == 1
@@ -73,6 +73,9 @@ def test_secrets_are_hidden_and_placeholders_are_words(monkeypatch):
 
 def test_every_installed_package_is_pinned():
     "As an audit of known holes asks the index, which does not work offline, the pins say at least what was installed."
-    pinned = {m[1].lower().replace("_", "-"): m[2] for line in (ROOT/"constraints.txt").read_text().splitlines() if (m := re.match(r"([\w.-]+)==([^;\s]+)", line))}
-    ours = {d.metadata["Name"].lower().replace("_", "-") for d in metadata.distributions()} - {"scir", "pip", "setuptools", "wheel"}
-    assert not ours - pinned.keys()
+    from packaging.requirements import Requirement
+    lines = [l.split("#")[0].strip() for l in (ROOT/"constraints.txt").read_text().splitlines()]
+    pins = [r for r in map(Requirement, filter(None, lines)) if not r.marker or r.marker.evaluate()]
+    pinned = {r.name.lower().replace("_", "-"): r.specifier for r in pins}
+    ours = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions() if d.metadata["Name"].lower() not in ("scir", "pip", "setuptools", "wheel")}
+    assert not [f"{n} {v}" for n, v in ours.items() if n not in pinned or not pinned[n].contains(v, prereleases=True)]

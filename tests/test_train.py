@@ -165,6 +165,23 @@ def test_non_finite_loss_names_step_and_rows(run, value):
     with pytest.raises(FloatingPointError) as e: run("x", steps=4, batch_size=2, loss=loss)
     assert "step 3" in str(e.value) and str(calls[2]) in str(e.value) and "\n" not in str(e.value)
 
+def test_a_gradient_that_is_not_finite_names_step_and_rows(run):
+    calls = []
+    def loss(view):
+        calls.append([p.id for p in view.pairs])
+        x = view.logps.sum()
+        return (x + (x - x.detach()).abs().sqrt() if len(calls) == 3 else x), {}  # the loss is finite, its slope is not
+    with pytest.raises(FloatingPointError) as e: run("x", steps=4, batch_size=2, loss=loss)
+    assert "gradient is nan at step 3" in str(e.value) and str(calls[2]) in str(e.value) and "\n" not in str(e.value)
+
+def test_the_margin_is_averaged_over_retained_pairs(run):
+    values = iter([(1., 1.), (5., .25), (2., 0.), (7., 0.)])
+    def loss(view):
+        margin, retained = next(values)
+        return view.logps.sum(), {"margin": margin, "retained": retained}
+    found = lines(run("x", steps=2, batch_size=2, accumulation=2, loss=loss))
+    assert [l["margin"] for l in found] == [pytest.approx((1 + 5 * .25) / 1.25), 0.] and found[0]["retained"] == .625
+
 def test_metrics_are_averaged_over_accumulated_batches(run):
     values = iter([1., 3., 5., 9.])
     folder = run("x", steps=2, batch_size=2, accumulation=2, loss=lambda view: (view.logps.sum(), {"value": next(values)}))

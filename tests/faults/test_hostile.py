@@ -106,7 +106,7 @@ def test_tables_of_texts_are_accounted_for(tmp_path, kind):
         else: table.to_parquet(path)
         found = read(load_pairs, path)
         accounted(found, len(rows))
-        if found and kind == "parquet":
+        if found:
             for r in found[0]: assert (r.prompt, r.chosen, r.rejected) in rows
     check()
 
@@ -147,7 +147,7 @@ def test_recipes_of_wrong_fields_and_types(tmp_path):
 BOMB = "a: &a [" + "x, " * 9 + "x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [" + f"*{chr(97 + i)}, " * 9 + f"*{chr(97 + i)}]\n" for i in range(12))
 FILES = [BOMB.encode(), b"name: &a [*a]", b"&a {name: *a}", b"[" * 5000, b"name: !!python/object/apply:os.system [echo]", b"!!python/name:os.system", b"name: " + b"9" * 5000, b"name: 2024-13-45", b"name: 2024-02-30", b"\xff\xfe", b"\0\0", b"{", b"- a", b"5", b"",
          b"name: ../../etc", b"name: /etc/passwd", b"name: ..", b"name: a/b", b"name: \"a\\nb\"", b"name: -x", b"name: x\nname: y", b"? [1, 2]\n: 3", b"{1: 2}", b"seeds: [-1]", b"seeds: [0, 0]", b"arms: [scir, scir]", b"iterations: 1000000000", b"train: {beta: .inf}", b"train: {beta: .nan}",
-         b"data: {labelled_sets: {../x: a.jsonl}}", b"data: {labelled_sets: {held-out: a.jsonl}}", b"alignment: {judge: 'https://me:secret@host/v1'}", b"alignment: {judge: 'https://host/v1?key=secret'}", b"name: " + b"x" * 2_000_000, b"train: soft", b"judge: {template: 'no holes'}", b"rewards: [generative]"]
+         b"data: {labelled_sets: {../x: a.jsonl}}", b"data: {labelled_sets: {held-out: a.jsonl}}", b"alignment: {judge: 'https://me:secret@host/v1'}", b"alignment: {judge: 'https://host/v1?key=secret'}", b"name: " + b"x" * 2_000_000, b"train: soft", b"judge: {template: 'no holes'}", b"rewards: [generative]", "judge: {template: '{prompt}{first}{second}\ue000x\ue001'}".encode()]
 
 @pytest.mark.parametrize("n", range(len(FILES)))
 def test_recipe_files_that_mean_harm(tmp_path, n):
@@ -200,7 +200,7 @@ def test_a_runs_name_cannot_leave_its_folder(tmp_path, name):
     tried()
     if "\0" in name: pytest.raises(RecipeError, parse_recipe, {"name": name})
     else: one_line(command("run", "recipes/tiny.yaml", "--set", f"name={json.dumps(name)}"), "name")
-    assert not (ROOT/"data"/"x").exists() and not (ROOT.parent/"x").exists()
+    assert not [p for p in (ROOT/"x", ROOT/"data"/"x", ROOT.parent/"x") if p.exists()]
 
 def test_a_run_directory_is_passed_to_notebooks_as_a_literal(tmp_path):
     "Quotes, braces and code in a path stay a path."
