@@ -46,7 +46,7 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
         m.setitem(pipeline.LOADED, "score", "other")
-        assert why(recipe, run, "judge:seed0/m1") == "the code of scir.score changed" and names(recipe, run)["sample:seed0/m1"] == "done"
+        assert why(recipe, run, "judge:seed0/m1") == "the code of scir.score changed" and state(recipe, run, SAMPLE).name == "done"
         m.setitem(STAGES, "sample", STAGES["sample"]._replace(call=lambda *a: {}))
         assert "pipeline's sample changed" in why(recipe, run, SAMPLE.key)
     (run / "seed0/m1/scores.jsonl").unlink()
