@@ -339,11 +339,11 @@ def open_judge(spec:AlignmentSpec, judge:JudgeSpec, cache, dtype:str="auto"):
     if spec.judge.startswith("http"): return endpoint_judge(spec.judge, spec.judge_model, judge, cache)
     return local_judge(ModelSpec(name=spec.judge, dtype=dtype), judge)
 
-def reference_outputs(source:str, limit:int|None=None)->tuple: # list of (Prompt, output), how many of the rows have no text for one of them
-    "The first `limit` instructions and outputs of a file or hub data set, AlpacaEval's among them; raises ValueError when the columns or rows are not there."
+def reference_outputs(source:str, limit:int|None=None)->tuple: # list of (Prompt, output), how many of the rows are left out
+    "The first `limit` instructions and outputs of a file or hub data set, AlpacaEval's among them, without rows that lack a text and repeated instructions; raises ValueError when the columns or rows are not there."
     rows = read_source(source)
     if not rows or not {"instruction", "output"} <= set(rows[0]): raise ValueError(f"alignment.reference {source}: columns {sorted(rows[0]) if rows else []}; rows with instruction and output are needed")
-    usable = [r for r in rows[:limit] if not unusable(r["instruction"], r["output"])]
+    usable = list({r["instruction"]: r for r in reversed(rows[:limit]) if not unusable(r["instruction"], r["output"])}.values())[::-1]
     if not usable: raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
     return [(Prompt(id=digest(r["instruction"]), prompt=r["instruction"]), r["output"]) for r in usable], len(rows[:limit]) - len(usable)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WINS', 'CHECKS', 'status', 'recorded', 'check_files', 'check_inputs', 'readable', 'score_files', 'derived_margins',
-           'check_margins', 'same', 'derived', 'win_figures', 'check_metrics', 'check_tables', 'cells', 'verify']
+           'check_margins', 'same', 'derived', 'win_figures', 'broken', 'check_metrics', 'check_tables', 'cells',
+           'verify']
 
 # %% ../nbs/21_audit.ipynb #7e806558
 import io, math
@@ -63,7 +64,7 @@ def readable(path, kind:type=dict)->tuple: # rows, what is wrong with the file
 def score_files(recipe:Recipe, run:Path): # yields (file, record of the step that wrote it)
     "Every file of judged pairs."
     for key, record in recorded(recipe, run).items():
-        if key.split(":")[0] in ("judge", "evaluate"): yield from ((f, record) for f in record["outputs"] if f.endswith(".jsonl") and not f.endswith("responses.jsonl"))
+        if key.split(":")[0] in ("judge", "evaluate"): yield from ((f, record) for f in record["outputs"] if f.endswith(".jsonl") and not f.endswith("/responses.jsonl"))
 
 def derived_margins(s:Score, beta:float, length_normalise:bool)->dict: # reward model -> margin
     "The margins that follow from a row's own log-odds and log-probs."
@@ -108,21 +109,25 @@ def win_figures(file)->dict:
     found = won_by(duels, AlignmentSpec(), {})
     return {k: found[k] for k in WINS}
 
+def broken(error:Exception)->str:
+    "What a damaged file gave, in a line."
+    return f"cannot be read as it should be ({type(error).__name__}: {' '.join(str(error).split())})"
+
 def check_metrics(recipe:Recipe, run:Path): # yields (what, fault)
     "Every kept figure of every model."
     for node in all_nodes(recipe):
         try:
             for f, kept, make in derived(run, node):
                 try: yield f, "" if same(kept, make(run/f)) else f"{node}: the kept figures do not follow from its rows"
-                except (ValueError, OSError, KeyError) as e: yield f, " ".join(str(e).split())
-        except (ValueError, KeyError) as e: yield f"{node}: metrics.json", " ".join(str(e).split())
+                except Exception as e: yield f, broken(e)
+        except Exception as e: yield f"{node}, metrics.json", broken(e)
 
 def check_tables(recipe:Recipe, run:Path): # yields (what, fault)
     "The report's tables, made anew from the run's files."
     from scir.report import gather, tables
     if "report" not in recorded(recipe, run): return
     try: made = {name: t.to_csv(index=False) for name, t in tables(gather([run])).items()}
-    except (ValueError, OSError, KeyError) as e: made = {"summary": f"cannot be made: {' '.join(str(e).split())}"}
+    except Exception as e: made = {"summary": f"cannot be made: {broken(e)}"}
     for name, text in made.items():
         file = run/"report"/f"{name}.csv"
         kept = file.read_text(encoding="utf-8") if file.exists() else "is gone"

@@ -29,6 +29,10 @@ def _json(path):
     found = json.loads(path.read_text(encoding="utf-8-sig"))
     return found if isinstance(found, list) else [found]
 
+def _csv_rows(lines):
+    try: yield from lines
+    except csv.Error as e: raise ValueError(f"line {lines.line_num}: {e}") from None
+
 def _csv(path):
     "Every cell a text: 4 and NA are answers too."
     csv.field_size_limit(2**31 - 1)
@@ -36,7 +40,7 @@ def _csv(path):
         lines = csv.reader(file, strict=True)
         header, rows = next(lines, []), []
         if len(set(header)) < len(header): raise ValueError(f"its header {header} names a column twice")
-        for row in filter(None, lines):
+        for row in filter(None, _csv_rows(lines)):
             if len(row) != len(header): raise ValueError(f"line {lines.line_num}: {len(row)} fields where the header has {len(header)}; put texts with commas or line ends into quotes")
             rows.append(dict(zip(header, row)))
     return rows

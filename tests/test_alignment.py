@@ -327,9 +327,9 @@ def test_reference_outputs_without_texts_are_one_line(tmp_path, rows, says):
     with pytest.raises(ValueError, match=says): alignment.reference_outputs(str(tmp_path/"r.json"))
 
 def test_reference_rows_without_a_text_are_counted(tmp_path):
-    (tmp_path/"r.json").write_text('[{"instruction": "q", "output": "x"}, {"instruction": "\\ud800", "output": "x"}, {"instruction": "p", "output": null}]')
+    (tmp_path/"r.json").write_text('[{"instruction": "q", "output": "x"}, {"instruction": "\\ud800", "output": "x"}, {"instruction": "p", "output": null}, {"instruction": "q", "output": "y"}]')
     rows, unusable = alignment.reference_outputs(str(tmp_path/"r.json"))
-    assert [(p.prompt, o) for p, o in rows] == [("q", "x")] and unusable == 2
+    assert [(p.prompt, o) for p, o in rows] == [("q", "x")] and unusable == 3
 
 def test_an_unreadable_reply_is_kept_and_no_tie(quick, tmp_path):
     with server(lambda n, *_: (200, said(["Neither.", None, "A or B", ""][n % 4]), 0)) as (url, seen):

@@ -1,5 +1,5 @@
 """What a run says of itself: states with reasons, locks, failures, checkpoints, verification."""
-import json, shutil, subprocess, sys
+import json, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -47,8 +47,8 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
     with monkeypatch.context() as m:
         m.setitem(pipeline.LOADED, "score", "other")
         assert why(recipe, run, "judge:seed0/m1") == "the code of scir.score changed" and state(recipe, run, SAMPLE).name == "done"
-        m.setitem(STAGES, "sample", STAGES["sample"]._replace(call=lambda *a: {}))
-        assert "pipeline's sample changed" in why(recipe, run, SAMPLE.key)
+        m.setitem(pipeline.FUNCTIONS, "_sample", "other")
+        assert why(recipe, run, SAMPLE.key) == "the code of scir.pipeline, sample changed"
     (run / "seed0/m1/scores.jsonl").unlink()
     assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
 
@@ -111,6 +111,10 @@ def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkey
     monkeypatch.setattr(pipeline, "hash_path", lambda p, plain=pipeline.hash_path: "edited" if str(p).endswith("scir/score.py") else plain(p))
     with pytest.raises(RuntimeError, match="the code of scir.score changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pipeline, "stage_functions", lambda: pipeline.FUNCTIONS | {"_judge": "edited"})
+    with pytest.raises(RuntimeError, match="the code of scir.pipeline, judge changed"): begin(recipe, run, Step("judge", "seed0/m1"))
 
 def test_a_run_of_another_recipe_is_left_alone(copy):
     done = scir("run", "recipes/tiny.yaml", "--set", "name=other", "--out", copy[1])
@@ -138,11 +142,12 @@ def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again
     book = pipeline.notebook_of(run, SAMPLE)
     assert pipeline.shown(run, SAMPLE)
     half = json.loads(book.read_text())
-    half["metadata"]["papermill"]["end_time"] = None
+    next(c for c in half["cells"][::-1] if c["cell_type"] == "code")["execution_count"] = None
     book.write_text(json.dumps(half))
+    assert not pipeline.shown(run, SAMPLE)
     before = read_json(run / "manifest.json")["steps"]
     done = scir("run", "recipes/tiny.yaml", "--out", run)
-    assert done.returncode == 0 and "sample:seed0/m1: done: its notebook is not, and is executed again" in done.stdout and done.stdout.count(": unchanged") == 20
+    assert done.returncode == 0 and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout and done.stdout.count(": unchanged") == 20
     assert pipeline.shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
 
 def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
@@ -314,6 +319,20 @@ def test_a_truncated_file_is_a_line_among_the_others(copy, file, check):
     path.write_bytes(path.read_bytes()[:-30])
     found = faults(copy[1])
     assert file in found["files"] and len(found[check]) >= 1 and len(verify(copy[1])["margins"]) > 50
+
+@pytest.mark.parametrize("file", ["seed0/m0/evaluation/held-out.jsonl", "seed0/m0/evaluation/responses.jsonl", "seed0/m0/evaluation/metrics.json", "seed0/m1/scores.jsonl"])
+@pytest.mark.parametrize("text", ["", "[]\n", "null\n", '{"answers": null, "sets": {}}\n'])
+def test_an_emptied_or_odd_file_does_not_stop_verify(copy, file, text):
+    (copy[1] / file).write_text(text)
+    found = faults(copy[1])
+    assert found["files"] == [file] and len(found) == 5
+
+def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
+    recipe, run = copy
+    (run / "seed0/m1/responses.jsonl").unlink()
+    time.sleep(1.1)
+    do("sample", recipe, run, "seed0/m1")
+    assert not pipeline.shown(run, SAMPLE)
 
 def test_forged_preferences_of_duels_are_found():
     from scir.alignment import Duel, summarise

@@ -118,7 +118,7 @@ def test_numbers_and_missing_marks_are_texts_in_a_csv(tmp_path):
     rows, dropped = load_pairs(str(tmp_path/"x.csv"))
     assert [(r.chosen, r.rejected) for r in rows] == [("4", "5"), ("NA", "null")] and dropped == {}
 
-@pytest.mark.parametrize("text, says", [("prompt,chosen,rejected\nextra,p,c,r\n", "line 2: 4 fields where the header has 3"), ("prompt,chosen,rejected\np,c\n", "line 2: 2 fields"), ("prompt,prompt,chosen,rejected\np,q,c,r\n", "names a column twice")])
+@pytest.mark.parametrize("text, says", [("prompt,chosen,rejected\nextra,p,c,r\n", "line 2: 4 fields where the header has 3"), ("prompt,chosen,rejected\np,c\n", "line 2: 2 fields"), ('prompt,chosen,rejected\na,b,c\n"p,c', "line 3: unexpected end"), ("prompt,prompt,chosen,rejected\np,q,c,r\n", "names a column twice")])
 def test_a_csv_whose_columns_shift_is_refused(tmp_path, text, says):
     (tmp_path/"x.csv").write_text(text)
     with pytest.raises(ValueError, match=says): load_pairs(str(tmp_path/"x.csv"))
