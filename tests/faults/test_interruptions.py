@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil, pytest
 
 from harness import ENV, ROOT, SCIR, TALLY, command, equal
+from scir.pipeline import plan
+from scir.recipe import load_recipe
 from scir.store import read_json
 
 def started(recipe, folder):
@@ -21,21 +23,23 @@ def kill(process, victim):
         except ProcessLookupError: pass
     process.wait(60)  # with its kernel dead it ends by itself
 
+def manifest(folder):
+    try: return read_json(folder/"manifest.json", {})
+    except ValueError: pytest.fail("a manifest is whole or not there")
+
 def at_work(folder):
     "What a run is busy with."
-    try: begun = read_json(folder/"manifest.json", {}).get("begun", {})
-    except ValueError: return "damaged"
-    return next(iter(begun), "between steps").partition(":")[0]
+    return next(iter(manifest(folder).get("begun", {})), "between steps").partition(":")[0]
 
-def killed_again_and_again(name, folder, times, wait, seed):
-    "Start a run, kill it after a random while, start it again; in the end let it end."
+def killed_again_and_again(name, folder, times, delay, seed):
+    "Start a run, kill it at a random step and a random while later, start it again; in the end let it end. The moments are spread over the whole run."
     rng, kills = random.Random(seed), 0
-    while kills < times:
-        process, until = started(f"recipes/{name}.yaml", folder), time.time() + rng.uniform(*wait)
-        while process.poll() is None and time.time() < until: time.sleep(.01)
+    for target in sorted(rng.randrange(len(plan(load_recipe(ROOT/f"recipes/{name}.yaml")))) for _ in range(times)):
+        process = started(f"recipes/{name}.yaml", folder)
+        while process.poll() is None and len(manifest(folder).get("steps", {})) < target: time.sleep(.01)
         if rng.random() < .7:  # most of a tiny run is the starting of kernels: aim at their work
             while process.poll() is None and at_work(folder) == "between steps": time.sleep(.002)
-            time.sleep(rng.uniform(0, .2))
+        time.sleep(rng.uniform(0, delay))
         if process.poll() is not None: break
         TALLY[name, at_work(folder)] += 1
         TALLY[f"{name} tried"] += 1
@@ -47,7 +51,7 @@ def killed_again_and_again(name, folder, times, wait, seed):
 
 def test_tiny_survives_thirty_kills(tiny, tmp_path):
     def chain(n):
-        kills = killed_again_and_again("tiny", tmp_path/f"tiny{n}", 6, (1, 14), n)
+        kills = killed_again_and_again("tiny", tmp_path/f"tiny{n}", 6, .3, n)
         equal(tmp_path/f"tiny{n}", tiny)
         TALLY["tiny survived"] += kills
         return kills
@@ -63,7 +67,7 @@ def test_smol_survives_five_kills(tmp_path):
     def whole(): return started("recipes/smol.yaml", tmp_path/"whole").wait(3600)
     with ThreadPoolExecutor(2) as pool:
         reference = pool.submit(whole)
-        kills = pool.submit(killed_again_and_again, "smol", tmp_path/"smol", 5, (40, 150), 0)
+        kills = pool.submit(killed_again_and_again, "smol", tmp_path/"smol", 5, 30, 0)
         assert kills.result() == 5 and reference.result() == 0
     equal(tmp_path/"smol", tmp_path/"whole")
     TALLY["smol survived"] += 5
