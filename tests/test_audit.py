@@ -98,6 +98,15 @@ def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
     work(recipe, run, step)
     assert answers.read_text() == kept and not list((run / "seed0/m1").rglob("*.partial.jsonl")) and names(recipe, run)[step.key] == "done"
 
+def test_files_that_are_written_at_once_leave_no_unfinished_ones(copy):
+    recipe, run = copy
+    step = Step("consistency", "seed0/m1")
+    (run / "seed0/m1/consistency/metrics.json").unlink()
+    begin(recipe, run, step)
+    (run / "seed0/m1/agreed.jsonl").write_text("{}\n")  # killed between its two outputs
+    work(recipe, run, step)
+    assert not list(run.rglob("*.partial.jsonl")) and set(names(recipe, run).values()) == {"done"}
+
 def test_litter_of_a_kill_is_swept_and_nothing_else(copy):
     recipe, run = copy
     for f in ("seed0/m1/.scores.partial.jsonl.1.tmp", "report/.x.csv.1.tmp", ".mine.tmp"): (run / f).write_text("half")

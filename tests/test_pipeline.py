@@ -272,6 +272,19 @@ def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
     assert changed(bare, marks()) == ["label", "align"]
 
 
+def test_outputs_to_beat_decide_about_the_win_rate(tmp_path, monkeypatch):
+    from scir.pipeline import Step, inputs
+    from scir.recipe import parse_recipe
+    monkeypatch.chdir(ROOT)
+    reference = tmp_path / "reference.jsonl"
+    recipe = parse_recipe({"model": {"name": "tiny-random"}, "alignment": {"judge": "reward:tiny-reward", "reference": str(reference)}})
+    reference.write_text('{"instruction": "q", "output": "a"}')
+    before = inputs(recipe, tmp_path, Step("align", "seed0/scir/m2"))
+    reference.write_text('{"instruction": "q", "output": "b"}')
+    now = inputs(recipe, tmp_path, Step("align", "seed0/scir/m2"))
+    assert [k for k in now if now[k] != before[k]] == [f"data {reference}"] and "file seed0/scir/m2/adapter" in now
+
+
 @pytest.mark.parametrize("avx, amx, dtype", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
 def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_path, monkeypatch, avx, amx, dtype):
     from scir.pipeline import open_run
