@@ -155,7 +155,7 @@ def test_recipe_files_that_mean_harm(tmp_path, n):
     tried()
     with pytest.raises(RecipeError) as e: load_recipe(tmp_path/"r.yaml")
     refused(e.value)
-    assert "secret" not in str(e.value) and "r.yaml" in str(e.value)
+    assert "secret" not in str(e.value) and "r.yaml" in str(e.value) and (n > 2 or "more than 10000 values" in str(e.value))
 
 def test_settings_are_yaml_and_no_more():
     @MANY
