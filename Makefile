@@ -12,7 +12,8 @@ demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a qu
 test: $(MODEL)            ## gates, notebook tests, pytest
 	$(BIN)/python tests/gates.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^run$$'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests tests/faults/test_hostile.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_hostile.py
 
 test-faults: $(MODEL)     ## runs killed, disks full, servers down, inputs that mean harm: under half an hour on two cores
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target interruptions faults
