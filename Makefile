@@ -24,13 +24,13 @@ interruptions:
 faults:
 	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
 
-test-wheel: | $(VENV)/installed  ## the wheel alone in a new environment, run outside the checkout: about three minutes
-	rm -rf build/wheel && mkdir -p build/wheel/elsewhere
+test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from the checkout: about three minutes
+	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
-	cd build/wheel/elsewhere && ../venv/bin/scir run recipes/tiny.yaml && ../venv/bin/scir verify data/runs/tiny && ../venv/bin/scir doctor --recipe recipes/tiny.yaml
+	cd $$(mktemp -d) && export PATH=$(CURDIR)/build/wheel/venv/bin:$$PATH && scir doctor --recipe recipes/tiny.yaml && scir run recipes/tiny.yaml && scir verify data/runs/tiny
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
 	TQDM_DISABLE=1 $(BIN)/python -m scir.bench --json $(or $(JSON),data/bench.json)
