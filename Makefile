@@ -25,7 +25,7 @@ faults:
 	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
-	TQDM_DISABLE=1 $(BIN)/python -m scir.bench --json $(or $(JSON),data/bench.json)
+	TQDM_DISABLE=1 $(BIN)/scir bench --json $(or $(JSON),data/bench.json)
 
 export:                   ## notebooks -> scir/, cleaned; README from nbs/index.ipynb
 	$(BIN)/nbdev_export
