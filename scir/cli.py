@@ -202,7 +202,7 @@ def records(folder:Path)->dict: # name -> list of rows
 # %% ../nbs/24_cli.ipynb #a774b18e
 @app.command(epilog="""Examples:
   scir run recipes/tiny.yaml
-  scir run recipes/tiny.yaml --set name=soft --set train.beta=0.05 --json""")
+  scir run recipes/smol.yaml --set name=mine --set train.beta=0.2""")
 def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol.yaml", show_default=False)],
         setting: Settings = [],
         out: Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")] = None,

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CGROUP', 'TOKEN', 'RECIPE_CHECKS', 'WIDTH', 'Finding', 'size', 'ask', 'cores', 'memory', 'system', 'processors',
            'main_memory', 'driver', 'gpus', 'no_gpu', 'precision', 'attention', 'four_bits', 'threads', 'threads_here',
-           'kernel', 'answered', 'tested', 'package', 'packages', 'python', 'text_encoding', 'disk', 'space', 'is_file',
-           'model_folder', 'offline', 'model_found', 'models', 'sources', 'data', 'kept', 'from_hub', 'hub_token',
-           'verdicts', 'context', 'fits', 'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk', 'open_recipe',
-           'examine', 'lines', 'summary']
+           'kernel', 'answered', 'constrained', 'package', 'packages', 'python', 'text_encoding', 'disk', 'space',
+           'is_file', 'model_folder', 'offline', 'model_found', 'models', 'sources', 'data', 'kept', 'from_hub',
+           'hub_token', 'verdicts', 'context', 'fits', 'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk',
+           'open_recipe', 'examine', 'lines', 'summary']
 
 # %% ../nbs/23_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
@@ -176,7 +176,7 @@ def answered(answer:str, python:str, name:str, kind:str)->Finding:
     return Finding("kernels", f"kernel {name} is not this Python ({answer})", "fault", f"python -m ipykernel install --sys-prefix --name {name}")
 
 # %% ../nbs/23_doctor.ipynb #218fd59a
-def tested(file:Path)->dict: # package -> version
+def constrained(file:Path)->dict: # package -> version
     "The versions of a constraints file that hold for this Python."
     from packaging.requirements import Requirement
     if not file.exists(): return {}
@@ -204,7 +204,7 @@ def packages()->list:
     from packaging.requirements import Requirement
     from scir.pipeline import root
     with suppress(ImportError): import scir.kernels  # which keeps bitsandbytes quiet
-    known = tested(root()/"constraints.txt")
+    known = constrained(root()/"constraints.txt")
     asked = [r for r in metadata.requires("scir") if (m := Requirement(r).marker) is None or m.evaluate({"extra": ""})]
     found = [package(a, known) for a in asked]
     well = ", ".join(f"{f.what} {f.finding}" for f in found if f.state == "ok")

@@ -317,7 +317,7 @@ def test_a_sampling_that_cannot_be_done(prompts, tmp_path, args, words):
 
 COMMANDS = get_command(app).commands
 PLAIN = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS")} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-LONG = {"scir bench --json bench.json"}  # a quarter of an hour
+LONG = {"scir bench --json bench.json", "scir run recipes/smol.yaml --set name=mine --set train.beta=0.2"}  # a quarter of an hour each
 
 def helped(*args, width=400): return subprocess.run([SCIR, *args, "--help"], capture_output=True, text=True, env=PLAIN | {"COLUMNS": str(width)}, check=True).stdout
 
