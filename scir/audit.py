@@ -18,7 +18,7 @@ from .consistency import metrics
 from .labels import agreed
 from .loss import implicit_margin
 from .pipeline import State, Step, needed, plan, state
-from .recipe import AlignmentSpec, Recipe, all_nodes, load_recipe
+from .recipe import AlignmentSpec, Recipe, all_nodes, load_recipe, own_recipe
 from .sample import summarise
 from .store import Response, Score, hash_path, read_json, read_rows
 
@@ -145,7 +145,6 @@ CHECKS = {"files": check_files, "inputs": check_inputs, "margins": check_margins
 def verify(run)->dict: # check -> list of (what, fault)
     "Hash every file of a run again, and derive its margins, figures and tables again. Raises ValueError where there is nothing to verify."
     run = Path(run)
-    if not (run/"recipe.yaml").exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory")
-    recipe = load_recipe(run/"recipe.yaml")
+    recipe = load_recipe(own_recipe(run))
     if not recorded(recipe, run): raise ValueError(f"{run}: no finished step in its manifest, so there is nothing to verify")
     return {name: list(check(recipe, run)) for name, check in CHECKS.items()}

@@ -13,9 +13,8 @@ import gc, json, os, platform, resource, statistics, subprocess, sys, tempfile, 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
 
-import torch, typer
+import torch
 
 from .data import load_pairs, merged, prompt_pool
 from .judge import judge_ids, verdict_margins
@@ -317,7 +316,7 @@ def child(w:Work, name:str)->dict:
     "The same, from outside."
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/"recipe.json").write_text(w.recipe.model_dump_json())  # JSON is YAML
-        command = [sys.executable, "-m", "scir.bench", "--recipe", f"{d}/recipe.json", "--child", name, "--repeats", str(w.repeats), "--tokens", str(w.tokens), "--json", f"{d}/out.json"]
+        command = [sys.executable, "-m", "scir.bench", f"{d}/recipe.json", name, str(w.repeats), str(w.tokens), f"{d}/out.json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode: raise RuntimeError(f"bench, {name}: {done.stderr.strip().splitlines()[-1]}")
         return json.loads((Path(d)/"out.json").read_text())
@@ -372,20 +371,17 @@ def bench(recipe:Recipe, repeats:int=5, tokens:int=32, only:str|None=None)->dict
         gc.collect()
     return {"model": recipe.model.name, "dtype": str(compute_dtype(recipe.model)).removeprefix("torch."), "repeats": repeats, "seconds": round(time.time() - started), "machine": machine(), "figures": figures}
 
-def main(json:Annotated[Path, typer.Option(help="file to write; a plot of the same name goes beside it")],
-         recipe:Annotated[Path, typer.Option(help="model, adapter, judge and data")]=Path("recipes/smol.yaml"),
-         setting:Annotated[list[str], typer.Option("--set", help="override a field of the recipe")]=["model.dtype=auto"],
-         repeats:int=5, tokens:Annotated[int, typer.Option(help="of a sampled response, at most")]=32,
-         only:Annotated[str|None, typer.Option(help="one group: " + ", ".join(GROUPS))]=None, child:Annotated[str|None, typer.Option(hidden=True)]=None):
-    "Measure sampling, judging and training against what a user would otherwise run; about a quarter of an hour on two cores."
-    if only not in (None, *GROUPS): raise typer.BadParameter(f"{only}: one of {', '.join(GROUPS)}")
-    loaded = load_recipe(recipe, () if child else tuple(setting))
-    if child: return write_json(json, in_child(Work(loaded, repeats, tokens), child))
-    found = bench(loaded, repeats, tokens, only)
-    write_json(json, found)
-    plot(found, json.with_suffix(".png"))
-    print(f"{found['seconds']} s; {sum(not f['met'] for f in found['figures'].values())} of {len(found['figures'])} missed; {json}, {json.with_suffix('.png')}")
+def main(out:Path, # JSON; a plot goes beside it
+         recipe:Recipe, # model, adapter, judge and data
+         repeats:int=5, tokens:int=32, only:str|None=None)->str: # how it went, in a line
+    "Measure, write, plot."
+    found = bench(recipe, repeats, tokens, only)
+    write_json(out, found)
+    plot(found, out.with_suffix(".png"))
+    return f"{found['seconds']} s; {sum(not f['met'] for f in found['figures'].values())} of {len(found['figures'])} missed; {out}, {out.with_suffix('.png')}"
 
 # %% ../nbs/22_bench.ipynb #75657566
 #| eval: false
-if __name__ == "__main__" and "__file__" in globals(): typer.run(main)  # not in a notebook
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook: `child` calls it
+    recipe, name, repeats, tokens, out = sys.argv[1:]
+    write_json(out, in_child(Work(load_recipe(recipe), int(repeats), int(tokens)), name))

@@ -7,6 +7,7 @@ __all__ = ['PRELOAD', 'Forked', 'WarmProvisioner', 'use_warm_kernels']
 
 # %% ../nbs/19_kernels.ipynb #944cf791
 import logging, multiprocessing, os, signal, sys, threading, time
+from multiprocessing import forkserver, resource_tracker
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
@@ -27,11 +28,12 @@ def _die_with(owner, server):
 def _serve(connection_file, cwd, owner):
     "The forked process: become an ordinary IPython kernel."
     from ipykernel.kernelapp import IPKernelApp
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     server = os.getppid()
     threading.Thread(target=_die_with, args=(owner, server), daemon=True).start()
     os.setsid()
     os.chdir(cwd)
-    IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=40", f"--IPKernelApp.parent_handle={server}"])
+    IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=50", f"--IPKernelApp.parent_handle={server}"])
 
 class Forked:
     "A forked process with the part of Popen's interface that a provisioner uses."
@@ -57,6 +59,10 @@ class WarmProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd:list, **kwargs)->dict: # connection info
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
+        resource_tracker.ensure_running()  # first, since it takes the mask off
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process, not for the server in the midst of its imports
+        try: forkserver.ensure_running()
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
         process = context.Process(target=_serve, args=(self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), os.getpid()), daemon=True)
         process.start()
         self.process, self.pid, self.pgid, self.cwd = Forked(process), process.pid, None, kwargs.get("cwd")

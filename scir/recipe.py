@@ -6,7 +6,8 @@
 __all__ = ['ADDITIVE', 'Sources', 'DPO', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MOST', 'spec', 'Section', 'ModelSpec',
            'LoraSpec', 'DataSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec', 'LabelSpec', 'AlignmentSpec',
            'TrainSpec', 'Recipe', 'locate', 'RecipeError', 'field_names', 'parse_recipe', 'read_yaml', 'override',
-           'load_recipe', 'shipped_recipes', 'dump_recipe', 'node_name', 'node_parts', 'parent_node', 'all_nodes']
+           'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe', 'node_name', 'node_parts', 'parent_node',
+           'all_nodes']
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib, re, reprlib
@@ -307,6 +308,13 @@ def shipped_recipes()->list: # names to call them by
 def dump_recipe(recipe:Recipe)->str:
     "The resolved recipe as YAML, every field written out."
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+# %% ../nbs/00_recipe.ipynb #555fa889
+def own_recipe(run)->Path:
+    "The file of a run directory's own recipe; raises ValueError where there is none."
+    path = Path(run)/"recipe.yaml"
+    if not path.exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory; name one that `scir run` made")
+    return path
 
 # %% ../nbs/00_recipe.ipynb #c2f37f29
 def node_name(seed:int, iteration:int, arm:str|None=None)->str:

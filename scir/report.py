@@ -27,7 +27,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from .consistency import BLUE, GREEN, GREY, ORANGE, UNITS, derive, ece, frame, grouped, paired, plot_reliability, rate, reliability, save_figure
-from .recipe import ARMS, all_nodes, load_recipe, node_parts
+from .recipe import ARMS, all_nodes, load_recipe, node_parts, own_recipe
 from .store import Score, atomic_path, read_json, read_rows, write_text
 
 # %% ../nbs/18_report.ipynb #2ec622fa
@@ -36,8 +36,7 @@ KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba
 def evaluated(run)->list: # node names, base model first
     "Models of a run that have been evaluated."
     run = Path(run)
-    if not (run/"recipe.yaml").exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory")
-    return [n for n in all_nodes(load_recipe(run/"recipe.yaml")) if (run/n/"evaluation"/"metrics.json").exists()]
+    return [n for n in all_nodes(load_recipe(own_recipe(run))) if (run/n/"evaluation"/"metrics.json").exists()]
 
 def unevaluated(run)->str: # a line, or nothing
     "Which models of a run directory have not been evaluated; nothing is known of a kept report's."

@@ -1,23 +1,25 @@
-"""`scir judge` and `scir export` as a user types them: files nobody has seen before, on the tiny random model. What fails is asked in this process, once in another: a start takes seconds."""
-import json, os, subprocess, sys
+"""The commands as a user types them: files nobody has seen before, on the tiny random model. What fails is asked in this process, once in another: a start takes seconds."""
+import json, os, re, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from scir.cli import app
+from scir import __version__
+from scir.cli import app, aside
 from scir.data import split_of
 from scir.evaluate import file_pairs, judge_file
 from scir.exports import SECTIONS
 from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import dump_recipe, load_recipe, parse_recipe
 from scir.score import score, set_reference
-from scir.store import Score, read_json, read_rows, write_json, write_rows, write_text
+from scir.store import Response, Score, read_json, read_rows, write_json, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "data/models/tiny-random"
+TINY, SCIR = "data/models/tiny-random", str(Path(sys.executable).parent/"scir")
 PAIRS = [("Why is the sky blue?", "Air scatters blue light.", "no", "a"), ("Hi", "Go away", "Hello! ☃", "B"), ("2+2?", "4", "5", "a"), ("Name a bird.", "Cat", "Owl", " b "), ("Sum up.", "z", "x y z\nand more", "b")]
 ROWS = [dict(zip(("prompt", "response_a", "response_b", "label"), p)) for p in PAIRS]
 
@@ -33,7 +35,7 @@ def pairs(tmp_path):
 
 def scir(*args):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run([str(Path(sys.executable).parent/"scir"), *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([SCIR, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
 
 def works(*args):
     done = scir(*args)
@@ -261,11 +263,6 @@ def test_a_file_that_cannot_be_exported(tmp_path, to, rows, words):
 def test_an_export_that_cannot_be_met(tmp_path, args, words):
     one_line(("export", TINY, "--to", "reward_bench", "--data", "data/pairs.jsonl", "--out", tmp_path/"out.json", *args), *words)
 
-def test_help_has_an_example_of_each():
-    said = works("export", "--help")
-    assert all(f"--to {to}" in said for to in ("alpaca_eval", "mt_bench", "reward_bench")) and "scir judge --model" in " ".join(works("judge", "--help").split())
-
-
 def test_fit_reward_says_how_good_it_is_and_is_a_reward_model(tmp_path):
     from scir.alignment import reward_scores
     done = CliRunner().invoke(app, ["fit-reward", "--model", "data/models/tiny-random", "--pairs", "data/pairs.jsonl", "--limit", "40", "--out", str(tmp_path / "reward")])
@@ -273,3 +270,173 @@ def test_fit_reward_says_how_good_it_is_and_is_a_reward_model(tmp_path):
     assert len(reward_scores(str(tmp_path / "reward"), [("Q", "one"), ("Q", "two")])) == 2
     wrong = CliRunner().invoke(app, ["fit-reward", "--model", "data/models/tiny-random", "--pairs", "data/pairs.jsonl", "--split", "tests", "--out", str(tmp_path / "other")])
     assert wrong.exit_code == 1 and "--split tests" in wrong.output and not (tmp_path / "other").exists()
+
+# scir sample ----------------------------------------------------------------
+
+PROMPTS = ["Why is the sky blue?", "Hi", "2+2?", "Hi", "", "y" * 5000]
+
+@pytest.fixture
+def prompts(tmp_path):
+    write_rows(tmp_path/"prompts.jsonl", [{"prompt": p} for p in PROMPTS])
+    return tmp_path/"prompts.jsonl"
+
+def sampled(file): return [(r.prompt, r.candidate, r.response) for r in read_rows(file, Response)]
+
+def test_sampling_any_model(node, prompts, tmp_path):
+    found = json.loads(works("sample", "--model", node, "--prompts", prompts, "--out", tmp_path/"r.jsonl", "--candidates", 1, "--json", *FEW))
+    rows = sampled(tmp_path/"r.jsonl")
+    assert [(p, c) for p, c, _ in rows] == [(p, 0) for p in PROMPTS[:3]] and found["prompts"] == found["responses"] == 3 and found["mean_tokens"] <= 6
+    assert found["dropped"] == {"duplicate": 1, "empty": 1, "prompt too long": 1} and sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["prompts.jsonl", "r.jsonl"] and not list(tmp_path.glob(".r.*"))
+    said = works("sample", "--model", node, "--prompts", prompts, "--out", tmp_path/"other.jsonl", "--limit", 2, "--seed", 1, *FEW)
+    other = sampled(tmp_path/"other.jsonl")
+    assert [p for p, *_ in other] == [p for p in PROMPTS[:2] for _ in range(4)] and other[0] != rows[0] and len(set(other)) > 4 and "prompts: 2" in said and f"rows: {tmp_path/'other.jsonl'}" in said
+
+def test_an_interrupted_sampling_is_continued_but_not_with_another_seed(prompts, tmp_path, monkeypatch):
+    ask = lambda seed: CliRunner().invoke(app, ["sample", "--model", TINY, "--prompts", str(prompts), "--out", str(tmp_path/"r.jsonl"), "--candidates", "1", "--seed", str(seed), *FEW])
+    def stop(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr("scir.store.Journal.finish", stop)
+        done = ask(3)
+        assert done.exit_code == 130 and done.stderr.splitlines()[-1] == "scir: interrupted; the same command goes on" and not (tmp_path/"r.jsonl").exists()
+    part, = tmp_path.glob(".r.*.partial.jsonl")
+    write_rows(part, [r | {"response": "kept"} for r in read_rows(part)[:1]])
+    assert ask(4).exit_code == 0 and "kept" not in {r for *_, r in sampled(tmp_path/"r.jsonl")}
+    assert ask(3).exit_code == 0 and [r for *_, r in sampled(tmp_path/"r.jsonl")].count("kept") == 1
+
+@pytest.mark.parametrize("args, words", [
+    (("--model", "runs/absent"), ("model runs/absent", "save_pretrained")),
+    (("--prompts", "absent.jsonl"), ("absent.jsonl", "no such file")),
+    (("--set", "sampling.max_new_tokens=5000"), ("leave no room", "lower sampling.max_new_tokens")),
+    (("--set", "data.max_prompt_tokens=1"), ("no prompt of at most 1 tokens", "raise data.max_prompt_tokens")),
+])
+def test_a_sampling_that_cannot_be_done(prompts, tmp_path, args, words):
+    one_line(("sample", "--model", TINY, "--prompts", prompts, "--out", tmp_path/"r.jsonl", *args), *words)
+    assert not (tmp_path/"r.jsonl").exists()
+
+# help, exit codes, JSON -----------------------------------------------------
+
+COMMANDS = get_command(app).commands
+PLAIN = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS")} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+LONG = {"scir bench --json bench.json", "scir run recipes/smol.yaml --set name=mine --set train.beta=0.2"}  # a quarter of an hour each
+
+def helped(*args, width=400): return subprocess.run([SCIR, *args, "--help"], capture_output=True, text=True, env=PLAIN | {"COLUMNS": str(width)}, check=True).stdout
+
+def examples(name):
+    "The examples in a command's help, as they are typed."
+    lines = [l.strip().removeprefix("Examples: ") for l in re.sub(r"\\\s*\n\s*", "", helped(name)).splitlines()]
+    return [l for l in lines if l.startswith(f"scir {name} ") or l == f"scir {name}"]
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_that_parse_and_every_parameter_its_help(name):
+    found = examples(name)
+    assert found and all(p.help for p in COMMANDS[name].params)
+    for line in found: assert COMMANDS[name].make_context(name, shlex.split(line)[2:]).params
+
+def test_help_fits_80_columns_and_examples_can_be_copied():
+    for name in COMMANDS:
+        text = helped(name, width=80)
+        assert max(map(len, text.splitlines())) <= 80
+        if name == "export": continue
+        for line in COMMANDS[name].epilog.splitlines(): assert line.strip() in [l.strip() for l in text.splitlines()], (name, line)
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_run):
+    "The project's folder as the examples expect it, with the tiny run in it."
+    here = tmp_path_factory.mktemp("project")
+    for name in ("nbs", "recipes", "docs", "constraints.txt", "data/pairs.jsonl", "data/prompts.jsonl"):
+        (here/name).parent.mkdir(exist_ok=True)
+        (here/name).symlink_to(ROOT/name)
+    shutil.copytree(tiny_run, here/"data/runs/tiny")
+    return here
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n != "export"])  # whose examples need other people's files
+def test_examples_run(project, name):
+    for line in examples(name):
+        if line in LONG: continue
+        done = subprocess.run([SCIR, *shlex.split(line.replace("smollm2-135m-instruct", "tiny-random"))[1:]], cwd=project, env=PLAIN, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, (line, done.stderr[-2000:])
+        if "--json" in line.split() and name != "bench": json.loads(done.stdout)
+
+def test_json_and_nothing_else(project):
+    ask = lambda *args: subprocess.run([SCIR, *args, "--json"], cwd=project, env=PLAIN, capture_output=True, text=True)
+    ran, stands, checked, made = (json.loads(ask(*args).stdout) for args in (("run", "recipes/tiny.yaml"), ("status", "data/runs/tiny"), ("verify", "data/runs/tiny"), ("report", "data/runs/tiny")))
+    assert ran["run"] == "data/runs/tiny" and ran["steps"] == stands["steps"] and stands["counts"] == {"done": len(stands["steps"])} and {"step", "state", "why"} == set(stands["steps"][0])
+    table = pd.read_csv(project/"data/runs/tiny/report/inconsistency.csv")
+    assert pd.DataFrame(ran["tables"]["inconsistency"]).equals(table) and ran["tables"] == made["tables"]
+    assert checked["faults"] == [] and all(n["right"] == n["of"] > 0 for n in checked["checks"].values())
+
+def test_a_damaged_run_is_said_in_json_too(project, tmp_path):
+    shutil.copytree(project/"data/runs/tiny", tmp_path/"run")
+    (tmp_path/"run/seed0/m1/scores.jsonl").unlink()
+    done = subprocess.run([SCIR, "verify", tmp_path/"run", "--json"], cwd=project, env=PLAIN, capture_output=True, text=True)
+    assert done.returncode == 1 and {"check": "files", "what": "seed0/m1/scores.jsonl", "fault": "is gone (judge:seed0/m1)"} in json.loads(done.stdout)["faults"]
+
+def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
+    with aside(True):
+        print("said by us")
+        subprocess.run(["echo", "said by another program"])
+    with aside(False): print("shown")
+    found = capfd.readouterr()
+    assert found.out == "shown\n" and "said by us" in found.err and "said by another program" in found.err
+
+@pytest.mark.parametrize("args, code, words", [
+    (("--version",), 0, (f"scir {__version__}",)), (("--help",), 0, ("Exit codes", "130")), ((), 2, ("Usage: scir",)),
+    (("jugde",), 2, ("'judge'", "scir --help")), (("--nothing",), 2, ("--nothing", "scir --help")), (("judge",), 2, ("--model", "scir judge --help")),
+    (("judge", "--limit", "x"), 2, ("--limit", "scir judge --help")), (("sample", "--model", TINY, "--prompts", "p.jsonl", "--candidates", "0"), 2, ("--candidates",)),
+    (("doctor", "--set", "train.beta=1"), 2, ("--recipe",)), (("status", "data/absent"), 1, ("not a run directory", "scir run")), (("run", "recipes/absent.yaml"), 1, ("recipes/",)),
+])
+def test_exit_codes(args, code, words):
+    done = CliRunner().invoke(app, args, prog_name="scir")
+    assert done.exit_code == code and all(w in done.output for w in words), done.output
+    if code and args: assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("scir: ")
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path):
+    given = {"run": ["recipes/tiny.yaml"], "status": ["r"], "report": ["r"], "verify": ["r"], "judge": ["--model", TINY, "--pairs", "p"], "sample": ["--model", TINY, "--prompts", "p"],
+             "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path/"o")], "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"], "doctor": [], "bench": []}[name]
+    where = {"run": "pipeline.run_recipe", "status": "pipeline.quiet", "report": "report.report", "verify": "pipeline.quiet", "fit-reward": "data.load_pairs", "doctor": "doctor.examine", "bench": "bench.bench"}
+    def broken(*a, **kw): raise LookupError("lost")
+    monkeypatch.setattr(f"scir.{where.get(name, 'pipeline.quiet')}", broken)
+    plain, debug = (CliRunner().invoke(app, [name, *given, *more]) for more in ([], ["--debug"]))
+    assert plain.exit_code == 1 and plain.stderr == "scir: lost\n" and isinstance(debug.exception, LookupError)
+
+def test_a_package_that_is_missing_names_the_way_out(monkeypatch):
+    def broken(*a): raise ModuleNotFoundError("No module named 'trl'", name="trl")
+    monkeypatch.setattr("scir.bench.bench", broken)
+    one_line(("bench",), "No module named 'trl'", "pip install trl", "scir doctor")
+
+def test_ctrl_c_of_a_run_is_one_line_and_the_run_goes_on(tmp_path):
+    with open(tmp_path/"out", "w") as out, open(tmp_path/"err", "w") as err:
+        process = subprocess.Popen([SCIR, "run", "recipes/tiny.yaml", "--out", tmp_path/"run", "--set", "iterations=1"], cwd=ROOT, env=PLAIN, stdout=out, stderr=err, start_new_session=True)
+        deadline = time.time() + 60
+        while "warm_start" not in (tmp_path/"out").read_text() and time.time() < deadline: time.sleep(.1)
+        time.sleep(2)  # the fork server is at its imports
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 130
+    said = (tmp_path/"err").read_text().splitlines()
+    assert said[-1] == "scir: interrupted; the same command goes on" and "Traceback" not in " ".join(said) and (tmp_path/"run/manifest.json").exists()
+
+@pytest.mark.parametrize("args", [("status", "data/runs/tiny"), ("--help",), ("run", "recipes/tiny.yaml")])
+def test_a_reader_that_leaves_is_no_fault(project, args):
+    done = subprocess.Popen([SCIR, *args], cwd=project, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    assert done.stderr.read() == "" and done.wait(60) == 1
+
+def test_another_broken_pipe_is_a_fault(monkeypatch):
+    def broken(*a): raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr("scir.pipeline.run_recipe", broken)
+    one_line(("run", "recipes/tiny.yaml"), "Broken pipe")
+
+def test_help_is_there_at_once():
+    imported = subprocess.run([sys.executable, "-c", "import sys\nfrom scir.cli import app\ntry: app(['--help'])\nexcept SystemExit: print(*sys.modules)"], capture_output=True, text=True, env=PLAIN).stdout
+    assert not {"torch", "transformers", "pandas", "pydantic", "numpy"} & set(imported.split()[-1000:]) and "scir.cli" in imported
+    took = []
+    for _ in range(3):
+        started = time.perf_counter()
+        helped()
+        took.append(time.perf_counter() - started)
+    assert min(took) < .5
+
+def test_a_shell_can_complete():
+    words = {"COMP_WORDS": "scir ver", "COMP_CWORD": "1", "_SCIR_COMPLETE": "complete_bash"}
+    assert subprocess.run([SCIR], env=PLAIN | words, capture_output=True, text=True).stdout.split() == ["verify"]
