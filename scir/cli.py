@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'EXAMPLES', 'fail', 'one_line', 'positive',
            'known_split', 'not_a_folder', 'settle', 'check', 'run', 'report', 'status', 'verify', 'opened', 'judge',
-           'export', 'fit_reward_model', 'say', 'show']
+           'suits', 'export', 'fit_reward_model', 'say', 'show']
 
 # %% ../nbs/24_cli.ipynb #79e09b22
 from contextlib import contextmanager
@@ -166,30 +166,52 @@ def judge(model: Annotated[str, typer.Option(help=MODEL)],
         found = judge_file(model, pairs, out, base, reference, limit, split)
     typer.echo(dumps(found, indent=1) if json else "\n".join([*map(say, found.items()), f"rows: {out}"]))
 
-EXAMPLES = """Examples: scir export data/runs/smol/seed0/scir/m2 --to alpaca_eval --data alpaca_eval.json --out model_outputs.json
+EXAMPLES = """Examples: scir export data/runs/smol/seed0/scir/m2 --to merged --out smol-scir-m2
+
+scir export data/runs/smol/seed0/scir/m2 --to adapter --out my-adapter --licence apache-2.0 --push me/my-adapter
+
+scir export data/runs/smol/seed0/m1/agreed.jsonl --to dataset --out agreed
+
+scir export data/runs/smol/seed0/scir/m2 --to alpaca_eval --data alpaca_eval.json --out model_outputs.json
 
 scir export my-adapter --to mt_bench --data question.jsonl --out model_answer/my-adapter.jsonl --set sampling.max_new_tokens=1024
 
 scir export smollm2-135m-instruct --to reward_bench --data allenai/reward-bench:filtered --out results.json"""
 
+def suits(to:str, asked:dict, shared:dict)->None:
+    "Raise ValueError for a target nobody knows, for options that it does not take, for a benchmark without its file."
+    from scir.exports import EXPORTS, FOLDERS
+    if to not in FOLDERS | EXPORTS: raise ValueError(f"--to {to}: one of {', '.join(FOLDERS | EXPORTS)} is needed")
+    if idle := [name for name, v in (shared if to in EXPORTS else asked).items() if v]: raise ValueError(f"--to {to} takes no {', '.join(idle)}: {'those are for what is shared' if to in EXPORTS else 'what a run made goes out as it is'}; leave it out")
+    if to in EXPORTS and not asked["--data"]: raise ValueError(f"--to {to}: name the benchmark's file or hub name with --data")
+
 @app.command(epilog=EXAMPLES)
-def export(model: Annotated[str, typer.Argument(help=MODEL)],
-           to: Annotated[str, typer.Option(help="alpaca_eval (its model_outputs.json), mt_bench (FastChat's model_answer) or reward_bench (its results)")],
-           data: Annotated[str, typer.Option(help="the benchmark's file or hub name; columns: instruction; question_id, turns; prompt, chosen, rejected, subset")],
-           out: OutFile,
+def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged and dataset: a run's model; dataset also: its agreed.jsonl")],
+           to: Annotated[str, typer.Option(help="for others to load: adapter (peft), merged (safetensors), dataset (preferences); a benchmark's file: alpaca_eval (its model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (its results)")],
+           out: Annotated[Path, typer.Option(help="new folder; for a benchmark the file to write")],
+           data: Annotated[str | None, typer.Option(help="the benchmark's file or hub name; columns: instruction; question_id, turns; prompt, chosen, rejected, subset")] = None,
+           licence: Annotated[str | None, typer.Option("--licence", "--license", help="for the card, as the hub writes it (apache-2.0); default: the base model's where its card tells, else unknown")] = None,
+           push: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub, to upload the folder to; private unless it was there")] = None,
            recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None,
            reward: Annotated[str, typer.Option(help="the internal reward model for reward_bench")] = "generative",
+           json: Annotated[bool, typer.Option("--json", help="print what was made as JSON")] = False,
            debug: Debug = False):
-    "Answer or judge a benchmark with a model, in the file that the benchmark's own program reads."
-    from scir.exports import EXPORTS
+    "Put a run's model or preferences into a folder that others load, with a card; or answer or judge a benchmark, in the file that its own program reads."
+    from scir.exports import EXPORTS, FOLDERS, check_push, push as upload
     from scir.pipeline import quiet
     with one_line(debug):
         quiet()
-        if to not in EXPORTS: raise ValueError(f"--to {to}: one of {', '.join(EXPORTS)} is needed")
-        model, base = settle(model, recipe, setting)
-        check(model, base)
-        found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward} if to == "reward_bench" else {}))
-    typer.echo("\n".join([*map(say, found.items()), f"file: {out}"]))
+        suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit}, {"--licence": licence, "--push": push})
+        if to in FOLDERS:
+            if push: check_push(model, to, push)
+            found = FOLDERS[to](model, out, licence, push) | ({"pushed": upload(out, push, to)} if push else {})
+        else:
+            not_a_folder(out)
+            model, base = settle(model, recipe, setting)
+            check(model, base)
+            found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward} if to == "reward_bench" else {}))
+    found |= {"folder" if to in FOLDERS else "file": str(out)}
+    typer.echo(dumps(found, indent=1) if json else "\n".join(f"{k}: {v}" if isinstance(v, str) else say((k, v)) for k, v in found.items()))
 
 # %% ../nbs/24_cli.ipynb #93b5aab8
 @app.command("fit-reward")
