@@ -7,10 +7,10 @@ __all__ = ['SECTIONS', 'COLUMNS', 'EXPORTS', 'PUBLISHED', 'MEANING', 'REFERENCES
            'LABELLERS', 'SIZES', 'FOLDERS', 'alpaca_eval', 'alpaca_annotations', 'mt_bench', 'room', 'answer_questions',
            'hit', 'rewardbench', 'benchmark_rows', 'export_alpaca', 'usable_questions', 'export_mt_bench',
            'export_reward_bench', 'Origin', 'origin', 'summary_of', 'shown', 'on_hub', 'lineage', 'licence_of',
-           'measures', 'said_rate', 'table', 'measured', 'eval_results', 'facts', 'settings', 'how_made', 'model_card',
-           'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged', 'export_adapter', 'export_merged',
-           'preference_file', 'signed_margins', 'preference_set', 'dataset_card', 'export_dataset', 'check_push',
-           'push']
+           'measures', 'said_rate', 'table', 'measured', 'won', 'eval_results', 'facts', 'settings', 'how_made',
+           'model_card', 'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged', 'export_adapter',
+           'export_merged', 'preference_file', 'signed_margins', 'preference_set', 'dataset_card', 'export_dataset',
+           'check_push', 'push']
 
 # %% ../nbs/17_exports.ipynb #c9ff9c2e
 import os, shutil, time
@@ -264,6 +264,14 @@ def measured(found:dict)->str:
     names = dict.fromkeys(k for m in found.values() for k in m)
     return table([[k.replace("_", " "), *(said_rate(m[k]) if k in m else "-" for m in found.values())] for k in names], ["measure", *found])
 
+def won(o:Origin)->str:
+    "The win rate in a sentence, where there is one; of a server as judge nothing is told."
+    w = read_json(o.run/o.node/"alignment"/"metrics.json", {})
+    if w.get("win_rate") is None: return ""
+    rate = said_rate({"value": w["win_rate"], "low": w["win_rate_low"], "high": w["win_rate_high"], "n": w["win_rate_n"]})
+    judge = "a model behind a server" if w["judge"].startswith("http") else shown(w["judge"].removeprefix("reward:"))
+    return f"Win rate against {'the answers of M_1' if w['reference'] == 'm1' else shown(w['reference'])}: {rate}, judged by {judge}."
+
 def eval_results(o:Origin)->list: # of huggingface_hub.EvalResult
     "Accuracies and inconsistency on labelled sets, for the model-index."
     from huggingface_hub import EvalResult
@@ -297,7 +305,8 @@ def facts(o:Origin)->list: # of (what, value)
             ("internal reward models", ", ".join(o.recipe.rewards)), ("trained on", trained)]
     if "retained" in done: rows.append(("share of the scored pairs that entered the DPO loss", f"{done['retained']:.1%}"))
     rows += [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs)), ("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
-    return rows + [("base weights while training", o.recipe.model.quantize or o.recipe.model.dtype), ("made with", ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items())), ("commit", made.get("commit"))]
+    rows.append(("base weights while training", o.recipe.model.quantize or o.recipe.model.dtype))
+    return rows + [("made with", ", ".join(f"{k} {v}" for k, v in made["versions"].items())), ("commit", made.get("commit") or "not recorded")] if made else rows
 
 def settings(o:Origin)->str:
     "The sections of the recipe that shaped the model, as YAML; none of them holds a path."
@@ -330,7 +339,7 @@ def model_card(o:Origin, to:str, place:str, licence:str|None=None): # huggingfac
                          datasets=hub or None, model_name=o.name, eval_results=eval_results(o) or None, **licence_of(known, licence))
     found = measures(o)
     parts = [f"---\n{data.to_yaml()}\n---", f"# {o.name}", how_made(o, to, known), table(facts(o), ["what", "value"]), "## Evaluation of this model",
-             (measured(found) + "\n\n" + MEANING) if found else "It was not evaluated.", "## How to load it", f"```python\n{LOAD[to].format(place=place)}\n```",
+             "\n\n".join(filter(None, (measured(found), MEANING, won(o)))) if found else "It was not evaluated.", "## How to load it", f"```python\n{LOAD[to].format(place=place)}\n```",
              "## Limits", LIMITS, "## Settings", f"```yaml\n{settings(o)}```", "## Paper", f"```bibtex\n{PAPER}\n```"]
     return ModelCard("\n\n".join(parts) + "\n")
 

@@ -292,6 +292,15 @@ def test_nf4_and_bfloat16_are_said(elsewhere):
     assert card.data.base_model == "org/base" and "revision v2" in card.text and "trained over nf4" in card.text and "saved in bfloat16" in card.text and 'from_pretrained("me/x")' in card.text
     assert "machine" not in model_card(o, "adapter", "me/x").text and "nf4" in model_card(o, "adapter", "me/x").text
 
+@pytest.mark.parametrize("judge, said", [("reward:/home/me/secret/reward-model", "reward-model"), ("http://10.0.0.7:8000/v1", "a model behind a server"), ("org/judge", "org/judge")])
+def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
+    from scir.exports import won
+    for f in ("recipe.yaml", f"{NODE}/evaluation/metrics.json"): write_text(tmp_path/f, (tiny_run/f).read_text())
+    assert won(origin(str(tmp_path/NODE))) == ""
+    write_json(tmp_path/NODE/"alignment"/"metrics.json", {"win_rate": .4, "win_rate_low": .3, "win_rate_high": .52, "win_rate_n": 37, "judge": judge, "reference": "m1"})
+    text = model_card(origin(str(tmp_path/NODE)), "merged", "x").text
+    assert f"Win rate against the answers of M_1: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text and "secret" not in text and "10.0.0.7" not in text
+
 def test_a_base_models_template_is_exported(any_tokenizer):
     import copy
     t = copy.deepcopy(any_tokenizer)
