@@ -168,7 +168,7 @@ def judge(model: Annotated[str, typer.Option(help=MODEL)],
 
 EXAMPLES = """Examples: scir export data/runs/smol/seed0/scir/m2 --to merged --out smol-scir-m2
 
-scir export data/runs/smol/seed0/scir/m2 --to adapter --out my-adapter --licence apache-2.0 --push me/my-adapter
+scir export data/runs/mistral-7b/seed0/scir/m3 --to adapter --out my-adapter --push me/my-adapter
 
 scir export data/runs/smol/seed0/m1/agreed.jsonl --to dataset --out agreed
 
