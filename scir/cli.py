@@ -6,8 +6,8 @@
 __all__ = ['CODES', 'UsageError', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json', 'EXAMPLES',
            'fail', 'one_line', 'reader_left', 'OneLine', 'show_version', 'main', 'positive', 'known_split',
            'not_a_folder', 'aside', 'emit', 'strict', 'settle', 'usable_tokenizer', 'check', 'say', 'told', 'tables',
-           'show', 'records', 'run', 'opened', 'standing', 'status', 'report', 'verify', 'judge', 'sample', 'export',
-           'fit_reward_model', 'doctor', 'bench']
+           'show', 'records', 'run', 'opened', 'standing', 'status', 'report', 'verify', 'judge', 'sample', 'suits',
+           'export', 'fit_reward_model', 'doctor', 'bench']
 
 # %% ../nbs/24_cli.ipynb #537f2be2
 import os, select, sys
@@ -174,7 +174,7 @@ def say(item)->str:
     "One figure in words."
     name, v = item
     if isinstance(v, list): return f"{name}: {', '.join(v) or 'nothing'}"
-    if not isinstance(v, dict): return f"{name}: {v}" if isinstance(v, int) else f"{name}: {v:.3f}"
+    if not isinstance(v, dict): return f"{name}: {v:.3f}" if isinstance(v, float) else f"{name}: {v}"
     if "value" not in v: return f"{name}: {', '.join(f'{n} {k}' for k, n in v.items() if n) or 'nothing'}"
     return f"{name}: -" if v["value"] is None else f"{name}: {v['value']:.1%} [{v['low']:.1%}, {v['high']:.1%}], n={v['n']}"
 
@@ -322,30 +322,52 @@ def sample(model: Annotated[str, typer.Option(help=MODEL)],
     told(found, json, rows=out)
 
 # %% ../nbs/24_cli.ipynb #702277ee
-EXAMPLES = """Examples: scir export data/runs/smol/seed0/scir/m2 --to alpaca_eval --data alpaca_eval.json --out model_outputs.json
+EXAMPLES = """Examples:
+  scir export data/runs/tiny/seed0/scir/m2 --to merged --out merged
+  scir export data/runs/tiny/seed0/scir/m2 --to adapter --out adapter \\
+    --push OWNER/NAME
+  scir export data/runs/tiny/seed0/m1/agreed.jsonl --to dataset --out agreed
+  scir export data/runs/tiny/seed0/scir/m2 --to alpaca_eval \\
+    --data alpaca_eval.json --out model_outputs.json
+  scir export my-adapter --to mt_bench --data question.jsonl \\
+    --out model_answer/my-adapter.jsonl --set sampling.max_new_tokens=1024
+  scir export smollm2-135m-instruct --to reward_bench \\
+    --data allenai/reward-bench:filtered --out results.json"""
 
-scir export my-adapter --to mt_bench --data question.jsonl --out model_answer/my-adapter.jsonl --set sampling.max_new_tokens=1024
-
-scir export smollm2-135m-instruct --to reward_bench --data allenai/reward-bench:filtered --out results.json"""
+def suits(to:str, asked:dict, shared:dict)->None:
+    "Refuse a target nobody knows, options that it does not take, a benchmark without its file."
+    from scir.exports import EXPORTS, FOLDERS
+    if to not in FOLDERS | EXPORTS: raise UsageError(f"--to {to}: one of {', '.join(FOLDERS | EXPORTS)} is needed")
+    if idle := [name for name, v in (shared if to in EXPORTS else asked).items() if v]: raise UsageError(f"--to {to} takes no {', '.join(idle)}: {'those are for what is shared' if to in EXPORTS else 'what a run made goes out as it is'}; leave it out")
+    if to in EXPORTS and not asked["--data"]: raise UsageError(f"--to {to}: name the benchmark's file or hub name with --data")
 
 @app.command(epilog=EXAMPLES)
-def export(model: Annotated[str, typer.Argument(help=MODEL)],
-           to: Annotated[str, typer.Option(help="alpaca_eval (its model_outputs.json), mt_bench (FastChat's model_answer) or reward_bench (its results)")],
-           data: Annotated[str, typer.Option(help="the benchmark's file or hub name; columns: instruction; question_id, turns; prompt, chosen, rejected, subset")],
-           out: OutFile,
+def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged and dataset: a run's model; dataset also: its agreed.jsonl", show_default=False)],
+           to: Annotated[str, typer.Option(help="for others to load: adapter (peft), merged (safetensors), dataset (preferences); a benchmark's file: alpaca_eval (its model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (its results)")],
+           out: Annotated[Path, typer.Option(help="new folder; for a benchmark the file to write", show_default=False)],
+           data: Annotated[str | None, typer.Option(help="the benchmark's file or hub name; columns: instruction; question_id, turns; prompt, chosen, rejected, subset")] = None,
+           licence: Annotated[str | None, typer.Option("--licence", "--license", help="for the card, as the hub writes it (apache-2.0); default: the base model's where its card tells, else unknown")] = None,
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload the folder there, on the hub; private unless it was there")] = None,
            recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None,
            reward: Annotated[str, typer.Option(help="the internal reward model for reward_bench")] = "generative",
-           debug: Debug = False):
-    "Answer or judge a benchmark with a model, in the file that the benchmark's own program reads."
-    from scir.exports import EXPORTS
+           json: Json = False, debug: Debug = False):
+    """Put a run's model or preferences into a folder that others load, with a card.
+
+    Or answer or judge a benchmark, in the file that its own program reads."""
+    from scir.exports import EXPORTS, FOLDERS, check_push, push as upload
     from scir.pipeline import quiet
-    with one_line(debug):
+    suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit}, {"--licence": licence, "--push": push})
+    with aside(json):
         quiet()
-        if to not in EXPORTS: raise ValueError(f"--to {to}: one of {', '.join(EXPORTS)} is needed")
-        model, base = settle(model, recipe, setting)
-        check(model, base)
-        found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward} if to == "reward_bench" else {}))
-    typer.echo("\n".join([*map(say, found.items()), f"file: {out}"]))
+        if to in FOLDERS:
+            if push: check_push(model, to, push)
+            found = FOLDERS[to](model, out, licence, push) | ({"pushed": upload(out, push, to)} if push else {})
+        else:
+            not_a_folder(out)
+            model, base = settle(model, recipe, setting)
+            check(model, base)
+            found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward} if to == "reward_bench" else {}))
+    told(found | {"folder" if to in FOLDERS else "file": str(out)}, json)
 
 # %% ../nbs/24_cli.ipynb #5467a1b3
 @app.command("fit-reward", epilog="""Example:

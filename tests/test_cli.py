@@ -12,7 +12,7 @@ from scir import __version__
 from scir.cli import app, aside
 from scir.data import split_of
 from scir.evaluate import file_pairs, judge_file
-from scir.exports import SECTIONS
+from scir.exports import EXPORTS, FOLDERS, SECTIONS
 from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import dump_recipe, load_recipe, parse_recipe
 from scir.score import score, set_reference
@@ -262,6 +262,27 @@ def test_a_file_that_cannot_be_exported(tmp_path, to, rows, words):
 @pytest.mark.parametrize("args, words", [(("--reward", "oracle"), ("'oracle'", "generative, implicit")), (("--limit", "-1"), ("--limit -1",)), (("--data", "absent.jsonl"), ("absent.jsonl", "no such file"))])
 def test_an_export_that_cannot_be_met(tmp_path, args, words):
     one_line(("export", TINY, "--to", "reward_bench", "--data", "data/pairs.jsonl", "--out", tmp_path/"out.json", *args), *words)
+
+@pytest.mark.parametrize("args, words", [
+    (("--to", "reward_bench"), ("--to reward_bench", "--data")), (("--to", "merged", "--data", "x.jsonl", "--limit", "3"), ("--to merged takes no --data, --limit",)), (("--to", "dataset", "--set", "train.beta=1"), ("--to dataset takes no --set",)),
+    (("--to", "mt_bench", "--data", "x.jsonl", "--push", "me/x"), ("--to mt_bench takes no --push",)), (("--to", "folder"), ("--to folder", "adapter, merged, dataset, alpaca_eval, mt_bench, reward_bench")), (("--to", "adapter"), ("not a run's model", "data/runs/smol/seed0/scir/m2")),
+])
+def test_an_option_that_a_target_does_not_take(tmp_path, args, words):
+    one_line(("export", TINY, "--out", tmp_path/"out", *args), *words)
+    assert not (tmp_path/"out").exists()
+
+def test_a_benchmark_is_no_folder(tmp_path):
+    one_line(("export", TINY, "--to", "reward_bench", "--data", "data/pairs.jsonl", "--out", tmp_path), "this is a folder")
+
+def test_an_export_in_json(tmp_path):
+    write_rows(tmp_path/"ae.jsonl", [{"instruction": "Name a bird."}])
+    made = json.loads(works("export", TINY, "--to", "alpaca_eval", "--data", tmp_path/"ae.jsonl", "--out", tmp_path/"o.json", *FEW, "--json"))
+    assert made["rows"] == 1 and made["file"] == str(tmp_path/"o.json")
+
+def test_help_has_an_example_of_each():
+    said = works("export", "--help")
+    assert all(f"--to {to}" in said for to in FOLDERS | EXPORTS) and "scir judge --model" in " ".join(works("judge", "--help").split())
+
 
 def test_fit_reward_says_how_good_it_is_and_is_a_reward_model(tmp_path):
     from scir.alignment import reward_scores

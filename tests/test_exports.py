@@ -1,15 +1,21 @@
-"""Exports as their readers see them: AlpacaEval itself, and the layouts of FastChat and RewardBench."""
-import csv, json, sys, types
+"""Exports as their readers see them: AlpacaEval itself, the layouts of FastChat and RewardBench, peft, transformers, datasets, trl and the hub's client."""
+import base64, csv, json, os, subprocess, sys, threading, types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-import pytest
+import pytest, torch, yaml
 
 from scir.alignment import Duel, length_controlled, preference, win_rate
-from scir.exports import SECTIONS, alpaca_annotations, alpaca_eval, answer_questions, mt_bench, rewardbench, usable_questions
-from scir.logprobs import encode_prompt, encode_turns
-from scir.model import tiny_model
-from scir.recipe import SamplingSpec
+from scir.data import load_pairs
+from scir.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
+                          mt_bench, origin, plain_chat, rewardbench, said_rate, usable_questions, whole_folder)
+from scir.logprobs import encode_prompt, encode_response, encode_turns
+from scir.model import for_scoring, load_base, load_tokenizer, tiny_model
+from scir.recipe import SamplingSpec, dump_recipe, load_recipe
 from scir.sample import generate
-from scir.store import Response, Score, read_json, read_rows, row_seed, write_json, write_rows
+from scir.store import Response, Score, read_json, read_rows, row_seed, write_json, write_rows, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TEXTS = [("Name a bird.", "Owl"), ("“é” ü ☃\u2028?", "naïve\n\n\"quoted\" \\ back"), ("3", "001"), ("Say null.", "null"), ("Empty", "")]
 
@@ -166,3 +172,281 @@ def test_questions_that_cannot_be_asked():
     assert usable_questions([*bad, ASKED[0]]) == ([ASKED[0]], {"no turns": 5})
     with pytest.raises(ValueError, match="none of 5 questions"): usable_questions(bad)
     with pytest.raises(ValueError, match="question_id 7 comes twice"): usable_questions([ASKED[0]] * 2)
+
+# models ---------------------------------------------------------------------
+
+NODE = "seed0/scir/m3"
+IDS = torch.tensor([[256, 5, 17, 99, 3, 42, 8]])
+
+def logits(model):
+    with torch.no_grad(): return model(IDS).logits
+
+@pytest.fixture
+def at_root(monkeypatch): monkeypatch.chdir(ROOT)  # the tiny recipe names its model from there
+
+@pytest.fixture(scope="module")
+def shared(tiny_run, tmp_path_factory):
+    "What a run's last model is exported to."
+    out, before = tmp_path_factory.mktemp("shared"), os.getcwd()
+    os.chdir(ROOT)
+    try: return {to: (out/to, make(str(tiny_run/NODE), out/to)) for to, make in (("adapter", export_adapter), ("merged", export_merged), ("dataset", export_dataset))}
+    finally: os.chdir(before)
+
+def test_an_adapter_loads_in_peft_without_us(shared, tiny_run, at_root):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+    (folder, made), recipe = shared["adapter"], load_recipe(tiny_run/"recipe.yaml")
+    theirs, ours = AutoPeftModelForCausalLM.from_pretrained(folder), for_scoring(recipe.model, tiny_run/NODE/"adapter")
+    assert torch.allclose(logits(theirs), logits(ours), atol=1e-5) and (logits(theirs) - logits(load_base(recipe.model))).abs().max() > .01
+    assert all((folder/f).read_bytes() == (tiny_run/NODE/"adapter"/f).read_bytes() for f in ("adapter_config.json", "adapter_model.safetensors"))
+    talk = [{"role": "user", "content": "Hi"}]
+    assert AutoTokenizer.from_pretrained(folder).apply_chat_template(talk, tokenize=False) == load_tokenizer(recipe.model).apply_chat_template(talk, tokenize=False)
+    assert made["files"] == sorted(f.name for f in folder.iterdir()) and "README.md" in made["files"]
+
+def test_a_merged_model_is_its_adapter(shared, tiny_run, at_root):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, made = shared["merged"]
+    ours = for_scoring(load_recipe(tiny_run/"recipe.yaml").model, tiny_run/NODE/"adapter")
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.dtype == torch.float32 and made["dtype"] == "float32" and (logits(theirs) - logits(ours)).abs().max() < 1e-4
+    assert AutoTokenizer.from_pretrained(folder).chat_template and not [f for f in made["files"] if f.startswith("adapter")]
+
+def test_merging_is_in_float32_over_whole_weights(make_policy, recipe, tmp_path):
+    "In bfloat16 small updates are lost one by one; over nf4 they would be added to the wrong weights."
+    adapted = make_policy(scale=.002)
+    adapted.save_pretrained(tmp_path)
+    whole = adapted.merge_and_unload().state_dict()
+    for change in ({"dtype": "bfloat16"}, {"quantize": "nf4", "dtype": "bfloat16"}, {"quantize": "nf4"}):
+        spec = recipe.model.model_copy(update=change)
+        found = merged(spec, tmp_path).state_dict()
+        assert found.keys() == whole.keys() and all(torch.equal(v, whole[k].to(getattr(torch, spec.dtype))) for k, v in found.items())
+
+def texts(folder): return {f.name: f.read_text() for f in Path(folder).rglob("*") if f.suffix in (".md", ".json", ".jinja")}
+
+@pytest.mark.parametrize("to, library, relation", [("adapter", "peft", "adapter"), ("merged", "transformers", "finetune")])
+def test_a_card_holds_the_runs_own_numbers(shared, tiny_run, to, library, relation):
+    from huggingface_hub import ModelCard
+    card, found = ModelCard.load(shared[to][0]/"README.md"), read_json(tiny_run/NODE/"evaluation"/"metrics.json")["sets"]
+    d = card.data
+    assert (d.license, d.base_model, d.base_model_relation, d.library_name, d.pipeline_tag) == ("apache-2.0", "tiny-random", relation, library, "text-generation")
+    assert {"scir", "dpo"} < set(d.tags) and d.datasets is None and d.model_name == "tiny-seed0-scir-m3"
+    kept = {r.metric_name.split(",")[0].replace(" ", "_"): (r.dataset_name, r.metric_type, r.metric_value) for r in d.eval_results}
+    assert set(kept) == {k for k in found["held-out"] if k.startswith(("accuracy", "inconsistency"))} and len(kept) > 5
+    for k, (name, kind, value) in kept.items(): assert name == "held-out" and kind == k.split("_")[0] and value == pytest.approx(found["held-out"][k]["value"], abs=1e-4)
+    for r in (r for m in found.values() for r in m.values() if isinstance(r, dict) and r.get("value") is not None): assert said_rate(r) in card.text
+    assert "| DPO's beta | 0.1 |" in card.text and "| iteration | M_3 |" in card.text and "| seed | 0 |" in card.text and "2502.08922" in card.text and "M_0, the base without adapter" in card.text
+    recipe = load_recipe(tiny_run/"recipe.yaml")
+    written = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert written["train"] == recipe.arm("scir").model_dump(mode="json") and written["lora"] == recipe.lora.model_dump(mode="json")
+    done = read_json(tiny_run/"manifest.json")["steps"][f"optimise:{NODE}"]["summary"]
+    assert f"{done['pairs']} pairs, {done['steps']} optimizer steps" in card.text and f"{done['retained']:.1%}" in card.text
+
+def test_the_code_on_the_card_runs(shared, at_root):
+    from huggingface_hub import ModelCard
+    for to in ("adapter", "merged"):
+        code = ModelCard.load(shared[to][0]/"README.md").text.split("```python\n")[1].split("```")[0]
+        known = {}
+        exec(code.replace(f'"{to}"', repr(str(shared[to][0]))), known)
+        assert logits(known["model"]).shape == (1, 7, len(known["tokenizer"]))
+
+def test_nothing_tells_where_it_was_made(shared, tiny_run):
+    for folder, _ in shared.values():
+        for name, text in texts(folder).items(): assert not any(p in text for p in (str(ROOT), str(tiny_run), str(tiny_run.parent), str(folder.parent), str(Path.home()) + "/", "local_files_only")), name
+
+@pytest.fixture
+def elsewhere(recipe, make_policy, tmp_path):
+    "A run whose model and data are somewhere on the machine; trained, not evaluated."
+    base = tmp_path/"secret-project"/"my-model"
+    load_base(recipe.model).save_pretrained(base)
+    load_tokenizer(recipe.model).save_pretrained(base)
+    d = recipe.data.model_copy(update={"prompts": (f"{tmp_path}/secret-project/ask.jsonl", "org/asked:filtered"), "pairs": ("../secret-project/known.csv", "other/known/default"), "labelled_sets": {"bench": ("allenai/reward-bench:filtered",)}})
+    run = tmp_path/"runs"/"mine"
+    write_text(run/"recipe.yaml", dump_recipe(recipe.model_copy(update={"name": "mine", "model": recipe.model.model_copy(update={"name": str(base)}), "data": d})))
+    make_policy().save_pretrained(run/"seed0/dice/m2/adapter")
+    return str(run/"seed0/dice/m2"), base
+
+def test_a_local_base_is_named_not_located(elsewhere, tmp_path):
+    model, base = elsewhere
+    for to, make in (("adapter", export_adapter), ("merged", export_merged)):
+        made = make(model, tmp_path/"out"/to)
+        said = {k: v for k, v in texts(tmp_path/"out"/to).items() if k != "adapter_config.json"}  # peft finds the base by it
+        assert made["licence"] == "unknown" and not any(str(tmp_path) in t or "secret-project" in t for t in said.values())
+        assert "base_model: my-model\n" in said["README.md"] and "license: unknown\n" in said["README.md"] and "It was not evaluated." in said["README.md"]
+        assert "- org/asked\n- other/known\n" in said["README.md"] and "ask.jsonl" in said["README.md"] and "model-index" not in said["README.md"] and "- dice\n" in said["README.md"]
+
+def test_the_licence_is_the_bases_or_the_one_asked_for(elsewhere, tmp_path):
+    model, base = elsewhere
+    spec = origin(model).recipe.model
+    assert lineage(spec) == {"base_model": "my-model"}
+    write_text(base/"README.md", "---\nlicense: other\nlicense_name: my-terms\nlicense_link: https://example.com/terms\nmodel-index: broken\n---\n# It")
+    write_text(base/"LICENSE.txt", "terms")
+    assert lineage(spec) == {"base_model": "my-model", "license": "other", "license_name": "my-terms", "license_link": "https://example.com/terms"}
+    assert export_merged(model, tmp_path/"a")["licence"] == "other" and "license_name: my-terms" in texts(tmp_path/"a")["README.md"] and (tmp_path/"a"/"LICENSE.txt").read_text() == "terms"
+    assert export_adapter(model, tmp_path/"b", "mit")["licence"] == "mit" and "my-terms" not in texts(tmp_path/"b")["README.md"]
+    assert lineage(spec.model_copy(update={"name": "nobody/has-this"})) == {"base_model": "nobody/has-this"}
+
+def test_nf4_and_bfloat16_are_said(elsewhere):
+    o = origin(elsewhere[0])
+    o = Origin(o.run, o.node, o.recipe.model_copy(update={"model": o.recipe.model.model_copy(update={"name": "org/base", "revision": "v2", "quantize": "nf4", "dtype": "bfloat16"})}))
+    card = model_card(o, "merged", "me/x")
+    assert card.data.base_model == "org/base" and "revision v2" in card.text and "trained over nf4" in card.text and "saved in bfloat16" in card.text and 'from_pretrained("me/x")' in card.text
+    assert "machine" not in model_card(o, "adapter", "me/x").text and "nf4" in model_card(o, "adapter", "me/x").text
+
+@pytest.mark.parametrize("judge, said", [("reward:/home/me/secret/reward-model", "reward-model"), ("http://10.0.0.7:8000/v1", "a model behind a server"), ("org/judge", "org/judge")])
+def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
+    from scir.exports import won
+    for f in ("recipe.yaml", f"{NODE}/evaluation/metrics.json"): write_text(tmp_path/f, (tiny_run/f).read_text())
+    assert won(origin(str(tmp_path/NODE))) == ""
+    write_json(tmp_path/NODE/"alignment"/"metrics.json", {"win_rate": .4, "win_rate_low": .3, "win_rate_high": .52, "win_rate_n": 37, "judge": judge, "reference": "m1"})
+    text = model_card(origin(str(tmp_path/NODE)), "merged", "x").text
+    assert f"Win rate against the answers of M_1: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text and "secret" not in text and "10.0.0.7" not in text
+
+def test_a_base_models_template_is_exported(any_tokenizer):
+    import copy
+    t = copy.deepcopy(any_tokenizer)
+    t.chat_template = None
+    chat = lambda turns, system: ([{"role": "system", "content": system}] if system else []) + [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(turns)]
+    cases = [(turns, system) for turns in (TALK[:1], TALK[:3], TALK) for system in (None, "Be brief.")]
+    plain = [encode_turns(t, *c) for c in cases]
+    t.chat_template = plain_chat()
+    for c, ids in zip(cases, plain):
+        assert t.apply_chat_template(chat(*c), add_generation_prompt=True, return_dict=False) == ids
+        answered = t.apply_chat_template([*chat(*c), {"role": "assistant", "content": "An owl."}], return_dict=False)
+        assert answered == ids + encode_response(t, "An owl.")
+
+# preferences ----------------------------------------------------------------
+
+def loaded(folder, cache):
+    from datasets import load_dataset
+    return load_dataset(str(folder), split="train", cache_dir=str(cache))
+
+def test_a_preference_set_comes_back(shared, tiny_run, tmp_path):
+    from huggingface_hub import DatasetCard
+    folder, made = shared["dataset"]
+    rows, back = read_rows(tiny_run/NODE/"preferences.jsonl"), loaded(folder, tmp_path).to_list()
+    assert len(rows) == made["rows"] > 0 and [(r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"], r["id"]) for r in back] == [(r["prompt"], r["chosen"], r["rejected"], r["id"]) for r in rows]
+    assert {m["role"] for r in back for m in r["prompt"]} == {"user"} and {m["role"] for r in back for k in ("chosen", "rejected") for m in r[k]} == {"assistant"}
+    scores = {s.id: s for s in read_rows(tiny_run/"seed0/scir/m2"/"scores.jsonl", Score)}
+    for r in back:
+        s = scores[r["id"]]
+        assert [abs(r[f"margin_{k}"]) for k in s.margins] == [abs(m) for m in s.margins.values()] and all(r[f"margin_{k}"] > 0 for k in s.margins)  # all agree with the choice
+    d = DatasetCard.load(folder/"README.md").data
+    assert d.license == "unknown" and d.size_categories == ["n<1K"] and {f["name"] for f in d.dataset_info["features"]} == set(back[0])
+    pairs, dropped = load_pairs(str(folder/"data"/"train.parquet"))
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [(r["prompt"], r["chosen"], r["rejected"]) for r in rows] and not any(dropped.values())
+
+def test_agreed_pairs_of_a_warm_start(tiny_run, tmp_path, at_root):
+    file = tiny_run/"seed0/m1/agreed.jsonl"
+    made = export_dataset(str(file), tmp_path/"agreed", "cc-by-4.0")
+    rows, back = read_rows(file), loaded(tmp_path/"agreed", tmp_path).to_list()
+    assert made["licence"] == "cc-by-4.0" and [[r["margin_generative"], r["margin_implicit"]] for r in back] == [[r["margin_generative"], r["margin_implicit"]] for r in rows] and "confidence" not in back[0]
+    assert "this model's own answers" in (tmp_path/"agreed"/"README.md").read_text()
+
+def test_replayed_pairs_and_sides(tiny_run, tmp_path):
+    "A pair chosen on side b, and one that no model scored."
+    import shutil
+    run = tmp_path/"tiny"
+    for f in ("recipe.yaml", "manifest.json", "seed0/m1/scores.jsonl"): write_text(run/f, (tiny_run/f).read_text())
+    s = read_rows(run/"seed0/m1/scores.jsonl", Score)[0]
+    write_rows(run/"seed0/srlm/m2/preferences.jsonl", [{"id": s.id, "prompt": s.prompt, "chosen": s.response_b, "rejected": s.response_a, "confidence": 1.0}, {"id": "q1", "prompt": "2+2?", "chosen": "4", "rejected": "5", "confidence": 1.0}])
+    export_dataset(str(run/"seed0/srlm/m2"), tmp_path/"out")
+    first, second = loaded(tmp_path/"out", tmp_path)
+    assert [first[f"margin_{k}"] for k in s.margins] == [-m for m in s.margins.values()] and second["margin_implicit"] is None
+    said = (tmp_path/"out"/"README.md").read_text()
+    assert "2 preference pairs. 1 are the previous model's own answers" in said and "that the judge preferred" in said and "1 are labelled seed pairs from data/pairs.jsonl" in said
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_trains_on_it_as_it_is(shared, tiny_run, tmp_path, at_root):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+    folder, pairs = shared["merged"][0], loaded(shared["dataset"][0], tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    args = DPOConfig(output_dir=str(tmp_path/"out"), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, learning_rate=1e-3, save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False)
+    trainer = DPOTrainer(AutoModelForCausalLM.from_pretrained(folder), args=args, train_dataset=pairs, processing_class=tokenizer)
+    row, seen = pairs[0], trainer.train_dataset[0]
+    answer = encode_response(tokenizer, row["chosen"][0]["content"])
+    assert seen["prompt_ids"] == encode_prompt(tokenizer, row["prompt"][0]["content"]) and seen["chosen_ids"][:len(answer)] == answer
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.state.global_step == 1 and any(not torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+# folders and the hub --------------------------------------------------------
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(RuntimeError):
+        with whole_folder(tmp_path/"new"/"x") as tmp:
+            write_text(tmp/"f", "half")
+            raise RuntimeError
+    assert not list((tmp_path/"new").iterdir())
+    (tmp_path/"empty").mkdir()
+    with whole_folder(tmp_path/"empty") as tmp: write_text(tmp/"f", "whole")
+    assert (tmp_path/"empty"/"f").read_text() == "whole"
+    write_text(tmp_path/"file", "mine")
+    for taken in ("empty", "file"):
+        with pytest.raises(ValueError, match="name a new or an empty folder"):
+            with whole_folder(tmp_path/taken): pass
+    assert (tmp_path/"file").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == ["empty", "file", "new"]
+
+def test_what_cannot_be_exported(tiny_run, tmp_path, at_root):
+    (tmp_path/"adapter").mkdir()
+    write_text(tmp_path/"run"/"recipe.yaml", (tiny_run/"recipe.yaml").read_text())
+    write_rows(tmp_path/"run"/"seed0/srlm/m2"/"preferences.jsonl", [])
+    for model, words in (("data/models/tiny-random", "not a run's model"), (tiny_run/"seed0/m0", "M_0 is the base model itself"), (tiny_run/"seed0/scir/m9", "no adapter there"), (tmp_path/"adapter", "not a run's model")):
+        for make in (export_adapter, export_merged):
+            with pytest.raises((ValueError, FileNotFoundError), match=words): make(str(model), tmp_path/"out")
+    for model, words in ((tiny_run/"seed0/m1", "name the agreed.jsonl"), (tiny_run/"seed0/m1/scores.jsonl", "preferences.jsonl or agreed.jsonl"), (tmp_path/"run"/"seed0/srlm/m2", "no pair in it")):
+        with pytest.raises(ValueError, match=words): export_dataset(str(model), tmp_path/"out")
+    assert not (tmp_path/"out").exists() and origin(str(tiny_run/NODE/"adapter")) == origin(str(tiny_run/NODE))
+
+@pytest.fixture
+def hub():
+    "As much of the hub as an upload asks for; what it is sent stays in `asked`."
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body, where = self.rfile.read(int(self.headers["content-length"])).decode(), f"http://127.0.0.1:{server.server_port}/datasets/me/pairs"
+            asked.append((self.path, self.headers.get("authorization"), body))
+            if server.refuse and "create" in self.path: return self.say(server.refuse, {"error": "no"})
+            if "preupload" in self.path: return self.say(200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in json.loads(body)["files"]]})
+            self.say(200, {"url": where, "name": "me/pairs", "commitUrl": f"{where}/commit/1", "commitOid": "1" * 40, "success": True, "hookOutput": ""})
+        def do_GET(self): self.say(404, {})
+        def say(self, status, answer):
+            data = json.dumps(answer).encode()
+            self.send_response(status)
+            for k, v in (("content-type", "application/json"), ("content-length", str(len(data)))): self.send_header(k, v)
+            self.end_headers()
+            self.wfile.write(data)
+        def log_message(self, *a): pass
+    asked, server = [], ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.refuse = None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, asked
+    server.shutdown()
+
+def scir_export(tmp_path, port, *args, token="hf_made_up_token"):
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")} | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path/"home"), "OMP_NUM_THREADS": "1"} | ({"HF_TOKEN": token} if token else {})
+    return subprocess.run([str(Path(sys.executable).parent/"scir"), "export", *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
+
+def test_a_push_creates_a_private_repository_and_sends_the_folder(hub, tiny_run, tmp_path):
+    server, asked = hub
+    done = scir_export(tmp_path, server.server_port, tiny_run/NODE, "--to", "dataset", "--out", tmp_path/"pairs", "--licence", "mit", "--push", "me/pairs", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["pushed"].endswith("/datasets/me/pairs/commit/1") and told["licence"] == "mit" and told["folder"] == str(tmp_path/"pairs")
+    path, token, body = next(a for a in asked if "create" in a[0])
+    assert [a[0] for a in asked].index("/api/validate-yaml") < [a[0] for a in asked].index(path) and token == "Bearer hf_made_up_token"
+    assert {"name": "pairs", "organization": "me", "type": "dataset"}.items() <= json.loads(body).items() and '"private"' in body and '"private":false' not in body.replace(" ", "")
+    sent = {v["path"]: base64.b64decode(v["content"]) for line in next(b for p, _, b in asked if "/api/datasets/me/pairs/commit/main" in p).splitlines() if (v := json.loads(line)["value"]) and "path" in v}
+    assert sent == {f: (tmp_path/"pairs"/f).read_bytes() for f in ("README.md", "data/train.parquet")} and b'load_dataset("me/pairs"' in sent["README.md"]
+
+def test_a_push_that_is_refused_says_what_to_do(hub, tiny_run, tmp_path):
+    server, asked = hub
+    server.refuse = 401
+    done = scir_export(tmp_path, server.server_port, tiny_run/NODE, "--to", "dataset", "--out", tmp_path/"pairs", "--push", "me/pairs")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("scir: --push me/pairs: the hub does not know the token; run `hf auth login`") and (tmp_path/"pairs"/"README.md").exists()
+
+def test_a_push_that_cannot_work_is_refused_before_anything_is_made(tiny_run, monkeypatch, at_root):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for to, name, words in (("merged", "me/x", "no token for the hub; run `hf auth login`"), ("merged", "x", "write it as OWNER/NAME"), ("merged", "me/x y", "--push me/x y"), ("adapter", "me/x", "tiny-random, is a folder of this machine")):
+        with pytest.raises(ValueError, match=words): check_push(str(tiny_run/NODE), to, name)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    check_push(str(tiny_run/NODE), "merged", "me/x")
