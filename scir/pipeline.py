@@ -507,6 +507,8 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
 def check_recipe(recipe:Recipe)->None:
     "Raise RecipeError for what would otherwise fail after hours: unknown reward models, arms that need one that is not there."
     from scir.rewards import REWARDS
+    from scir.trainer import check_trackers
+    check_trackers(recipe.report_to)
     if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
     if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
     for arm in recipe.arms:
