@@ -66,6 +66,7 @@ def accuracies(d:pd.DataFrame, names:list, speaking:list)->dict: # name -> rate,
     if len(speaking) == len(names): out |= {"accuracy_agreed": grouped(d[d.agree][f"right_{names[0]}"], d[d.agree].prompt), "accuracy_mean": grouped(d.right_mean_margin, d.prompt)}
     return out
 
+# %% ../nbs/13_consistency.ipynb #0f009d99
 def grouped(hits, prompts, level:float=0.95)->dict: # value, low, high, n, prompts
     "A share with Wilson's interval; where a prompt comes more than once (pairs, seeds), for the number of pairs that their spread over prompts is worth, with Student's quantile. None for an empty sample."
     hits, n = np.asarray(hits, float), len(hits)

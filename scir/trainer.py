@@ -125,6 +125,7 @@ def optimizer_steps(pairs:int, epochs:float, batch:int)->int:
     "Optimizer steps in `epochs` passes."
     return max(1, math.ceil(epochs * pairs / batch))
 
+# %% ../nbs/08_trainer.ipynb #dc9e19f9
 class Seal(TrainerCallback):
     "Note in every checkpoint, once it is on the disk, which files it has and how large they are."
     def on_save(self, args, state, control, **kw):
@@ -146,6 +147,7 @@ def last_checkpoint(folder:Path)->str|None:
             shutil.rmtree(each)
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
+# %% ../nbs/08_trainer.ipynb #6a3b4500
 def fit(model, tokenizer, pairs:list, loss_of, recipe, folder, args:TrainingArguments)->list: # log lines
     "Train, resuming from a checkpoint in `folder` if there is one; writes adapter/ and metrics.jsonl."
     folder = Path(folder)
