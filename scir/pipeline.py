@@ -410,7 +410,7 @@ def quiet()->None:
     from transformers.utils import logging as hf
     hf.set_verbosity_error()
     hf.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"): logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")
 
@@ -513,12 +513,14 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
 
 # %% ../nbs/20_pipeline.ipynb #ed7f6c5e
 def check_recipe(recipe:Recipe)->None:
-    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, arms that need one that is not there."
+    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, trackers that are not there, arms that need a model that is not named."
     from scir.rewards import REWARDS
-    from scir.trainer import check_trackers
-    check_trackers(recipe.report_to)
     if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
     if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
+    if recipe.report_to:
+        quiet()
+        from scir.trainer import check_trackers
+        check_trackers(recipe.report_to)
     for arm in recipe.arms:
         label = recipe.arm(arm).label if arm != "sft" else None
         if label in REWARDS and label not in recipe.rewards: raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not among rewards")

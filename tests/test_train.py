@@ -286,6 +286,11 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_done(run, monkey
         with pytest.raises(RecipeError, match=says) as e: go()
         assert "\n" not in str(e.value)
 
+def test_a_misspelt_tracker_is_one_line():
+    from test_pipeline import scir
+    done = scir("run", "recipes/tiny.yaml", "--set", "report_to=tensorbord")
+    assert done.returncode == 1 and done.stderr.startswith("scir: report_to: tensorbord") and len(done.stderr.splitlines()) == 1
+
 def test_no_stage_depends_on_trackers(recipe):
     tracked = parse_recipe(recipe.model_dump() | {"report_to": "tensorboard"})
     assert tracked.report_to == ("tensorboard",) and tracked != recipe
