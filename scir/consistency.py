@@ -66,6 +66,7 @@ def accuracies(d:pd.DataFrame, names:list, speaking:list)->dict: # name -> rate,
     if len(speaking) == len(names): out |= {"accuracy_agreed": grouped(d[d.agree][f"right_{names[0]}"], d[d.agree].prompt), "accuracy_mean": grouped(d.right_mean_margin, d.prompt)}
     return out
 
+# %% ../nbs/13_consistency.ipynb #0f009d99
 def grouped(hits, prompts, level:float=0.95)->dict: # value, low, high, n, prompts
     "A share with Wilson's interval; where a prompt comes more than once (pairs, seeds), for the number of pairs that their spread over prompts is worth, with Student's quantile. None for an empty sample."
     hits, n = np.asarray(hits, float), len(hits)
@@ -95,7 +96,7 @@ def sign_flip(each:np.ndarray)->float:
 def by_quantile(d:pd.DataFrame, column:str, bins:int=4)->pd.DataFrame:
     "Inconsistency rate in quantile bins of `column`."
     cut = pd.qcut(d[column], min(bins, d[column].nunique()), duplicates="drop")
-    rows = [{column: f"{k.left:.3g} to {k.right:.3g}", **grouped(~g.agree, g.prompt)} for k, g in d.groupby(cut, observed=True)]
+    rows = [{column: f"{max(k.left, d[column].min()):.3g} to {k.right:.3g}", **grouped(~g.agree, g.prompt)} for k, g in d.groupby(cut, observed=True)]
     return pd.DataFrame(rows)
 
 # %% ../nbs/13_consistency.ipynb #8160698c
@@ -147,14 +148,13 @@ def plot_joint(scores:list, title:str, ax=None):
 UNITS = {"confidence": "confidence of the surer model, probability", "length_difference": "length difference of the pair, tokens"}
 
 def plot_rates(table:pd.DataFrame, column:str, ax=None):
-    "Bars of inconsistency with their intervals, sample sizes written in."
+    "Bars of inconsistency with their intervals; sample sizes stand below, where a bar of no height has one too."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.6, 3.2))[1]
     x = np.arange(len(table))
     ax.bar(x, table.value, color=BLUE, yerr=[table.value - table.low, table.high - table.value], capsize=4, ecolor=GREY)
-    for i, n in enumerate(table.n): ax.text(i, .02, f"n={n}", ha="center", color="white", fontsize=8)
     ax.set(xticks=x, ylim=(0, 1), xlabel=UNITS.get(column, column), ylabel="inconsistency rate, 95% interval")
-    ax.set_xticklabels(table[column], fontsize=8, rotation=15)
+    ax.set_xticklabels([f"{where}\nn={n}" for where, n in zip(table[column], table.n)], fontsize=8)
     return ax
 
 # %% ../nbs/13_consistency.ipynb #5a8321b8

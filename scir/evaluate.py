@@ -96,6 +96,7 @@ def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None, split:
     pairs, too_long = labelled_pairs(tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side)
     return pairs, dropped | too_long
 
+# %% ../nbs/15_evaluate.ipynb #f097904f
 def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=None, limit:int|None=None, split:str|None=None)->dict: # metrics
     "Score a labelled file, or one split of it, with a model's internal reward models; writes `out` as Parquet, a row per pair. An interrupted try is continued."
     recipe, adapter = resolve(model, recipe)

@@ -58,6 +58,7 @@ def _frame(tokenizer, turns, fields, system):
     if tokenizer.chat_template is None and bos is not None and ids[0][:1] != [bos]: ids[0] = [bos] + ids[0]
     return ids
 
+# %% ../nbs/04_logprobs.ipynb #1b04582b
 def encode_text(tokenizer,
                 text:str, # anything a user or a model wrote
                )->list: # token ids, none of them special
@@ -196,6 +197,7 @@ def _read(anchor, model, rows, wanted):
     hidden = hidden_states(model, rows)
     return torch.cat([hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()])
 
+# %% ../nbs/04_logprobs.ipynb #7b40293f
 def hidden_at(model,
               seqs:list, # B lists of ids
               wanted:list, # B lists of positions

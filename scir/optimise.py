@@ -94,7 +94,7 @@ def train(model, tokenizer, pairs:list, recipe:Recipe, folder:Path, seed:int)->l
 def unchanged(arm:str, parent:Path, folder:Path)->dict: # summary
     "M_{t+1} is M_t: the arm found no pair to train on."
     print(f"arm {arm}: no pair to train on, the model stays as it is", flush=True)
-    shutil.rmtree(folder/"adapter", ignore_errors=True)
+    for name in ("adapter", "tracking"): shutil.rmtree(folder/name, ignore_errors=True)
     shutil.copytree(parent/"adapter", folder/"adapter")
     for name in ("metrics.jsonl", "preferences.jsonl"): write_rows(folder/name, [])
     return {"pairs": 0, "replayed": 0, "steps": 0, "retained": 0.0, "final": None}

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS', 'FUNCTIONS', 'SECTIONS', 'PACKAGES', 'LITTER',
            'Stage', 'Step', 'plan', 'needed', 'direct_imports', 'stage_functions', 'imported', 'code_hashes',
-           'check_code', 'read_fields', 'sources_of', 'source_hashes', 'models_of', 'inputs', 'fingerprint', 'State',
-           'state', 'differences', 'busy', 'finished', 'provenance', 'start_manifest', 'write_manifest', 'record',
-           'note_failure', 'now', 'root', 'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone',
-           'begin', 'reason', 'work', 'do', 'check_recipe', 'notebook_of', 'shown', 'execute', 'make_models',
-           'say_shipped', 'run_recipe']
+           'check_code', 'read_fields', 'sources_of', 'source_hashes', 'models_of', 'notebook_hash', 'inputs',
+           'fingerprint', 'State', 'state', 'differences', 'busy', 'finished', 'provenance', 'start_manifest',
+           'write_manifest', 'record', 'note_failure', 'now', 'root', 'notebook_folder', 'quiet', 'settled', 'open_run',
+           'check_owner', 'alone', 'begin', 'reason', 'work', 'do', 'check_recipe', 'notebook_of', 'shown', 'execute',
+           'make_models', 'say_shipped', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, json, os, platform, shutil, subprocess, sys, time
@@ -72,6 +72,7 @@ def _label(recipe, run, node):
     write_rows(run/node/"rewards.jsonl", rows)
     return summary
 
+# %% ../nbs/20_pipeline.ipynb #fffee67a
 def _consistency(recipe, run, node):
     from scir.consistency import analyse
     return analyse(run/node)
@@ -110,6 +111,7 @@ def _report(recipe, run, node):
     from scir.report import report
     return {name: f"report/{name}" for name in report(run)}
 
+# %% ../nbs/20_pipeline.ipynb #4ab92832
 class Stage(NamedTuple):
     "What a stage reads and writes; paths are relative to the run directory, sources are the recipe's data fields."
     notebook: str
@@ -148,6 +150,7 @@ def _aligned(recipe, node):
     "Whether a model has duels: where a judge is named, and not for M_1 against itself."
     return bool(recipe.alignment.judge) and (recipe.alignment.reference != "m1" or node_parts(node)[2] != 1)
 
+# %% ../nbs/20_pipeline.ipynb #c8afe11d
 LABELLED = ("data.pairs", "data.labelled_sets", "data.max_prompt_tokens", "data.max_response_tokens")
 POOL = ("data.prompts", "data.pairs", "data.labelled_sets", "data.held_out_prompts", "data.prompt_limit", "data.max_prompt_tokens")
 IMPLICIT = ("train.beta", "train.length_normalise")
@@ -248,6 +251,7 @@ def check_code(stage:str)->None:
     now = {m: hash_path(CODE/f"{m}.py") for m in needed if m in LOADED} | {f"pipeline, {stage}": stage_functions().get(f"_{stage}")}
     if changed := [f"scir.{m}" for m in needed if now[m] != needed[m]]: raise RuntimeError(f"the code of {'; '.join(changed)} changed since this process started; start it again")
 
+# %% ../nbs/20_pipeline.ipynb #b401b9df
 def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
     "The values of `names` (sections or section.field) in a recipe."
     out, whole = {}, recipe.model_dump(mode="json")
@@ -273,6 +277,10 @@ def models_of(fields:dict)->list:
     named = fields.get("model", {}).get("name"), fields.get("labels", {}).get("external"), (fields.get("alignment", {}).get("judge") or "").removeprefix("reward:")
     return [m for m in named if m]
 
+def notebook_hash(path:Path)->str:
+    "Hash of a notebook's code, whatever its prose and its stored outputs say; 'absent' when it is not there."
+    return digest(["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "code"]) if path.exists() else "absent"
+
 def inputs(recipe:Recipe, run:Path, step:Step)->dict: # "field train.beta" -> value; "data", "file", "code", "notebook" and a name -> hash
     "All that decides whether a step must be done again."
     stage = STAGES[step.stage]
@@ -281,13 +289,12 @@ def inputs(recipe:Recipe, run:Path, step:Step)->dict: # "field train.beta" -> va
     fields = read_fields(recipe, stage.fields + replay)
     flat = {f"{k}.{leaf}" if leaf else k: v for k, whole in fields.items() for leaf, v in (whole.items() if k in SECTIONS else [("", whole)])}
     found = {"field": {k: v if len(str(v)) < 60 else digest(v) for k, v in flat.items()}, "data": source_hashes(fields), "file": {f: hash_path(run/f) for f in stage.reads(recipe, step.node)},
-             "code": code_hashes(step.stage), "notebook": {stage.notebook: hash_path(notebook_folder()/f"{stage.notebook}.ipynb")}}
+             "code": code_hashes(step.stage), "notebook": {stage.notebook: notebook_hash(notebook_folder()/f"{stage.notebook}.ipynb")}}
     return {f"{kind} {name}": v for kind, named in found.items() for name, v in named.items()}
 
 def fingerprint(recipe:Recipe, run:Path, step:Step)->str:
     "`inputs` as one hash."
     return digest(inputs(recipe, run, step))
-
 
 # %% ../nbs/20_pipeline.ipynb #1867664f
 class State(NamedTuple):
@@ -353,6 +360,7 @@ def provenance()->dict:
     return {"versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES}, "commit": _commit(),
             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}}
 
+# %% ../nbs/20_pipeline.ipynb #9c42cdbb
 def start_manifest(recipe:Recipe, run:Path)->dict:
     "Create or refresh the run's manifest; steps already recorded stay."
     known = read_json(run/"manifest.json", {})
@@ -413,7 +421,7 @@ def quiet()->None:
     from transformers.utils import logging as hf
     hf.set_verbosity_error()
     hf.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"): logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")
 
@@ -516,10 +524,14 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
 
 # %% ../nbs/20_pipeline.ipynb #ed7f6c5e
 def check_recipe(recipe:Recipe)->None:
-    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, arms that need one that is not there."
+    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, trackers that are not there, arms that need a model that is not named."
     from scir.rewards import REWARDS
     if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
     if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
+    if recipe.report_to:
+        quiet()
+        from scir.trainer import check_trackers
+        check_trackers(recipe.report_to)
     for arm in recipe.arms:
         label = recipe.arm(arm).label if arm != "sft" else None
         if label in REWARDS and label not in recipe.rewards: raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not among rewards")

@@ -657,6 +657,7 @@ def caption(figure:str)->str:
     "What a figure shows, by its file's name: KIND, KIND_SET and with several runs RUN-KIND_SET."
     return next(text for kind, text in DRAWN.items() if figure.split(":")[-1].startswith(kind))
 
+# %% ../nbs/18_report.ipynb #2110ac1a
 def document(made:dict, text:str, drawn:list)->str:
     "Figures, words and tables as one Markdown page; the paper's figure first. `drawn` holds (file, figure's name, run or '')."
     shown = (("Inconsistency", "inconsistency"), ("Reward modelling", "reward_models"), ("Alignment", "alignment"), ("Ablation", "ablation"), ("scir against the others, same pairs", "comparisons"), ("Reported elsewhere, not measured here", "reported"))

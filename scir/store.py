@@ -97,6 +97,7 @@ def write_text(path, text:str)->None:
     "Write a small text file atomically."
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
+# %% ../nbs/01_store.ipynb #236544ad
 SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 
 def hide_secrets(text:str)->str:
@@ -130,6 +131,7 @@ def read_rows(path, kind:type=dict)->list:
         except ValueError as e: raise ValueError(f"{path}, line {n}: not a {kind.__name__} row: {' '.join(str(e).split())[:200]}") from None
     return out
 
+# %% ../nbs/01_store.ipynb #0ce522fb
 def unfinished(path)->Path:
     "Where the rows of a JSONL file stand until all are there."
     return Path(path).with_suffix(".partial.jsonl")

@@ -202,6 +202,8 @@ def test_a_tie_is_a_contradiction_and_no_hit():
 @pytest.mark.parametrize("column", ["confidence", "length_difference"])
 def test_quantile_bins_hold_every_pair(column):
     assert by_quantile(frame(SCORES), column).n.sum() == 4 and by_quantile(frame(SCORES[:2] * 3), "length_difference").n.tolist() == [6]
+    d = frame(SCORES)
+    assert by_quantile(d, column)[column][0].startswith(f"{d[column].min():.3g} to ")  # not just below the least, where quantiles begin
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_no_rows(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch, value):

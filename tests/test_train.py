@@ -4,7 +4,9 @@ import pytest, torch
 from safetensors.torch import load_file
 
 from scir.model import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
-from scir.optimise import assert_reference, pair_loss
+from scir.optimise import assert_reference, pair_loss, unchanged
+from scir.pipeline import STAGES, check_recipe, read_fields
+from scir.recipe import RecipeError, parse_recipe
 from scir.rewards import View
 from scir.score import score, set_reference
 from scir.trainer import PairTrainer, arguments, fit, save_adapter
@@ -19,11 +21,11 @@ def close(a, b, atol=1e-6): return a.keys() == b.keys() and all(torch.allclose(a
 @pytest.fixture
 def run(make_policy, tokenizer, pairs, recipe, tmp_path):
     "Train a fresh policy in `folder` and give the folder back."
-    def go(name, steps=2, batch_size=8, scale=.05, loss=None, lora=recipe.lora, rate=1e-2, reference=True, **kw):
+    def go(name, steps=2, batch_size=8, scale=.05, loss=None, lora=recipe.lora, rate=1e-2, reference=True, report_to=(), **kw):
         model, folder = make_policy(scale, lora=lora), tmp_path/name
         if reference: set_reference(model, pairs, 4096)
         folder.mkdir(exist_ok=True)
-        fit(model, tokenizer, pairs, loss or (lambda view: pair_loss(view, recipe.train)), recipe, folder,
+        fit(model, tokenizer, pairs, loss or (lambda view: pair_loss(view, recipe.train)), recipe.model_copy(update={"report_to": report_to}), folder,
             arguments(folder/"checkpoints", 0, steps=steps, batch_size=batch_size, learning_rate=rate, **kw))
         return folder
     return go
@@ -232,3 +234,64 @@ def test_adapters_of_two_processes_are_the_same_bytes(make_policy, tmp_path):
     assert len(names) == 7 and names == sorted(names)
 
 def test_log_lines_have_their_fields_in_order(run): assert all(list(l) == sorted(l) for l in lines(run("x")))
+
+# trackers -----------------------------------------------------------------
+
+def events(folder):
+    "Scalars by step, as TensorBoard shows them."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    read, out = EventAccumulator(str(folder/"tracking")).Reload(), {}
+    for tag in read.Tags()["scalars"]:
+        for e in read.Scalars(tag): out.setdefault(e.step, []).append((tag.removeprefix("train/"), e.value))
+    return out
+
+def are_our_lines(folder):
+    found, ours = events(folder), lines(folder)
+    assert sorted(found) == [l["step"] for l in ours] == list(range(1, len(ours) + 1))
+    for line in ours:
+        expected = {k: v for k, v in line.items() if k not in ("step", "epoch")}  # the epoch is said once more at the end
+        seen = [(k, v) for k, v in found[line["step"]] if k in expected]
+        assert len(seen) == len(dict(seen)) and dict(seen) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert {"loss_dpo", "loss_consistency", "loss_confidence", "retained", "margin", "inconsistency", "abs_margin_generative", "abs_margin_implicit"} < expected.keys()
+
+def test_a_tracker_sees_our_lines_and_changes_no_byte(run, recipe):
+    options = dict(steps=4, batch_size=2, lora=recipe.lora.model_copy(update={"dropout": .2}))
+    plain, tracked = run("plain", **options), run("tracked", report_to=("tensorboard",), **options)
+    are_our_lines(tracked)
+    assert sorted(p.name for p in tracked.iterdir()) == ["adapter", "metrics.jsonl", "tracking"] and not (plain/"tracking").exists()
+    for f in ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"): assert (plain/f).read_bytes() == (tracked/f).read_bytes()
+
+def test_a_tracker_sees_every_step_once_after_a_kill_and_nothing_of_an_earlier_run(run, recipe):
+    calls = []
+    def dying(view):
+        calls.append(1)
+        if len(calls) == 6: raise Killed
+        return pair_loss(view, recipe.train)
+    options = dict(steps=7, batch_size=2, save_steps=3, report_to=("tensorboard",))
+    with pytest.raises(Killed): run("x", loss=dying, **options)
+    assert sorted(events((folder := run("x", loss=dying, **options)))) == list(range(1, 8))
+    are_our_lines(folder)
+    are_our_lines(run("x", **options | {"steps": 2}))
+
+def test_a_model_that_stays_has_no_tracked_steps(run):
+    folder = run("x", report_to=("tensorboard",))
+    shutil.copytree(folder, folder.with_name("y"))
+    unchanged("scir", folder, folder.with_name("y"))
+    assert not (folder.with_name("y")/"tracking").exists() and (folder/"tracking").exists()
+
+@pytest.mark.parametrize("name, says", [("tensorbord", "trackers that transformers knows: .*tensorboard"), ("azure_ml", "pip install azureml-core$"), ("wandb", "pip install wandb$")])
+def test_a_tracker_that_is_not_there_is_said_before_anything_is_done(run, monkeypatch, name, says):
+    monkeypatch.setattr("scir.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
+    for go in (lambda: check_recipe(parse_recipe({"report_to": name})), lambda: run("x", report_to=(name,), loss=lambda view: pytest.fail("it trained"))):
+        with pytest.raises(RecipeError, match=says) as e: go()
+        assert "\n" not in str(e.value)
+
+def test_a_misspelt_tracker_is_one_line():
+    from test_pipeline import scir
+    done = scir("run", "recipes/tiny.yaml", "--set", "report_to=tensorbord")
+    assert done.returncode == 1 and done.stderr.startswith("scir: report_to: tensorbord") and len(done.stderr.splitlines()) == 1
+
+def test_no_stage_depends_on_trackers(recipe):
+    tracked = parse_recipe(recipe.model_dump() | {"report_to": "tensorboard"})
+    assert tracked.report_to == ("tensorboard",) and tracked != recipe
+    for s in STAGES.values(): assert read_fields(tracked, s.fields) == read_fields(recipe, s.fields)
