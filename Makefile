@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test test-faults interruptions faults bench docs test-docs export clean
+.PHONY: demo test test-faults test-wheel interruptions faults bench docs test-docs export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -23,6 +23,14 @@ interruptions:
 
 faults:
 	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
+
+test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from the checkout: about three minutes
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	cd $$(mktemp -d) && export PATH=$(CURDIR)/build/wheel/venv/bin:$$PATH && scir doctor --recipe recipes/tiny.yaml && scir run recipes/tiny.yaml && scir verify data/runs/tiny
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
 	TQDM_DISABLE=1 $(BIN)/python -m scir.bench --json $(or $(JSON),data/bench.json)

@@ -142,8 +142,7 @@ def opened(run:Path, recipe:Path|None=None, setting:tuple|list=())->tuple: # Rec
     quiet()
     if not (run/"recipe.yaml").exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory")
     loaded, run = load_recipe(recipe or run/"recipe.yaml", tuple(setting)), run.resolve()
-    if not (root()/"nbs"/"run").is_dir(): raise FileNotFoundError(f"no nbs/run in {Path.cwd()} or above it; call scir inside a checkout of the project")
-    os.chdir(root())
+    os.chdir(root(run))
     return settled(loaded, run), run
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-from .recipe import DataSpec
+from .recipe import DataSpec, locate
 from .store import LabelledPair, Prompt, digest
 
 # %% ../nbs/02_data.ipynb #76e8c60e
@@ -53,7 +53,7 @@ FILE_KINDS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _
 
 def read_source(source:str)->list: # dicts
     "Rows of a local file or a hub data set; raises FileNotFoundError or ValueError in one line."
-    path = Path(source)
+    path = locate(source)
     if path.suffix in FILE_KINDS or source.startswith((".", "/")):
         if not path.is_file(): raise FileNotFoundError(f"data source {source}: no such file")
         if path.suffix not in FILE_KINDS: raise ValueError(f"data source {source}: a file of {', '.join(FILE_KINDS)} is needed")

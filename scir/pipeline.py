@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS', 'FUNCTIONS', 'SECTIONS', 'PACKAGES', 'LITTER',
            'Stage', 'Step', 'plan', 'needed', 'direct_imports', 'stage_functions', 'imported', 'code_hashes',
-           'check_code', 'read_fields', 'source_hashes', 'models_of', 'inputs', 'fingerprint', 'State', 'state',
-           'differences', 'busy', 'finished', 'provenance', 'start_manifest', 'write_manifest', 'record',
-           'note_failure', 'now', 'root', 'quiet', 'settled', 'open_run', 'check_owner', 'alone', 'begin', 'reason',
-           'work', 'do', 'check_recipe', 'notebook_of', 'shown', 'execute', 'make_models', 'run_recipe']
+           'check_code', 'read_fields', 'sources_of', 'source_hashes', 'models_of', 'inputs', 'fingerprint', 'State',
+           'state', 'differences', 'busy', 'finished', 'provenance', 'start_manifest', 'write_manifest', 'record',
+           'note_failure', 'now', 'root', 'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone',
+           'begin', 'reason', 'work', 'do', 'check_recipe', 'notebook_of', 'shown', 'execute', 'make_models',
+           'say_shipped', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, json, os, platform, shutil, subprocess, sys, time
@@ -21,7 +22,7 @@ from typing import Callable, NamedTuple
 from pydantic import BaseModel
 
 import scir
-from .recipe import MODELS, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, node_name, node_parts, parent_node
+from .recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, parent_node
 from .store import digest, hash_path, hide_secrets, read_json, unfinished, write_json, write_text
 
 # %% ../nbs/20_pipeline.ipynb #7299161b
@@ -257,11 +258,15 @@ def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
 
 SECTIONS = tuple(k for k, f in Recipe.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel))
 
-def source_hashes(fields:dict)->dict: # source -> hash; 'absent' for a hub name
-    "Hashes of the data files and the model folders that `fields` name."
+def sources_of(fields:dict)->list:
+    "Data files and hub names that `fields` name."
     reference = fields.get("alignment", {}).get("reference")
     named = [*fields.get("data.prompts", ()), *fields.get("data.pairs", ()), fields.get("data.instructions"), reference if reference != "m1" else None, *chain(*fields.get("data.labelled_sets", {}).values())]
-    return {s: hash_path(s) for s in named if s} | {m: hash_path(folder) for m in models_of(fields) if (folder := Path(m) if Path(m).is_dir() else MODELS/m).is_dir()}
+    return [s for s in named if s]
+
+def source_hashes(fields:dict)->dict: # source -> hash; 'absent' for a hub name
+    "Hashes of the data files and the model folders that `fields` name."
+    return {s: hash_path(locate(s)) for s in sources_of(fields)} | {m: hash_path(folder) for m in models_of(fields) if (folder := Path(m) if Path(m).is_dir() else MODELS/m).is_dir()}
 
 def models_of(fields:dict)->list:
     "Folders, hub ids and built-in names of the models that `fields` name."
@@ -276,7 +281,7 @@ def inputs(recipe:Recipe, run:Path, step:Step)->dict: # "field train.beta" -> va
     fields = read_fields(recipe, stage.fields + replay)
     flat = {f"{k}.{leaf}" if leaf else k: v for k, whole in fields.items() for leaf, v in (whole.items() if k in SECTIONS else [("", whole)])}
     found = {"field": {k: v if len(str(v)) < 60 else digest(v) for k, v in flat.items()}, "data": source_hashes(fields), "file": {f: hash_path(run/f) for f in stage.reads(recipe, step.node)},
-             "code": code_hashes(step.stage), "notebook": {stage.notebook: hash_path(root()/"nbs"/"run"/f"{stage.notebook}.ipynb")}}
+             "code": code_hashes(step.stage), "notebook": {stage.notebook: hash_path(notebook_folder()/f"{stage.notebook}.ipynb")}}
     return {f"{kind} {name}": v for kind, named in found.items() for name, v in named.items()}
 
 def fingerprint(recipe:Recipe, run:Path, step:Step)->str:
@@ -334,6 +339,7 @@ def finished(recipe:Recipe, run:Path, step:Step)->bool:
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets papermill scir".split()
 
 def _commit():
+    if not (CODE.parent/".git").exists(): return None  # installed: a repository around it is somebody else's
     done = subprocess.run(["git", "-C", str(CODE), "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or None
 
@@ -391,10 +397,15 @@ def _model_hash(recipe):
     return AutoConfig.from_pretrained(path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)._commit_hash
 
 # %% ../nbs/20_pipeline.ipynb #eb8b3b2f
-def root()->Path:
-    "The project's folder: the nearest one above that holds nbs/run, else the current one."
+def root(run:Path|None=None)->Path:
+    "The project's folder: the nearest one above the current one, or above a run, that holds nbs/run, else the current one."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p/"nbs"/"run").is_dir()), here)
+    return next((p for p in (here, *here.parents, *(run.resolve().parents if run else ())) if (p/"nbs"/"run").is_dir()), here)
+
+def notebook_folder()->Path:
+    "Where the run notebooks are: in the project, or, outside a checkout, in the package."
+    own = root()/"nbs"/"run"
+    return own if own.is_dir() else SHIPPED/"nbs"/"run"
 
 def quiet()->None:
     "No third-party chatter in terminal or notebook; our own lines and bars stay."
@@ -534,7 +545,7 @@ def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
     use_warm_kernels()
     source, target = notebooks/f"{STAGES[step.stage].notebook}.ipynb", notebook_of(run, step)
     parameters = {"recipe": None, "run": str(run)} | ({"node": step.node} if step.node else {})
-    if not source.exists(): raise FileNotFoundError(f"{source}: no such notebook; run scir inside a checkout of the project")
+    if not source.exists(): raise FileNotFoundError(f"{source}: no such notebook; install scir again, or run it inside a checkout")
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: raise ValueError(f"{source}: its parameters cell lacks {sorted(unknown)}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -573,6 +584,11 @@ def make_models(recipe:Recipe)->None:
         from scir.model import BUILT_IN
         if name in BUILT_IN: BUILT_IN[name]()
 
+def say_shipped(recipe:Recipe)->None:
+    "Name the data that is the package's own, for want of such a file here."
+    for s in sources_of(read_fields(recipe, ("data.prompts", "data.pairs", "data.instructions", "data.labelled_sets", "alignment"))):
+        if SHIPPED in (found := locate(s)).parents: print(f"{s}: no such file in {Path.cwd()}; the one that comes with scir is read ({found})", flush=True)
+
 LITTER = (".manifest.json.*.tmp", ".recipe.yaml.*.tmp", "..*.owner.*.tmp", "notebooks/.*.ipynb.*.tmp")  # of writes that a kill cut short
 
 def run_recipe(recipe:Recipe, run:Path|None=None)->Path: # the run directory
@@ -586,6 +602,7 @@ def run_recipe(recipe:Recipe, run:Path|None=None)->Path: # the run directory
     with alone(run, "run", 0, "another `scir run` works on it"):
         recipe = settled(recipe, run)
         make_models(recipe)
+        say_shipped(recipe)
         with alone(run, "step", 10, "another process is busy with a step of it"):
             for litter in (f for pattern in LITTER for f in run.glob(pattern)): _remove(litter)
             start_manifest(recipe, run)
@@ -594,7 +611,7 @@ def run_recipe(recipe:Recipe, run:Path|None=None)->Path: # the run directory
             found = state(recipe, run, step)
             if found.name == "done" and not shown(run, step): found = State("done", "but its notebook is missing or was cut short; executed again")
             print(f"[{i}/{len(steps)}] {step.key}: {f'{found.name}: {found.why}' if found.why else 'unchanged' if found.name == 'done' else 'to do'}", flush=True)
-            if found != State("done"): execute(run, step, root()/"nbs"/"run")
+            if found != State("done"): execute(run, step, notebook_folder())
         for step in steps:
             if (found := state(recipe, run, step)).name != "done": print(f"{step.key} is {found.name}: {found.why}", flush=True)
     return run

@@ -358,13 +358,15 @@ def test_forged_preferences_of_duels_are_found():
 
 def test_verify_takes_a_path_from_where_one_stands(copy, monkeypatch):
     monkeypatch.chdir(copy[1].parent)
-    monkeypatch.setattr(pipeline, "root", lambda: ROOT)
+    monkeypatch.setattr(pipeline, "root", lambda run=None: ROOT)
     assert CliRunner().invoke(app, ["verify", "run"]).exit_code == 0
 
-def test_status_outside_a_checkout_says_so(copy, monkeypatch):
+def test_status_outside_a_checkout(copy, monkeypatch):
     monkeypatch.chdir(copy[1].parent)
+    (Path("data") / "models").mkdir(parents=True, exist_ok=True)
+    (Path("data") / "models" / "tiny-random").symlink_to(ROOT / "data" / "models" / "tiny-random")
     done = CliRunner().invoke(app, ["status", "run"])
-    assert done.exit_code == 1 and "call scir inside a checkout" in done.stderr
+    assert done.exit_code == 0 and "missing" not in done.stdout and "stale" not in done.stdout
 
 @pytest.mark.parametrize("command", ["status", "verify"])
 def test_no_run_is_one_line(tmp_path, command):
