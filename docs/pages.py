@@ -32,9 +32,12 @@ def result_table() -> str:
 
 
 def verdicts() -> str:
-    """How many of the rules were met."""
-    n = kept("smol-full", "claims").verdict.value_counts()
-    return f"Of {n.sum()} rules that were asked, {n['met']} were met, {n['not met']} were not, and {n['not decided']} were left open."
+    """How many of the rules were met, and of those about contradictions."""
+    claims = kept("smol-full", "claims")
+    count = lambda t: (len(t), *((t.verdict == v).sum() for v in ("met", "not met", "not decided")))
+    every, half = count(claims), count(claims[claims.claim.str.contains("at most half as often")])
+    return (f"Of {every[0]} rules that were asked, {every[1]} were met, {every[2]} were not, and {every[3]} were left open. "
+            f"Of the {half[0]} among them that ask SCIR's models to contradict each other at most half as often as another arm's, {half[1]} were met, {half[2]} were not, and {half[3]} were left open.")
 
 
 def manifests(run: str) -> list: return [json.loads(f.read_text()) for f in sorted((KEPT/run).glob("manifest*.json"))]
