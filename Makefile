@@ -1,10 +1,10 @@
-# `make demo`, `make test`, `make test-faults`, `make bench`. Each sets up what it needs the first time.
+# `make demo`, `make test`, `make test-faults`, `make bench`, `make docs`. Each sets up what it needs the first time.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test test-faults test-wheel interruptions faults bench export clean
+.PHONY: demo test test-faults test-wheel interruptions faults bench docs test-docs export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -35,6 +35,12 @@ test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
 	TQDM_DISABLE=1 $(BIN)/scir bench --json $(or $(JSON),data/bench.json)
 
+docs: $(VENV)/docs        ## the site, _site/index.html, from the notebooks and docs/: needs npm for MathJax, no model
+	$(BIN)/python docs/build.py
+
+test-docs: docs           ## the site in a browser (Debian: apt install chromium); SHOTS=FOLDER keeps pictures
+	$(BIN)/python -m pytest tests/docs
+
 export:                   ## notebooks -> scir/, cleaned; README from nbs/index.ipynb
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
@@ -47,8 +53,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(MODEL): | $(VENV)/installed
 	$(BIN)/python -c 'from scir.model import fetch_smollm2; fetch_smollm2()'
 
 clean:                    ## build products and caches; runs and the model stay
-	rm -rf build dist *.egg-info .pytest_cache
+	rm -rf build dist _proc _site *.egg-info .pytest_cache

@@ -1,0 +1,282 @@
+"""The docs site: notebooks and Markdown in, Sphinx pages out. `make docs` runs it.
+
+nbdev reads the notebooks (directives, hidden cells and lines, magics). Two of its steps are replaced. Its front matter drops what a
+first cell says below the title, here the equations; and its `show_doc` executes every cell that imports something, the examples that
+train models too. Signatures are read from the source instead, so that nothing is executed and the site needs no model.
+"""
+import ast, base64, hashlib, io, re, shutil, subprocess, sys, tarfile, tokenize
+from functools import cache
+from pathlib import Path
+
+import nbformat
+from execnb.nbio import read_nb
+from nbdev.process import NBProcessor
+from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE, SITE, CACHE = ROOT/"_proc", ROOT/"_site", ROOT/"build"/"docs"
+MATHJAX, MATHJAX_SHA512 = "mathjax@3.2.2", "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw=="
+PROCESSORS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hide_]
+
+
+def library() -> list: return sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
+def guides() -> list: return sorted(f for f in (ROOT/"nbs").glob("[!0-9_.]*.ipynb") if f.stem != "index")
+def run_notebooks() -> list: return sorted((ROOT/"nbs"/"run").glob("[0-9]*.ipynb"))
+
+
+def notebooks() -> dict:
+    """Notebook -> its place among the pages."""
+    return {f: f"{folder}{f.name}" for folder, files in (("", guides()), ("library/", library()), ("run/", run_notebooks())) for f in files}
+
+
+# Markdown
+
+def plain(text: str) -> str:
+    """Text that stays as it is in Markdown; `code` remains code."""
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", part) for part in re.split(r"(`[^`]*`)", " ".join(text.split())))
+
+
+@cache
+def pages() -> dict:
+    """File of the repository -> the page that shows it."""
+    docs = {f.relative_to(ROOT): f.relative_to(ROOT/"docs") for f in (ROOT/"docs").glob("**/*.md")}
+    kept = {Path(f"docs/results/{name}/results.md"): Path(f"results/{name}.md") for name in ("smol", "smol-full")}
+    return {str(k): str(v) for k, v in (docs | kept | {f.relative_to(ROOT): p for f, p in notebooks().items()}).items()}
+
+
+@cache
+def names() -> dict:
+    """Public name, short where only one module has it, and full -> full name."""
+    full = [f"{module_of(f)}.{d['name']}" for f in library() for d in definitions(f)]
+    short = [n.rsplit(".", 1)[1] for n in full]
+    return {n: n for n in full} | {s: n for s, n in zip(short, full) if short.count(s) == 1 and re.search(r"_|[a-z][A-Z]", s)}
+
+
+def link(code: str) -> str:
+    """A file or a name of the library in backticks, linked to its page."""
+    if code in pages(): return f"[`{code}`](/{pages()[code]})"
+    if code in names(): return f"{{py:obj}}`{code} <{names()[code]}>`"
+    return f"`{code}`"
+
+
+def linked(text: str) -> str:
+    """Markdown in which backticked files and names are links, outside of code blocks, headings and links."""
+    out, fence = [], ""
+    for line in text.split("\n"):
+        mark = re.match(r"\s*(`{3,}|~{3,}|:{3,})", line)
+        if mark and not mark[1].startswith(":"): fence = "" if fence and mark[1].startswith(fence) else fence or mark[1]
+        out.append(line if mark or fence or line.startswith("#") else re.sub(r"(?<![`\[}])`([\w./*-]+)`(?![`\]])", lambda m: link(m[1]), line))
+    return "\n".join(out)
+
+
+def displayed(text: str) -> str:
+    """Markdown in which every displayed equation is a paragraph of its own, as MyST wants it; equations side by side stand below each other."""
+    def below(m): return "\n\n$$" + (rf"\begin{{gathered}}{m[1]}\end{{gathered}}".replace(r"\qquad", r"\\") if r"\qquad" in m[1] else m[1]) + "$$\n\n"
+    return re.sub(r"\n*^\$\$(.+?)\$\$[ \t]*$\n*", below, text, flags=re.M | re.S)
+
+
+def text_of(source: str) -> str:
+    """A notebook's Markdown as MyST wants it."""
+    return linked(displayed(source))
+
+
+# Definitions, from the source of exported cells
+
+def comments(source: str) -> dict:
+    """Line number -> comment."""
+    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+
+
+def help_of(annotation) -> str:
+    """The help of a command's parameter, Annotated[T, typer.Option(help=...)]."""
+    found = [k.value.value for n in ast.walk(annotation or ast.Pass()) for k in getattr(n, "keywords", []) if k.arg == "help" and isinstance(k.value, ast.Constant)]
+    return found[0] if found else ""
+
+
+def bare(node):
+    """An annotation without what Annotated adds."""
+    annotated = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated"
+    return node.slice.elts[0] if annotated else node
+
+
+def signature(f: ast.FunctionDef, notes: dict) -> tuple:  # signature, {parameter: comment}, comment on what is returned
+    """A function's signature and the comments beside its parameters."""
+    a, said, body = f.args, {}, f.body[0].lineno
+    every = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
+    ends = [min((x.lineno for x in every[i + 1:]), default=f.returns.lineno if f.returns else body) for i in range(len(every))]
+    for arg, end in zip(every, ends):
+        lines = range(arg.lineno, max(end, arg.lineno + 1)) if arg.lineno > f.lineno or end > arg.lineno else ()
+        said[arg.arg] = help_of(arg.annotation) or " ".join(notes[n] for n in lines if n in notes and not (f.returns and n == f.returns.end_lineno))
+        arg.annotation = bare(arg.annotation)
+    returned = notes.get(f.returns.end_lineno, "") if f.returns else ""
+    text = f"({ast.unparse(a)})" + (f" -> {ast.unparse(f.returns)}" if f.returns else "")
+    return text, {k: v for k, v in said.items() if v and k != "self"}, returned
+
+
+def constant_of(call, place: int, name: str) -> str:
+    """An argument of a call, where it is a constant."""
+    value = next((k.value for k in call.keywords if k.arg == name), call.args[place] if len(call.args) > place else None)
+    return str(value.value) if isinstance(value, ast.Constant) else ""
+
+
+def fields(c: ast.ClassDef, notes: dict) -> list:  # (name, type, default, meaning)
+    """A class's typed fields; those of a recipe say themselves what they mean."""
+    rows = []
+    for n in c.body:
+        if not isinstance(n, ast.AnnAssign): continue
+        spec = isinstance(n.value, ast.Call) and getattr(n.value.func, "id", "") == "spec"
+        default = n.value.args[0] if spec else n.value
+        meaning = constant_of(n.value, 1, "text") if spec else notes.get(n.end_lineno, "")
+        rows.append((n.target.id, ast.unparse(bare(n.annotation)), ast.unparse(default) if default else "", meaning))
+    return rows
+
+
+def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, notes
+    """What a notebook exports, in order; a name that comes twice counts the first time."""
+    found = {}
+    for i, cell in enumerate(read_nb(path).cells):
+        if cell.cell_type != "code" or not re.search(r"^#\|\s*exports?\b", cell.source, re.M): continue
+        notes = comments(cell.source)
+        for node in ast.parse(cell.source).body:
+            for name, kind in defined(node): found.setdefault(name, {"name": name, "kind": kind, "cell": i, "node": node, "notes": notes})
+    return list(found.values())
+
+
+def defined(node) -> list:  # (name, kind)
+    """Public names that a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): made = [(node.name, "function")]
+    elif isinstance(node, ast.ClassDef): made = [(node.name, "class")]
+    else: made = [(t.id, "data") for t in getattr(node, "targets", [getattr(node, "target", None)]) for t in getattr(t, "elts", [t]) if isinstance(t, ast.Name)] if isinstance(node, (ast.Assign, ast.AnnAssign)) else []
+    return [(n, k) for n, k in made if not n.startswith("_")]
+
+
+def module_of(path: Path) -> str | None:
+    """The module that a notebook is exported to."""
+    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code"), re.M)
+    return f"scir.{found[1]}" if found else None
+
+
+def described(d: dict, module: str) -> str:
+    """A definition as a directive of Sphinx's Python domain, so that it is in the index and in the search."""
+    node, notes, inside = d["node"], d["notes"], []
+    text, options = d["name"], [f":module: {module}"]
+    if d["kind"] == "function":
+        shown, said, returned = signature(node, notes)
+        text += shown
+        inside = [plain(ast.get_docstring(node) or ""), *params(said, returned)]
+    elif d["kind"] == "class": inside = [plain(ast.get_docstring(node) or ""), field_table(fields(node, notes)), *methods(node, notes, module)]
+    else:
+        value = ast.unparse(node.value) if node.value else ""
+        if value and len(value) <= 90 and not isinstance(node.value, ast.Tuple): options.append(":value: '" + value.replace("'", "''") + "'")
+        inside = [plain(notes.get(node.end_lineno, ""))]
+    return directive(f"py:{d['kind']}", text, options, inside)
+
+
+def directive(kind: str, text: str, options: list, inside: list) -> str:
+    fence = "`" * (6 if kind in ("py:class", "py:function", "py:data") else 4)
+    return "\n".join([f"{fence}{{{kind}}} {text}", *options, "", "\n\n".join(filter(None, inside)), fence])
+
+
+def params(said: dict, returned: str) -> list:
+    """A field list of parameters."""
+    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + ([f":returns: {plain(returned)}"] if returned else [])
+    return ["\n".join(rows)] if rows else []
+
+
+def field_table(rows: list) -> str:
+    """Fields of a class as a table."""
+    if not rows: return ""
+    code = lambda s: "`" + s.replace("|", "\\|").replace("\n", " ") + "`" if s and len(s) <= 60 else "…" if s else ""
+    return "| field | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(f"| `{n}` | {code(t)} | {code(v)} | {plain(m)} |" for n, t, v, m in rows)
+
+
+def methods(c: ast.ClassDef, notes: dict, module: str) -> list:
+    """A class's public methods and properties that say what they do."""
+    out = []
+    for f in c.body:
+        marks = {ast.unparse(x).split("(")[0] for x in getattr(f, "decorator_list", [])}
+        if not isinstance(f, ast.FunctionDef) or f.name.startswith("_") or marks & {"field_validator", "model_validator"} or not ast.get_docstring(f): continue
+        f.args.args = f.args.args[1:]
+        text, said, returned = signature(f, notes)
+        prop = bool(marks & {"property", "cached_property"})
+        out.append(directive("py:property" if prop else "py:method", f"{c.name}.{f.name}" + ("" if prop else text), [f":module: {module}"], [plain(ast.get_docstring(f)), *params(said, returned)]))
+    return out
+
+
+# Notebooks
+
+def heading(source: str, path: Path, module: str | None) -> str:
+    """A first cell: the title, where the page comes from, the summary as a paragraph, and the rest."""
+    title, _, rest = source.partition("\n")
+    where = (f"`{module}`, " if module else "") + f"made from `{path.relative_to(ROOT)}`"
+    return f"{title}\n\n{{.origin}}\n{where}\n\n" + text_of(re.sub(r"^> ?", "", rest.lstrip("\n"), flags=re.M))
+
+
+def code_cell(cell, directives: dict, module: str | None, made: list) -> list:
+    """A code cell for the reader: what is exported is described, its source folded."""
+    source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+    kept = nbformat.v4.new_code_cell(source, outputs=[nbformat.from_dict(dict(o)) for o in cell.get("outputs", [])])
+    if "default_exp" in directives or not source: return []
+    if directives.get("echo:", [""])[0] == "false": kept.metadata.tags = ["remove-input"]
+    if not directives.keys() & {"export", "exports"}: return [kept]
+    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body): return []
+    kept.metadata.tags = ["hide-input"]
+    return [nbformat.v4.new_markdown_cell("\n\n".join(described(d, module) for d in made))] * bool(made) + [kept]
+
+
+def bridge(path: Path):
+    """One of our notebooks as a plain one that myst-nb can show."""
+    found, module, cells = definitions(path), module_of(path), []
+    raw = read_nb(path)
+    for i, cell in enumerate(raw.cells): cell["place"] = i
+    reader = NBProcessor(nb=raw, procs=PROCESSORS)
+    reader.process()
+    for cell in reader.nb.cells:
+        if cell.cell_type == "markdown":
+            cells.append(nbformat.v4.new_markdown_cell(text_of(cell.source) if cell["place"] else heading(cell.source, path, module)))
+        elif cell.cell_type == "code": cells += code_cell(cell, cell.directives_, module, [d for d in found if d["cell"] == cell["place"]])
+    for i, cell in enumerate(cells): cell.id = f"c{i}"
+    info = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=info)
+
+
+# Building
+
+def mathjax() -> Path:
+    """MathJax's one file that needs no other, from npm; kept outside the site, its archive checked."""
+    archive = CACHE/f"{MATHJAX.replace('@', '-')}.tgz"
+    if not archive.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        if not shutil.which("npm"): sys.exit("docs: npm is not there, by which MathJax is fetched; install it (Debian: apt install npm)")
+        done = subprocess.run(["npm", "pack", MATHJAX, "--silent", "--pack-destination", str(CACHE)], capture_output=True, text=True)
+        if done.returncode: sys.exit(f"docs: npm pack {MATHJAX} failed: {' '.join((done.stderr or done.stdout).split())[:200]}")
+    if base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode() != MATHJAX_SHA512:
+        sys.exit(f"docs: {archive} is not the {MATHJAX} that was tested; delete it and try again")
+    with tarfile.open(archive) as t: (CACHE/"tex-svg.js").write_bytes(t.extractfile("package/es5/tex-svg.js").read())
+    return CACHE/"tex-svg.js"
+
+
+def write_source() -> None:
+    """All pages, where Sphinx reads them."""
+    from pages import MADE, extra
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(ROOT/"docs", SOURCE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.parquet"))
+    for run in (SOURCE/"results").glob("*/results.md"): run.unlink()
+    for path, page in notebooks().items():
+        (SOURCE/page).parent.mkdir(exist_ok=True)
+        nbformat.write(bridge(path), SOURCE/page)
+    for page, text in extra().items(): (SOURCE/page).write_text(text)
+    for page in SOURCE.glob("**/*.md"):
+        page.write_text(linked(re.sub(r"^<!-- made: (\w+)(.*?) -->$", lambda m: MADE[m[1]](*m[2].split()), page.read_text(), flags=re.M)))
+    (SOURCE/"_static").mkdir(exist_ok=True)
+    for file in (mathjax(), ROOT/"docs"/"style.css"): shutil.copy(file, SOURCE/"_static")
+
+
+if __name__ == "__main__":
+    write_source()
+    for folder in (SITE, CACHE/"html"): shutil.rmtree(folder, ignore_errors=True)
+    options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(ROOT/"docs"), "-d", str(CACHE/"doctrees"), "-E"]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *options, str(SOURCE), str(CACHE/"html")])  # myst-nb writes beside the pages too
+    if done.returncode: sys.exit(done.returncode)
+    shutil.move(CACHE/"html", SITE)
+    print(f"docs: {len(list(SITE.glob('**/*.html')))} pages, {(SITE/'index.html').relative_to(ROOT)}")

@@ -1,0 +1,80 @@
+"""What the docs site is made from: the bridge, its pages, and links in docs/. No Sphinx, no browser."""
+import re, sys
+from pathlib import Path
+
+import nbformat, pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/"docs"))
+import build, pages
+
+NOTEBOOK = [("markdown", "# Bridges\n> What they carry.\n\nFirst $$a=1,\\qquad b=2$$"), ("code", "#| default_exp bridge"), ("code", "#| export\nimport re\nfrom pathlib import Path"),
+            ("markdown", "See `nbs/07_loss.ipynb` and `scir_loss`.\n$$c=3$$\nDone."), ("code", "#| hide\nsecret = 1"), ("code", "#| echo: false\nprint(1)"),
+            ("code", "#| export\nSPAN = 3  # in metres\n\ndef cross(load:float, # weight of *it*, kg\n          fast:bool=False)->float: # seconds\n    \"Walk over; `fast` runs.\"\n    return load\n\ndef _hidden(): pass")]
+
+
+@pytest.fixture
+def bridged(tmp_path, monkeypatch):
+    "The notebook above as a page of the site."
+    path, _ = tmp_path/"30_bridge.ipynb", (build.pages(), build.names())
+    cell = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell[k](s) for k, s in NOTEBOOK]), path)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    return build.bridge(path)
+
+
+def test_the_bridge_keeps_what_a_reader_needs(bridged):
+    "Title and introduction stay, hidden cells and bare imports go, equations are paragraphs, exported code is folded under its description."
+    assert [c.cell_type for c in bridged.cells] == ["markdown", "markdown", "code", "markdown", "code"]
+    intro, text, shown, described, source = bridged.cells
+    assert intro.source.startswith("# Bridges\n") and "`scir.bridge`" in intro.source and "\nWhat they carry." in intro.source
+    assert text.source == "See [`nbs/07_loss.ipynb`](/library/07_loss.ipynb) and {py:obj}`scir_loss <scir.loss.scir_loss>`.\n\n$$c=3$$\n\nDone."
+    assert shown.source == "print(1)" and shown.metadata.tags == ["remove-input"] and source.metadata.tags == ["hide-input"]
+    assert "#|" not in source.source and bridged.metadata.language_info.name == "python"
+
+
+def test_signatures_and_comments_come_from_the_source(bridged):
+    described = bridged.cells[3].source
+    assert "{py:data} SPAN\n:module: scir.bridge\n:value: '3'\n\nin metres" in described
+    assert "{py:function} cross(load: float, fast: bool=False) -> float" in described and "_hidden" not in described
+    assert ":param load: weight of \\*it\\*, kg\n:returns: seconds" in described and "Walk over; `fast` runs." in described
+
+
+def test_every_library_notebook_is_a_page_and_every_public_name_is_described():
+    made = build.notebooks()
+    assert {f.name for f in (ROOT/"nbs").glob("*.ipynb")} - {"index.ipynb"} == {Path(p).name for p in made.values() if not p.startswith("run/")}
+    listed = pages.api()
+    for path in build.library():
+        module = build.module_of(path)
+        exported = re.search(r"__all__ = \[(.*?)\]", (ROOT/module.replace(".", "/")).with_suffix(".py").read_text(), re.S)[1]
+        assert set(re.findall(r"'(\w+)'", exported)) == {d["name"] for d in build.definitions(path)}, module
+        assert all(f"`{n} <{module}.{n}>`" in listed for n in re.findall(r"'(\w+)'", exported))
+
+
+def test_links_in_docs_lead_to_files():
+    made, dead = {"index.md", "genindex", *build.pages().values(), *pages.extra()}, []
+    for file in (ROOT/"docs").glob("**/*.md"):
+        if file.parent.parent.name == "results": continue
+        for target in re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", file.read_text(), flags=re.S)):
+            there = (file.parent/target).resolve()
+            if "://" not in target and not there.exists() and str(there.relative_to(ROOT/"docs")) not in made: dead.append(f"{file.name}: {target}")
+    assert not dead
+
+
+def test_what_pages_ask_for_is_made():
+    asked = [m.split() for f in (ROOT/"docs").glob("**/*.md") for m in re.findall(r"^<!-- made: (.*?) -->$", f.read_text(), re.M)]
+    assert {a[0] for a in asked} <= set(pages.MADE) and ["result_table"] in asked
+    table = pages.result_table()
+    kept = (ROOT/"docs/results/smol-full/inconsistency.csv").read_text()
+    assert table.count("\n") == 13 and "llmbar" not in table and all(v.replace("\\", "") in kept for v in re.findall(r"M\S+(?: = sft)? \| (.*?) \|", table))
+
+
+def test_the_estimate_follows_the_recipe():
+    "Numbers that can be counted otherwise: parameters of the 7B shape, and of its adapter by peft's rule r (in + out)."
+    from scir.recipe import load_recipe
+    r = load_recipe(ROOT/"recipes/mistral-7b.yaml")
+    rows = {what: size for what, _, size in pages.memory(r, pages.SHAPE)}
+    assert abs(rows["weights in nf4"] / 4.13 * 8 + rows["embedding and head, bfloat16"] / 2 - 7.24e9) < .01e9
+    assert rows["keys and values while sampling"] == 32 * 1024 * 32 * 2 * 8 * 128 * 2
+    more = {w: t for w, _, t, _ in pages.effort(r.model_copy(update={"iterations": 1}))}
+    assert more["sample"] == 5000 * 4 * 256 and more["optimise, scir"] * 3 == {w: t for w, _, t, _ in pages.effort(r)}["optimise, scir"]
