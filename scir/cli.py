@@ -247,7 +247,7 @@ def status(run: Annotated[Path, typer.Argument(help="a run directory", show_defa
 
 @app.command(epilog="""Examples:
   scir report data/runs/tiny
-  scir report docs/results/smol docs/results/smol-full --out both""")
+  scir report data/runs/tiny docs/results/smol --out both""")
 def report(folders: Annotated[list[Path], typer.Argument(help="run directories, or folders with a kept report", show_default=False)],
            out: Annotated[Path | None, typer.Option(help="where to write; default: the one run's report/")] = None,
            json: Json = False, debug: Debug = False):
