@@ -159,7 +159,7 @@ def plan() -> str:
         f"Together {train:.0f} GB while training (all but the last line) and {sample:.0f} GB while sampling (weights, adapter, keys and values), and beside it what the driver, the allocator and a head's chunk of logits take: 2 to 4 GB, a guess.",
         f"Assumed, not measured: prompts of {a['prompt']} tokens, answers of {a['response']} (half of the limit), {a['frame']} for the judge's frame, {a['seed pairs']} seed pairs; on a data-centre GPU (A100 or H100) {a['decoded']} tokens/s decoded, {a['read']} read, {a['trained']} trained (forward twice and backward).",
         table(["stage", "arithmetic", "million tokens", "tokens/s, assumed", "hours"], [(w, how, f"{t / 1e6:.1f}", rate, f"{t / rate / 3600:.1f}") for w, how, t, rate in work]),
-        f"Together {total:.0f} hours. Half the rates, or answers that fill the limit, double it."])
+        f"Together {total:.0f} hours. Half the rates double it; answers that fill the limit nearly do."])
 
 
 # Names
