@@ -1,6 +1,6 @@
 """The docs site: notebooks and Markdown in, Sphinx pages out. `make docs` runs it.
 
-nbdev reads the notebooks (directives, hidden cells and lines, magics). Two of its steps are replaced. Its front matter drops what a
+nbdev reads the notebooks (directives, hidden cells and lines). Two of its steps are replaced. Its front matter drops what a
 first cell says below the title, here the equations; and its `show_doc` executes every cell that imports something, the examples that
 train models too. Signatures are read from the source instead, so that nothing is executed and the site needs no model.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 import nbformat
 from execnb.nbio import read_nb
 from nbdev.process import NBProcessor
-from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
+from nbdev.processors import filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, SITE, CACHE = ROOT/"_proc", ROOT/"_site", ROOT/"build"/"docs"
 MATHJAX, MATHJAX_SHA512 = "mathjax@3.2.2", "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw=="
-PROCESSORS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hide_]
+PROCESSORS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_]
 
 
 def library() -> list: return sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
