@@ -6,11 +6,11 @@
 __all__ = ['CODES', 'UsageError', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json', 'EXAMPLES',
            'fail', 'one_line', 'reader_left', 'OneLine', 'show_version', 'main', 'positive', 'known_split',
            'not_a_folder', 'aside', 'emit', 'strict', 'settle', 'usable_tokenizer', 'check', 'say', 'told', 'tables',
-           'show', 'records', 'run', 'opened', 'standing', 'status', 'report', 'verify', 'judge', 'sample', 'suits',
-           'export', 'fit_reward_model', 'doctor', 'bench']
+           'show', 'records', 'words_again', 'launch', 'rehearse', 'as_settings', 'run', 'opened', 'standing', 'status',
+           'report', 'verify', 'judge', 'sample', 'suits', 'export', 'fit_reward_model', 'doctor', 'bench']
 
 # %% ../nbs/24_cli.ipynb #537f2be2
-import os, select, sys
+import os, select, shlex, subprocess, sys
 from contextlib import contextmanager, redirect_stdout
 from functools import reduce
 from json import dumps
@@ -199,18 +199,65 @@ def records(folder:Path)->dict: # name -> list of rows
     "The main tables for a program."
     return {name: t.to_dict("records") for name, t in tables(folder).items()}
 
+# %% ../nbs/24_cli.ipynb #77039483
+def words_again()->list:
+    "The words of this command, without what is for the launcher."
+    words, out = iter(sys.argv[1:]), []
+    for w in words:
+        if w == "--processes": next(words, None)
+        elif w != "--dry-run" and not w.startswith("--processes="): out.append(w)
+    return out
+
+def launch(words:list, processes:int)->None:
+    "Do a command in several processes of this machine, which share its cores, and end as they do."
+    from scir.pipeline import launch_line
+    cores = str(max(1, (os.cpu_count() or 1) // processes))
+    env = {"OMP_NUM_THREADS": cores} | os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if code := subprocess.run(launch_line(words, processes), env=env).returncode: raise typer.Exit(code)
+
+def rehearse(recipe, out:Path|None, words:list, processes:int)->None:
+    "Print every step's state, and how to start the run on one machine and on several."
+    from scir.audit import status as ask
+    from scir.pipeline import launch_line, root, settled, told as state
+    out = out.resolve() if out else None
+    os.chdir(root())
+    out = out or Path("data/runs")/recipe.name
+    shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
+    for step, s in ask(settled(recipe, out), out): typer.echo(f"{step.key}: {state(s)}")
+    typer.echo(f"\non this machine: {shell(launch_line(words, processes) if processes > 1 else ['scir', *words])}")
+    typer.echo(f"on two, on each: {shell(launch_line(words, processes, machines=2))}")
+
+def as_settings(cluster:list)->dict|None:
+    "KEY=VALUE words as settings, values as YAML; None for none."
+    import yaml
+    if bad := [c for c in cluster if "=" not in c]: raise UsageError(f"--cluster {bad[0]}: write it as KEY=VALUE")
+    return {k: yaml.safe_load(v) for k, _, v in (c.partition("=") for c in cluster)} or None
+
 # %% ../nbs/24_cli.ipynb #a774b18e
 @app.command(epilog="""Examples:
   scir run recipes/tiny.yaml
-  scir run recipes/smol.yaml --set name=mine --set train.beta=0.2""")
+  scir run recipes/smol.yaml --set name=mine --set train.beta=0.2
+  scir run recipes/tiny.yaml --set name=sweep --set 'seeds=[0, 1]' --jobs 2
+  scir run recipes/tiny.yaml --processes 2 --dry-run""")
 def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol.yaml", show_default=False)],
         setting: Settings = [],
         out: Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")] = None,
+        jobs: Annotated[int, typer.Option(metavar="N", help="steps done at once: seeds and arms side by side, GPUs dealt out among them", min=1)] = 1,
+        cluster: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="do the steps as jobs of a cluster: settings for submitit, e.g. --cluster cluster=slurm --cluster timeout_min=600 --cluster gpus_per_node=1")] = [],
+        processes: Annotated[int, typer.Option(metavar="N", help="processes that share each step, a GPU each: rows dealt out, DDP in training", min=1)] = 1,
+        dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="say what would be done, and the line that starts it on one machine and on several")] = False,
         json: Json = False, debug: Debug = False):
     "Run a recipe: every stage that is not finished, each notebook in a fresh kernel."
     from scir.pipeline import run_recipe
     from scir.recipe import load_recipe
-    with aside(json): folder = run_recipe(load_recipe(recipe, tuple(setting)), out)
+    from scir.store import rank
+    if processes > 1 and jobs > 1: raise UsageError("--jobs and --processes: take one of them; steps side by side need no processes that share them")
+    if cluster and jobs == 1: raise UsageError("--cluster: say with --jobs how many jobs may be there at once")
+    loaded = load_recipe(recipe, tuple(setting))
+    if dry_run: return rehearse(loaded, out, words_again(), processes)
+    if processes > 1: return launch(words_again(), processes)
+    with aside(json): folder = run_recipe(loaded, out, jobs, as_settings(cluster))
+    if rank(): return
     if json: emit({"run": str(folder), "steps": standing(*opened(folder)), "tables": records(folder/"report")})
     else: show(folder/"report")
 

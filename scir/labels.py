@@ -13,7 +13,7 @@ from collections import defaultdict
 import numpy as np
 
 from .recipe import LabelSpec, Recipe, TrainSpec
-from .store import Journal, ResponseReward, Score, Vote, row_seed
+from .store import Journal, ResponseReward, Score, Vote, processes, rank, row_seed, share
 
 # %% ../nbs/12_labels.ipynb #2c48c46f
 def agreed(score:Score)->float|None: # 1.0: all say a; 0.0: all say b; None: they differ
@@ -104,12 +104,13 @@ def vote(model, tokenizer, responses:list, spec:LabelSpec, judge_system:str|None
     from tqdm.auto import tqdm
     journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
     jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": r.prompt, "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
-    todo = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="votes", unit="vote") as bar:
+    left = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
+    todo = share(left)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="votes", unit="vote", disable=rank() > 0) as bar:
         for key, ids, finished in generate(model, tokenizer, todo, how):
             text = text_of(tokenizer, ids, finished)
             journal.add(Vote(id=key, text=text, points=parse_vote(text)))
-            bar.update()
+            bar.update(min(processes(), bar.total - bar.n))
     points = defaultdict(list)
     for v in journal.finish([key for key, _ in jobs]): points[v.id.rpartition("/")[0]].append(v.points)
     return {r: _mean([p for p in ps if p is not None]) for r, ps in points.items()}

@@ -16,7 +16,7 @@ from .loss import scir_loss
 from .recipe import Recipe, TrainSpec
 from .rewards import View, implicit, margins
 from .score import scored_pairs, set_reference
-from .store import ResponseReward, Score, read_rows, row_seed, write_rows
+from .store import ResponseReward, Score, meet, rank, read_rows, row_seed, write_rows
 from .warm_start import seed_pairs
 
 # %% ../nbs/14_optimise.ipynb #8f6bef5e
@@ -94,7 +94,9 @@ def train(model, tokenizer, pairs:list, recipe:Recipe, folder:Path, seed:int)->l
 def unchanged(arm:str, parent:Path, folder:Path)->dict: # summary
     "M_{t+1} is M_t: the arm found no pair to train on."
     print(f"arm {arm}: no pair to train on, the model stays as it is", flush=True)
-    for name in ("adapter", "tracking"): shutil.rmtree(folder/name, ignore_errors=True)
-    shutil.copytree(parent/"adapter", folder/"adapter")
-    for name in ("metrics.jsonl", "preferences.jsonl"): write_rows(folder/name, [])
+    if not rank():
+        for name in ("adapter", "tracking"): shutil.rmtree(folder/name, ignore_errors=True)
+        shutil.copytree(parent/"adapter", folder/"adapter")
+        for name in ("metrics.jsonl", "preferences.jsonl"): write_rows(folder/name, [])
+    meet()
     return {"pairs": 0, "replayed": 0, "steps": 0, "retained": 0.0, "final": None}

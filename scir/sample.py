@@ -18,7 +18,7 @@ from .data import load_prompts
 from .logprobs import encode_prompt
 from .model import for_sampling, load_tokenizer, make_room, model_path, out_of_memory
 from .recipe import SamplingSpec
-from .store import Journal, Response, digest, hash_path, row_seed
+from .store import Journal, Response, digest, hash_path, processes, rank, row_seed, share
 
 # %% ../nbs/10_sample.ipynb #5f3e8f75
 def draw(logits:torch.Tensor, # (B, V)
@@ -184,12 +184,13 @@ def sample(model, tokenizer, prompts:list, spec:SamplingSpec, out, seed:int=0, m
     kept = [(p, ids) for p, ids in encoded if max_prompt_tokens is None or len(ids) <= max_prompt_tokens]
     if not kept: raise ValueError(f"sampling: no prompt of at most {max_prompt_tokens} tokens; raise data.max_prompt_tokens or look at data.prompts")
     jobs = {f"{p.id}/{c}": (p, c, ids, row_seed(seed, p.id, c)) for p, ids in kept for c in range(spec.candidates)}
-    todo = [(key, ids, s) for key, (_, _, ids, s) in jobs.items() if key not in journal.done]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="responses", unit="resp") as bar:
+    left = [(key, ids, s) for key, (_, _, ids, s) in jobs.items() if key not in journal.done]
+    todo = share(left)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="responses", unit="resp", disable=rank() > 0) as bar:
         for key, ids, finished in generate(model, tokenizer, todo, spec):
             p, c, _, s = jobs[key]
             journal.add(Response(id=key, prompt_id=p.id, prompt=p.prompt, candidate=c, response=text_of(tokenizer, ids, finished), response_ids=ids, finished=finished, seed=s))
-            bar.update()
+            bar.update(min(processes(), bar.total - bar.n))
     return summarise(journal.finish(list(jobs))) | {"dropped": {"prompt too long": len(prompts) - len(kept)}}
 
 def summarise(rows:list)->dict:

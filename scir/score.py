@@ -10,7 +10,7 @@ __all__ = ['candidate_pairs', 'drawn_side', 'labelled_pairs', 'scored_pairs', 'r
 import math, random
 from collections import Counter
 from contextlib import contextmanager
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 
 import torch
 from tqdm.auto import tqdm
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .logprobs import batches, encode_prompt, encode_response, in_batches, response_logps
 from .recipe import Recipe
 from .rewards import Pair, View, margins
-from .store import Journal, Response, Score, row_seed
+from .store import Journal, Response, Score, exchange, processes, rank, row_seed, share
 
 # %% ../nbs/11_score.ipynb #6fffa2fe
 def candidate_pairs(tokenizer, responses:list, per_prompt:int|None=None, seed:int=0)->tuple: # list of Pair, drops by reason
@@ -80,19 +80,20 @@ def as_reference(model):
         with model.disable_adapter(): yield
 
 def _together(pairs, sizes, budget, read):
-    "`read` on batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
+    "`read` on this process's share of batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].prompt_ids), pairs[i].prompt_ids))
-    return in_batches(read, [[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)], sizes)
+    return in_batches(read, share([[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)]), sizes)
 
 @torch.no_grad()
 def pair_logps(model, pairs:list, budget:int, desc:str)->list: # of (log-prob of a, log-prob of b), nats
     "Log-probabilities of both responses of every pair."
     out, sizes = {}, [2 * len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b) for p in pairs]
     def read(rows): return response_logps(model, [pairs[i].prompt_ids for i in rows for _ in "ab"], [ids for i in rows for ids in (pairs[i].ids_a, pairs[i].ids_b)])
-    with tqdm(total=len(pairs), desc=desc, unit="pair") as bar:
+    with tqdm(total=len(pairs), desc=desc, unit="pair", disable=rank() > 0) as bar:
         for rows, logps in _together(pairs, sizes, budget, read):
             out |= dict(zip(rows, map(tuple, logps.view(-1, 2).tolist())))
-            bar.update(len(rows))
+            bar.update(min(len(rows) * processes(), bar.total - bar.n))
+    out = dict(chain(*(found.items() for found in exchange(out))))
     return [out[i] for i in range(len(pairs))]
 
 def set_reference(model, pairs:list, budget:int)->None:
@@ -107,11 +108,11 @@ def score(model, tokenizer, pairs:list, recipe:Recipe, out)->list: # of Score
     journal, sizes = Journal(out, Score), [2 * (len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)) for p in pairs]
     lacking = lambda rows: {pairs[i].id for i in rows} - journal.done
     def read(rows): return list(_rows(View(model, tokenizer, [pairs[i] for i in rows], recipe))) if lacking(rows) else []
-    with tqdm(total=len(pairs), initial=len(journal.done), desc="judged", unit="pair") as bar:
+    with tqdm(total=len(pairs), initial=len(journal.done), desc="judged", unit="pair", disable=rank() > 0) as bar:
         for rows, scores in _together(pairs, sizes, recipe.judge.batch_tokens, read):  # whole batches also after a kill, so that their sums are the same
             for row in scores:
                 if row.id in lacking(rows): journal.add(row)
-            bar.update(len(lacking(rows)))
+            bar.update(min(len(lacking(rows)) * processes(), bar.total - bar.n))
     return journal.finish([p.id for p in pairs])
 
 def _rows(view):

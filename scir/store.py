@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SECRETS', 'Row', 'Prompt', 'LabelledPair', 'Response', 'Score', 'ResponseReward', 'Vote', 'atomic_path', 'flush',
-           'write_text', 'hide_secrets', 'write_json', 'read_json', 'write_rows', 'read_rows', 'unfinished', 'salvage',
-           'Journal', 'digest', 'row_seed', 'hash_path']
+           'write_text', 'hide_secrets', 'write_json', 'read_json', 'write_rows', 'read_rows', 'unfinished',
+           'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'share', 'meet', 'exchange', 'Journal',
+           'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
-import hashlib, json, os
+import hashlib, json, os, re
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -132,9 +134,18 @@ def read_rows(path, kind:type=dict)->list:
     return out
 
 # %% ../nbs/01_store.ipynb #0ce522fb
-def unfinished(path)->Path:
-    "Where the rows of a JSONL file stand until all are there."
-    return Path(path).with_suffix(".partial.jsonl")
+def unfinished(path, rank:int=0)->Path:
+    "Where the rows of a JSONL file stand until all are there: those that process `rank` makes."
+    return Path(path).with_suffix(f".partial{rank or ''}.jsonl")
+
+def unfinished_parts(path)->dict: # process number -> file
+    "The unfinished files of a JSONL file that are there."
+    found = {f: re.fullmatch(re.escape(Path(path).stem) + r"\.partial(\d*)\.jsonl", f.name) for f in Path(path).parent.glob("*.jsonl")}
+    return {int(m[1] or 0): f for f, m in found.items() if m}
+
+def remove(files)->None:
+    "Remove files, those that are there."
+    for f in files: f.unlink(missing_ok=True)
 
 def salvage(path, kind:type)->list:
     "Rows of a file that may have been cut or damaged, if it is there: lines that cannot be read are left out, and counted aloud when it is not only an unfinished last one."
@@ -147,14 +158,41 @@ def _parsed(line, kind): # a list of one row or none
     try: return [kind.model_validate_json(line)]
     except ValueError: return []
 
+# %% ../nbs/01_store.ipynb #8b18a41f
+def rank()->int:
+    "Which of the processes this is, from 0."
+    return int(os.environ.get("RANK", 0))
+
+def processes()->int:
+    "How many processes do this together."
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def share(items:list)->list:
+    "What of `items` is this process's to do."
+    return items[rank()::processes()]
+
+def meet()->None:
+    "Wait here until all processes do."
+    exchange(None)
+
+def exchange(value)->list: # a value of each process, in order
+    "Tell the other processes a value, and hear theirs."
+    if processes() == 1: return [value]
+    import torch.distributed as dist
+    values = [None] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
 # %% ../nbs/01_store.ipynb #a1f4165d
 class Journal:
-    "Rows written as they are made, so that a kill loses at most the one being written; `finish` puts them in order in the final file. The unfinished file of an earlier try is continued."
+    "Rows written as they are made, so that a kill loses at most the one being written; `finish` puts them in order in the final file. The unfinished files of an earlier try are continued. Of several processes each has a file of its own."
     def __init__(self, out, kind:type):
-        self.out, self.part = Path(out), unfinished(out)
-        self.rows = salvage(self.part, kind)
-        self.done = {r.id for r in self.rows}
+        self.out, self.kind, self.part = Path(out), kind, unfinished(out, rank())
+        found = {r.id: r for part in unfinished_parts(out).values() for r in salvage(part, kind)}
+        self.done, self.rows = set(found), [] if rank() else list(found.values())
+        meet()  # until all have read what there is
         write_rows(self.part, self.rows)
+        if not rank(): remove(p for k, p in unfinished_parts(out).items() if k >= processes())  # of a try with more processes
         self.file = open(self.part, "a", encoding="utf-8")
 
     def add(self, row:Row)->None:
@@ -164,11 +202,14 @@ class Journal:
 
     def finish(self, ids:list)->list: # rows in the order of `ids`
         self.file.close()
-        by_id = {r.id: r for r in self.rows}
-        rows = [by_id[i] for i in ids]
-        write_rows(self.out, rows)
-        self.part.unlink()
-        return rows
+        meet()
+        if not rank():
+            by_id = {r.id: r for r in chain(self.rows, *(read_rows(unfinished(self.out, k), self.kind) for k in range(1, processes())))}
+            self.rows = [by_id[i] for i in ids]
+            write_rows(self.out, self.rows)
+            remove(unfinished_parts(self.out).values())
+        meet()
+        return read_rows(self.out, self.kind) if rank() else self.rows
 
 # %% ../nbs/01_store.ipynb #a211f867
 def digest(*parts)->str:

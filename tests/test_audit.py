@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from scir import pipeline
 from scir.audit import status, verify
 from scir.cli import app
-from scir.pipeline import STAGES, Step, alone, begin, differences, do, note_failure, reason, start_manifest, state, work
+from scir.pipeline import STAGES, Step, alone, begin, differences, do, file_name, note_failure, reason, start_manifest, state, work
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_json, read_rows, unfinished, write_rows
 from scir.trainer import SEAL, last_checkpoint
@@ -166,7 +166,7 @@ def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
     unfinished(run / "seed0/m1/responses.jsonl").write_text("{}\n" * 5)
     changed = load_recipe(run / "recipe.yaml", ("sampling.temperature=0.5",))
     assert why(changed, run, SAMPLE.key) == "begun with other inputs; begins anew" and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
-    with alone(run, "step", 0, "x"): assert why(recipe, run, SAMPLE.key) == "at work now"
+    with alone(run, file_name(SAMPLE), 0, "x"): assert why(recipe, run, SAMPLE.key) == "at work now"
 
 def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, monkeypatch):
     recipe, run = copy
@@ -209,13 +209,13 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
     other.wait()
     with alone(tmp_path, "run", 0, "x"): pass  # the system frees what a killed process held
 
-def test_two_kernels_do_not_work_at_once(holder, tmp_path, monkeypatch):
+def test_two_kernels_do_not_do_a_step_at_once(holder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe("recipes/tiny.yaml")
     start_manifest(recipe, tmp_path)
     monkeypatch.setattr(pipeline, "alone", lambda run, what, wait, busy, plain=alone: plain(run, what, .2, busy))
-    other = holder("step")
-    with pytest.raises(RuntimeError, match=f"busy with sample or another step .process {other.pid}"): work(recipe, tmp_path, SAMPLE)
+    other = holder(file_name(SAMPLE))
+    with pytest.raises(RuntimeError, match=f"busy with {SAMPLE.key} .process {other.pid}"): work(recipe, tmp_path, SAMPLE)
     assert read_json(tmp_path / "manifest.json")["begun"] == {}
 
 # kept files ----------------------------------------------------------------

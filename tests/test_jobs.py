@@ -1,0 +1,107 @@
+"""Steps side by side: two arms and two seeds at once are one run with one report, the same as one after another."""
+import json, os, subprocess, sys, time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scir import pipeline
+from scir.pipeline import State, Step, gpus, needed, plan, side_by_side
+from scir.recipe import load_recipe
+from scir.store import hash_path, read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP = ("--set", "seeds=[0, 1]", "--set", "iterations=1")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    "tiny, two arms, two seeds, two jobs; killed after its first steps, and begun again."
+    folder = tmp_path_factory.mktemp("sweep") / "tiny"
+    command = [str(Path(sys.executable).parent / "scir"), "run", "recipes/tiny.yaml", *SWEEP, "--jobs", "2", "--out", str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in first.stdout:
+        if "evaluate:seed0/m1: to do" in line: break
+    first.kill()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_a_sweep_is_resumed_and_is_one_run_with_one_report(sweep):
+    folder, said = sweep
+    assert "warm_start:seed0/m1: unchanged" in said and said.count(": done") == len(read_json(folder / "manifest.json")["steps"]) - said.count(": unchanged")
+    models = pd.read_parquet(folder / "report/models.parquet")
+    assert {(s, a) for s, a in zip(models.seed, models.arm)} >= {(s, a) for s in (0, 1) for a in ("srlm", "scir")}
+    assert set(pd.read_csv(folder / "report/inconsistency.csv").model) == {"M_0, untrained", "M_1 = sft", "srlm M_2", "scir M_2"}
+
+
+def test_a_sweep_gives_what_one_step_after_another_gives(sweep, tiny_run):
+    for f in ("m1/adapter", "m1/responses.jsonl", "m1/scores.jsonl", "scir/m2/adapter", "scir/m2/preferences.jsonl", "srlm/m2/adapter", "scir/m2/evaluation/held-out.jsonl"):
+        assert hash_path(sweep[0] / "seed0" / f) == hash_path(tiny_run / "seed0" / f) != "absent", f
+
+
+def test_every_recorded_hash_of_a_sweep_holds(sweep):
+    done = subprocess.run([str(Path(sys.executable).parent / "scir"), "verify", str(sweep[0])], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class At:
+    "An executor whose jobs end one by one, when their turn comes."
+    def __init__(self, failing=()): self.order, self.most, self.open, self.failing = [], 0, {}, failing
+
+    def submit(self, function, run, step, notebooks):
+        assert not {s for s in needed(self.recipe, step)} - {s for s in self.order}, f"{step.key} before what it needs"
+        self.open[step], self.most = Future(), max(self.most, len(self.open) + 1)
+        at, job = self, self.open[step]
+        class Job:
+            def done(_):
+                if step == next(iter(at.open)): at.order.append(step)
+                return step in at.order
+            def result(_):
+                at.open.pop(step)
+                if step.key in at.failing: raise ValueError("no luck")
+        return Job()
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+    def go(at, jobs=3):
+        recipe = at.recipe = load_recipe(ROOT / "recipes/tiny.yaml", ("seeds=[0,1]",))
+        monkeypatch.setattr(pipeline, "seen", lambda *a: State("missing"))
+        side_by_side(recipe, Path("x"), plan(recipe), at, jobs)
+        return recipe
+    return go
+
+
+def test_steps_wait_for_what_they_need_and_no_longer(scheduled):
+    at = At()
+    recipe = scheduled(at)
+    assert sorted(at.order) == sorted(plan(recipe)) and at.order[-1] == Step("report")
+    assert [s.key for s in at.order[:2]] == ["warm_start:seed0/m1", "warm_start:seed1/m1"]  # not after all of seed 0
+
+
+def test_what_a_failed_step_is_not_needed_for_is_done(scheduled, capsys):
+    at = At(failing=("optimise:seed0/scir/m2",))
+    with pytest.raises(RuntimeError, match=r"steps not done; optimise:seed0/scir/m2: no luck$"): scheduled(at)
+    done = {s.key for s in at.order}
+    assert "evaluate:seed1/scir/m3" in done and "evaluate:seed0/srlm/m3" in done and "evaluate:seed0/scir/m2" not in done and "report" not in done
+    assert "evaluate:seed0/scir/m2: failed: needs optimise:seed0/scir/m2" in capsys.readouterr().out
+
+
+def test_gpus_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert gpus() == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert gpus() == ["0", "1", "2"]
+
+
+def test_jobs_of_a_cluster_are_submitits(tmp_path):
+    "submitit's local cluster, a process per job; Slurm takes the same calls."
+    pytest.importorskip("submitit")
+    with pipeline.executor(tmp_path, 2, {"cluster": "local", "timeout_min": 5}) as at:
+        job = at.submit(divmod, 17, 5)
+        assert job.result() == (3, 2)

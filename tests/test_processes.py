@@ -1,0 +1,170 @@
+"""Two processes on one machine do what one does: the same rows, gradients that differ by rounding only."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from scir import store
+from scir.pipeline import by_itself, join_others, launch_line
+from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+GRADIENTS = '''
+import sys, torch
+from safetensors.torch import save_file
+from pathlib import Path
+from conftest import TEXTS
+from scir.model import load_base, load_tokenizer, new_adapter, save_tiny
+from scir.optimise import pair_loss
+from scir.pipeline import join_others
+from scir.recipe import parse_recipe
+from scir.rewards import text_pair
+from scir.store import rank
+from scir.trainer import PairTrainer, arguments
+folder, out, pairs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+join_others()
+recipe = parse_recipe({"model": {"name": str(folder / "tiny"), "dtype": "float32"}, "lora": {"r": 4, "alpha": 8}})
+tokenizer, policy, g = load_tokenizer(recipe.model), new_adapter(load_base(recipe.model), recipe.lora, 0), torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for name, p in policy.named_parameters():
+        if "lora_B" in name: p.copy_(.05 * torch.randn(p.shape, generator=g))
+rows = [text_pair(tokenizer, str(i), *t, reference_logps=(-20., -20.)) for i, t in enumerate(TEXTS)][:pairs]
+spec = recipe.arm("scir").model_copy(update={"agreement_gate": False})
+trainer = PairTrainer(lambda view: pair_loss(view, spec), recipe, tokenizer, model=policy, train_dataset=rows,
+                      args=arguments(folder / f"checkpoints{out}", 0, steps=1, batch_size=8, learning_rate=1e-3))
+read = [[p.id for p in b["pairs"]] for b in trainer.get_train_dataloader()]
+trainer.create_optimizer_and_scheduler(1)
+trainer.current_gradient_accumulation_steps = 1
+wrapped = trainer.accelerator.prepare(trainer.model)
+loss = trainer.training_step(wrapped, {"pairs": rows})
+if not rank(): save_file({n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, folder / f"{out}.safetensors")
+print(rank(), read, flush=True)
+'''
+
+
+def together(*words, processes=2, cwd=None):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, words)], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("pairs", [8, 5, 1])
+def test_gradients_of_two_processes_are_those_of_one(tmp_path, pairs):
+    "Also where the batch is odd, or smaller than the number of processes."
+    from scir.model import save_tiny
+    save_tiny(tmp_path / "tiny")
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    alone = subprocess.run([sys.executable, script, tmp_path, "one", str(pairs)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    both = together(script, tmp_path, "two", pairs)
+    assert both.returncode == 0, both.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys() and max(v.abs().max() for v in one.values()) > 1e-2
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-6
+    batches = alone.stdout.split(" ", 1)[1].strip()
+    assert sorted(line.split(" ", 1)[1] for line in both.stdout.strip().splitlines()) == [batches] * 2  # both read whole batches, in the order of one
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "recipes/tiny.yaml, run by two processes."
+    folder = tmp_path_factory.mktemp("two") / "tiny"
+    done = subprocess.run(["scir", "run", "recipes/tiny.yaml", "--out", folder, "--processes", "2"], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def difference(a, b):
+    "The largest difference of numbers in two values of the same shape; infinite where anything else differs."
+    if isinstance(a, float) or isinstance(b, float): return abs(a - b)
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys(): return max((difference(a[k], b[k]) for k in a), default=0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b): return max(map(difference, a, b), default=0)
+    return 0 if a == b else float("inf")
+
+
+def test_a_run_of_two_processes_is_that_of_one(two, tiny_run):
+    folder, _ = two
+    files = {f.relative_to(tiny_run) for f in tiny_run.rglob("*") if f.is_file() and "notebooks" not in f.parts and f.name != "stdout.txt"}
+    assert {f.relative_to(folder) for f in folder.rglob("*") if f.is_file() and "notebooks" not in f.parts} == files
+    adapters, rows = [f for f in files if f.suffix == ".safetensors"], [f for f in files if f.suffix == ".jsonl" and f.name != "metrics.jsonl"]
+    assert len(adapters) == 5 and len(rows) > 20
+    for f in adapters:
+        one, other = load_file(tiny_run / f), load_file(folder / f)
+        assert max((one[k] - other[k]).abs().max() for k in one) < 1e-5, f
+    for f in rows:
+        if f.name in ("responses.jsonl", "preferences.jsonl"): assert (tiny_run / f).read_bytes() == (folder / f).read_bytes(), f
+        else: assert difference(*(read_rows(r / f) for r in (tiny_run, folder))) < 1e-3, f
+    for f in (f for f in files if f.name == "metrics.jsonl"):
+        ties = lambda line: {k: v for k, v in line.items() if k != "accuracy_implicit" or line["step"] > 1}  # before the first step the implicit margin is zero but for rounding
+        assert difference(*([ties(line) for line in read_rows(r / f)] for r in (tiny_run, folder))) < 1e-4, f
+
+
+def test_two_processes_speak_with_one_voice(two, tiny_run):
+    voice = lambda text: [line for line in text.splitlines() if line.startswith(("[", "verdict mass", "inconsistency", "claims", "tables:"))]
+    said, alone = voice(two[1].stdout), voice((tiny_run / "stdout.txt").read_text())
+    assert said[:-1] == alone[:-1] and said[-1].startswith("tables:")
+
+
+def test_one_process_takes_over_a_run_of_two(two):
+    "Nothing is done again, and nothing waits for processes that are not there."
+    from test_pipeline import scir
+    done = scir("run", "recipes/tiny.yaml", "--out", two[0])
+    assert done.returncode == 0 and done.stdout.count("unchanged") == 21, done.stdout
+
+
+def test_every_row_is_somebodys(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = []
+    for k in "012":
+        monkeypatch.setenv("RANK", k)
+        found += share(list(range(8)))
+    assert sorted(found) == list(range(8))
+
+
+def test_unfinished_rows_of_three_processes_are_continued_by_one(tmp_path, monkeypatch):
+    out, row = tmp_path / "prompts.jsonl", lambda i: Prompt(id=i, prompt="?")
+    for k, i in enumerate("abc"): store.write_rows(unfinished(out, k), [row(i)])
+    (tmp_path / "prompts.partial.notes.jsonl").write_text("another file")
+    journal = Journal(out, Prompt)
+    assert journal.done == set("abc") and list(unfinished_parts(out)) == [0]
+    journal.add(row("d"))
+    assert [r.id for r in journal.finish(list("dcba"))] == list("dcba") and not unfinished_parts(out)
+    assert (tmp_path / "prompts.partial.notes.jsonl").exists()
+
+
+def test_journals_of_two_processes_make_one_file(tmp_path, monkeypatch):
+    "The second one's rows are in its own file until the first one puts all in order."
+    out, row = tmp_path / "prompts.jsonl", lambda i: Prompt(id=i, prompt="?")
+    monkeypatch.setattr(store, "meet", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    second = Journal(out, Prompt)
+    second.add(row("b"))
+    second.file.close()
+    assert [r.id for r in read_rows(unfinished(out, 1), Prompt)] == ["b"] and not unfinished(out).exists()
+    monkeypatch.setenv("RANK", "0")
+    first = Journal(out, Prompt)
+    assert first.done == {"b"}  # a later try knows what another process had made
+    first.add(row("a"))
+    assert [r.id for r in first.finish(["a", "b"])] == ["a", "b"] and not unfinished_parts(out)
+
+
+def test_kernels_are_started_outside_the_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with by_itself(): assert "WORLD_SIZE" not in os.environ and "MASTER_ADDR" not in os.environ
+    assert os.environ["WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] == "localhost"
+
+
+def test_deepspeed_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu"): join_others()
+
+
+def test_launch_line():
+    assert launch_line(["run"], 2)[0] == "torchrun" and "--standalone" in launch_line(["run", "r.yaml"], 2) and launch_line(["run", "r.yaml"], 2)[-3:] == ["scir", "run", "r.yaml"]
+    line = launch_line(["run", "r.yaml"], 8, machines=4)
+    assert line[line.index("--nnodes") + 1] == "4" and line[line.index("--nproc_per_node") + 1] == "8"
