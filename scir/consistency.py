@@ -91,6 +91,7 @@ def paired(first, second, prompts=None)->dict: # difference, low, high, p, n, pr
 def sign_flip(each:np.ndarray)->float:
     "Two-sided p of 'the mean is zero' when signs could as well be flipped; for differences of -1, 0 and 1 this is McNemar's exact test."
     if set(each) <= {-1.0, 0.0, 1.0}: return float(binomtest(int((each > 0).sum()), int((each != 0).sum())).pvalue) if each.any() else 1.0
+    if (each != 0).sum() < 2: return 1.0  # one difference turned round is as far from zero
     return float(permutation_test((each[each != 0],), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=20_000, vectorized=True, rng=0).pvalue)
 
 def by_quantile(d:pd.DataFrame, column:str, bins:int=4)->pd.DataFrame:

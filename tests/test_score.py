@@ -158,6 +158,8 @@ def test_seeds_and_pairs_of_one_prompt_are_no_new_evidence():
     assert wide["value"] == pytest.approx(narrow["value"]) and wide["high"] - wide["low"] > 1.3 * (narrow["high"] - narrow["low"])
     assert grouped(first, range(10)) == rate(first) | {"prompts": 10}
 
+def test_one_difference_alone_decides_nothing(): assert sign_flip(np.array([0, 2.0, 0])) == sign_flip(np.array([0.0, 1, 0])) == sign_flip(np.zeros(3)) == 1
+
 def test_permutation_test_is_mcnemar_where_that_applies():
     each = np.array([1.] * 9 + [-1.] * 3 + [0.] * 5)
     exact, drawn = sign_flip(each), sign_flip(each * .5)  # the same differences in another unit take the permutation path
