@@ -667,6 +667,7 @@ def say_shipped(recipe:Recipe)->None:
     for s in sources_of(read_fields(recipe, ("data.prompts", "data.pairs", "data.instructions", "data.labelled_sets", "alignment"))):
         if SHIPPED in (found := locate(s)).parents: print(f"{s}: no such file in {Path.cwd()}; the one that comes with scir is read ({found})", flush=True)
 
+# %% ../nbs/20_pipeline.ipynb #6c85c49d
 TOGETHER = ("warm_start", "sample", "judge", "label", "optimise", "evaluate")  # stages that several processes share; the others are the first one's
 
 @contextmanager
@@ -697,6 +698,7 @@ def assist(run:Path)->Path:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere): STAGES[step.stage].call(load_recipe(run/"recipe.yaml"), run, step.node)
     return run
 
+# %% ../nbs/20_pipeline.ipynb #f4b73f0e
 LITTER = (".manifest.json.*.tmp", ".recipe.yaml.*.tmp", ".locks/.*.tmp", "notebooks/.*.ipynb.*.tmp")  # of writes that a kill cut short
 
 def seen(recipe:Recipe, run:Path, step:Step)->State:

@@ -21,7 +21,7 @@ from .rewards import View
 from .model import make_room, out_of_memory
 from .store import exchange, flush, meet, processes, rank, read_json, share, write_json, write_rows
 
-# %% ../nbs/08_trainer.ipynb #b28440ba
+# %% ../nbs/08_trainer.ipynb #2daccbd1
 def through(model, function):
     "`function()` inside the forward of what wraps the model (DDP, FSDP), which is what it goes by; without a wrapper just `function()`."
     inner = getattr(model, "module", model)
@@ -33,6 +33,7 @@ def through(model, function):
     inner.forward = once
     return model(None)
 
+# %% ../nbs/08_trainer.ipynb #b28440ba
 class PairTrainer(Trainer):
     "Minimise `loss_of(view) -> (loss, metrics)` over pairs; metrics are averaged between two log lines."
     def __init__(self, loss_of, recipe, tokenizer, **kw):
@@ -44,8 +45,7 @@ class PairTrainer(Trainer):
     def get_train_dataloader(self):
         "Every process reads whole batches; `training_step` takes its share of the pairs."
         loader = super().get_train_dataloader()
-        shard = loader.batch_sampler
-        if processes() > 1: shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        if processes() > 1: vars(loader.batch_sampler).update(num_processes=1, process_index=0, even_batches=False)
         return loader
 
     def training_step(self, model, inputs, *args, **kw):
