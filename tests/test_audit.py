@@ -42,7 +42,7 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
     hashes = {"data/pairs.jsonl": "evaluate:seed0/m0", "data/models/tiny-random": "judge:seed0/m1", "02_sample.ipynb": "sample:seed0/m1"}
     for end, key in hashes.items():
         with monkeypatch.context() as m:
-            m.setattr(pipeline, "hash_path", lambda p, end=end, plain=pipeline.hash_path: "other" if str(p).endswith(end) else plain(p))
+            for name in ("hash_path", "notebook_hash"): m.setattr(pipeline, name, lambda p, end=end, plain=getattr(pipeline, name): "other" if str(p).endswith(end) else plain(p))
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
         m.setitem(pipeline.LOADED, "score", "other")
