@@ -268,7 +268,7 @@ def test_an_export_that_cannot_be_met(tmp_path, args, words):
     (("--to", "rewardbench", "--data", "x.jsonl"), ("--to rewardbench", "reward_bench")),
 ])
 def test_an_option_that_a_target_does_not_take(tmp_path, args, words):
-    one_line(("export", TINY, "--out", tmp_path/"out", *args), *words, "scir export --help", code=2)
+    one_line(("export", TINY, "--out", tmp_path/"out", *args), *words, "export --help", code=2)
     assert not (tmp_path/"out").exists()
 
 def test_only_a_runs_model_is_shared(tmp_path): one_line(("export", TINY, "--out", tmp_path/"out", "--to", "adapter"), "not a run's model", "data/runs/smol/seed0/scir/m2")
