@@ -164,9 +164,9 @@ def test_reward_benchs_columns_and_a_limit(tmp_path):
     assert "n=3" in said and table.subset.tolist() == ["hep-cpp", "hep-go", "hep-cpp"] and set(table.label) <= {"a", "b"}
     for r, (_, chosen, rejected, _) in zip(table.itertuples(), PAIRS): assert (r.response_a, r.response_b) == ((chosen, rejected) if r.label == "a" else (rejected, chosen))
 
-def one_line(args, *words):
+def one_line(args, *words, code=1):
     done = CliRunner().invoke(app, [*map(str, args)])
-    assert done.exit_code == 1 and done.stdout == "" and isinstance(done.exception, SystemExit), (done.exit_code, done.exception, done.stdout)
+    assert done.exit_code == code and done.stdout == "" and isinstance(done.exception, SystemExit), (done.exit_code, done.exception, done.stdout)
     assert len(done.stderr.strip().splitlines()) == 1 and all(w in done.stderr for w in words), done.stderr
 
 def test_a_fault_in_another_process(tmp_path):
@@ -252,7 +252,6 @@ def test_export_to_reward_bench(node, tmp_path):
     ("mt_bench", [{"question_id": 1, "turns": ["Hi"]}] * 2, ("question_id 1 comes twice",)),
     ("reward_bench", [{"prompt": "Hi", "chosen": "x", "rejected": "y"}], ("reward_bench", "subset needed")),
     ("reward_bench", [{"prompt": "Hi", "chosen": "x", "rejected": "y", "subset": s} for s in ("hep-go", "")], ("data.jsonl, row 2", "no subset")),
-    ("rewardbench", [{"prompt": "Hi"}], ("--to rewardbench", "reward_bench")),
 ])
 def test_a_file_that_cannot_be_exported(tmp_path, to, rows, words):
     write_rows(tmp_path/"data.jsonl", rows)
@@ -265,11 +264,14 @@ def test_an_export_that_cannot_be_met(tmp_path, args, words):
 
 @pytest.mark.parametrize("args, words", [
     (("--to", "reward_bench"), ("--to reward_bench", "--data")), (("--to", "merged", "--data", "x.jsonl", "--limit", "3"), ("--to merged takes no --data, --limit",)), (("--to", "dataset", "--set", "train.beta=1"), ("--to dataset takes no --set",)),
-    (("--to", "mt_bench", "--data", "x.jsonl", "--push", "me/x"), ("--to mt_bench takes no --push",)), (("--to", "folder"), ("--to folder", "adapter, merged, dataset, alpaca_eval, mt_bench, reward_bench")), (("--to", "adapter"), ("not a run's model", "data/runs/smol/seed0/scir/m2")),
+    (("--to", "mt_bench", "--data", "x.jsonl", "--push", "me/x"), ("--to mt_bench takes no --push",)), (("--to", "folder"), ("--to folder", "adapter, merged, dataset, alpaca_eval, mt_bench, reward_bench")),
+    (("--to", "rewardbench", "--data", "x.jsonl"), ("--to rewardbench", "reward_bench")),
 ])
 def test_an_option_that_a_target_does_not_take(tmp_path, args, words):
-    one_line(("export", TINY, "--out", tmp_path/"out", *args), *words)
+    one_line(("export", TINY, "--out", tmp_path/"out", *args), *words, "export --help", code=2)
     assert not (tmp_path/"out").exists()
+
+def test_only_a_runs_model_is_shared(tmp_path): one_line(("export", TINY, "--out", tmp_path/"out", "--to", "adapter"), "not a run's model", "data/runs/smol/seed0/scir/m2")
 
 def test_a_benchmark_is_no_folder(tmp_path):
     one_line(("export", TINY, "--to", "reward_bench", "--data", "data/pairs.jsonl", "--out", tmp_path), "this is a folder")
