@@ -33,7 +33,7 @@ test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from
 	cd $$(mktemp -d) && export PATH=$(CURDIR)/build/wheel/venv/bin:$$PATH && scir doctor --recipe recipes/tiny.yaml && scir run recipes/tiny.yaml && scir verify data/runs/tiny
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
-	TQDM_DISABLE=1 $(BIN)/scir bench --json $(or $(JSON),data/bench.json)
+	TQDM_DISABLE=1 $(BIN)/scir bench --out $(or $(JSON),data/bench.json)
 
 docs: $(VENV)/docs        ## the site, _site/index.html, from the notebooks and docs/: needs npm for MathJax, no model
 	$(BIN)/python docs/build.py

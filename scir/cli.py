@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CODES', 'UsageError', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json', 'EXAMPLES',
-           'fail', 'one_line', 'reader_left', 'OneLine', 'show_version', 'main', 'positive', 'known_split',
-           'not_a_folder', 'aside', 'emit', 'strict', 'settle', 'usable_tokenizer', 'check', 'say', 'told', 'tables',
-           'show', 'records', 'words_again', 'launch', 'rehearse', 'as_settings', 'run', 'opened', 'standing', 'status',
-           'report', 'verify', 'judge', 'sample', 'suits', 'export', 'fit_reward_model', 'doctor', 'bench']
+           'fail', 'one_line', 'kept_so_far', 'reader_left', 'OneLine', 'show_version', 'main', 'positive',
+           'known_split', 'not_a_folder', 'aside', 'emit', 'strict', 'settle', 'usable_tokenizer', 'check', 'say',
+           'told', 'tables', 'show', 'records', 'words_again', 'launch', 'from_here', 'rehearse', 'as_settings', 'run',
+           'opened', 'standing', 'status', 'report', 'verify', 'judge', 'sample', 'suits', 'export', 'fit_reward_model',
+           'doctor', 'bench']
 
 # %% ../nbs/24_cli.ipynb #537f2be2
 import os, select, shlex, subprocess, sys
@@ -42,11 +43,17 @@ def one_line(debug:bool=False):
     "What fails inside is said in one line; a fault, with `debug`, with its traceback."
     try: yield
     except (typer.Exit, typer.Abort): raise
-    except KeyboardInterrupt: fail("interrupted; the same command goes on", 130)
+    except KeyboardInterrupt: fail("interrupted" + "; the same command goes on" * kept_so_far(), 130)
     except UsageError as e: fail(_usage(e), 2)
     except Exception as e:
         if debug or isinstance(e, BrokenPipeError) and reader_left(): raise
         fail(_reason(e))
+
+def kept_so_far()->bool:
+    "Whether the command that is running keeps what it has done."
+    from click import get_current_context
+    context = get_current_context(silent=True)
+    return bool(context) and context.invoked_subcommand in ("run", "sample", "judge")
 
 def reader_left()->bool:
     "Whether nobody reads stdout or stderr any more."
@@ -93,19 +100,19 @@ def main(ctx:typer.Context, version: Annotated[bool, typer.Option("--version", m
 # %% ../nbs/24_cli.ipynb #80861804
 def positive(n:int|None)->int|None:
     "Refuse a number below 1."
-    if n is not None and n < 1: fail(f"--limit {n}: give a number from 1 on, or leave it out for all rows")
+    if n is not None and n < 1: raise UsageError(f"--limit {n}: give a number from 1 on, or leave it out for all rows")
     return n
 
 def known_split(name):
     "Refuse what is not a split; takes one name, several or none."
     from scir.data import SPLITS
     for n in [name] if isinstance(name, str) else name or []:
-        if n not in SPLITS: fail(f"--split {n}: {', '.join(SPLITS[:-1])} or {SPLITS[-1]} is needed")
+        if n not in SPLITS: raise UsageError(f"--split {n}: {', '.join(SPLITS[:-1])} or {SPLITS[-1]} is needed")
     return name
 
 def not_a_folder(out:Path|None)->Path|None:
     "Refuse to write a file over a folder, before hours are spent on it."
-    if out and out.is_dir(): fail(f"--out {out}: this is a folder; name a file in it")
+    if out and out.is_dir(): raise UsageError(f"--out {out}: this is a folder; name a file in it")
     return out
 
 MODEL = "a run's model (data/runs/smol/seed0/scir/m2), a peft adapter's folder, a model's folder or hub id"
@@ -163,10 +170,10 @@ def usable_tokenizer(recipe):
 def check(model:str, recipe)->None:
     "Raise for a model that is not there, verdict words that are no single tokens, a reward model nobody knows."
     from scir.evaluate import resolve
-    from scir.judge import find_verdicts
+    from scir.pipeline import check_words
     from scir.rewards import REWARDS
     recipe, _ = resolve(model, recipe)
-    find_verdicts(usable_tokenizer(recipe), recipe.judge.verdicts)
+    check_words(usable_tokenizer(recipe), recipe)
     if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise ValueError(f"rewards: {unknown[0]!r} is not registered; known: {', '.join(REWARDS)}")
 
 # %% ../nbs/24_cli.ipynb #8f5a2e4d
@@ -215,6 +222,12 @@ def launch(words:list, processes:int)->None:
     env = {"OMP_NUM_THREADS": cores} | os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if code := subprocess.run(launch_line(words, processes), env=env).returncode: raise typer.Exit(code)
 
+def from_here(path:Path, here:Path)->Path:
+    "A path, relative to the project's folder or not, as it is called from where the command was given; goes back there."
+    path = path.resolve()
+    os.chdir(here)
+    return Path(os.path.relpath(path)) if path.is_relative_to(here) else path
+
 def rehearse(recipe, out:Path|None, words:list, processes:int)->None:
     "Print every step's state, and how to start the run on one machine and on several."
     from scir.audit import status as ask
@@ -256,8 +269,10 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
     loaded = load_recipe(recipe, tuple(setting))
     if dry_run: return rehearse(loaded, out, words_again(), processes)
     if processes > 1: return launch(words_again(), processes)
+    here = Path.cwd()
     with aside(json): folder = run_recipe(loaded, out, jobs, as_settings(cluster))
     if rank(): return
+    folder = from_here(folder, here)
     if json: emit({"run": str(folder), "steps": standing(*opened(folder)), "tables": records(folder/"report")})
     else: show(folder/"report")
 
@@ -335,9 +350,10 @@ def judge(model: Annotated[str, typer.Option(help=MODEL)],
           recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None, json: Json = False, debug: Debug = False):
     "Score labelled pairs with a model's internal reward models, a Parquet row each."
     from scir.evaluate import judge_file
-    from scir.pipeline import quiet
+    from scir.pipeline import quiet, say_shipped
     with aside(json):
         quiet()
+        say_shipped([pairs])
         model, base = settle(model, recipe, setting)
         for name in filter(None, (model, reference)): check(name, base)
         found = judge_file(model, pairs, out, base, reference, limit, split)
@@ -359,10 +375,11 @@ def sample(model: Annotated[str, typer.Option(help=MODEL)],
 
     An interrupted try goes on with the same command."""
     from scir.evaluate import resolve
-    from scir.pipeline import quiet
+    from scir.pipeline import quiet, say_shipped
     from scir.sample import sample_file
     with aside(json):
         quiet()
+        say_shipped([prompts])
         settled, adapter = resolve(*settle(model, recipe, setting))
         usable_tokenizer(settled)
         found = sample_file(settled, adapter, prompts, out, candidates, seed, limit)
@@ -396,14 +413,14 @@ def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged 
            licence: Annotated[str | None, typer.Option("--licence", "--license", help="for the card, as the hub writes it (apache-2.0); default: the base model's where its card tells, else unknown")] = None,
            push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload the folder there, on the hub; private unless it was there")] = None,
            recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None,
-           reward: Annotated[str, typer.Option(help="the internal reward model for reward_bench")] = "generative",
+           reward: Annotated[str | None, typer.Option(help="the internal reward model for reward_bench; default: generative")] = None,
            json: Json = False, debug: Debug = False):
     """Put a run's model or preferences into a folder that others load, with a card.
 
     Or answer or judge a benchmark, in the file that its own program reads."""
     from scir.exports import EXPORTS, FOLDERS, check_push, push as upload
-    from scir.pipeline import quiet
-    suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit}, {"--licence": licence, "--push": push})
+    from scir.pipeline import quiet, say_shipped
+    suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward}, {"--licence": licence, "--push": push})
     with aside(json):
         quiet()
         if to in FOLDERS:
@@ -411,9 +428,10 @@ def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged 
             found = FOLDERS[to](model, out, licence, push) | ({"pushed": upload(out, push, to)} if push else {})
         else:
             not_a_folder(out)
+            say_shipped([data])
             model, base = settle(model, recipe, setting)
             check(model, base)
-            found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward} if to == "reward_bench" else {}))
+            found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward or "generative"} if to == "reward_bench" else {}))
     told(found | {"folder" if to in FOLDERS else "file": str(out)}, json)
 
 # %% ../nbs/24_cli.ipynb #5467a1b3
@@ -428,9 +446,10 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
     "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates."
     from scir.alignment import fit_reward
     from scir.data import load_pairs, split_of
-    from scir.pipeline import quiet
+    from scir.pipeline import quiet, say_shipped
     with aside(json):
         quiet()
+        say_shipped([pairs])
         rows, dropped = load_pairs(pairs)
         found = fit_reward(model, [r for r in rows if split_of(r.prompt) in split][:limit], out)
     told(found | {"dropped": dropped}, json, model=out)
@@ -459,20 +478,23 @@ def doctor(recipe: Annotated[Path | None, typer.Option(help="ask too whether thi
     if any(f.state == "fault" for _, f in found): raise typer.Exit(1)
 
 @app.command(epilog="""Examples:
-  scir bench --json bench.json
-  scir bench --json judge.json --recipe recipes/tiny.yaml \\
+  scir bench --out bench.json
+  scir bench --out judge.json --recipe recipes/tiny.yaml \\
     --only judge --repeats 1""")
-def bench(json: Annotated[Path, typer.Option(help="file to write; a plot of the same name goes beside it", callback=not_a_folder)] = Path("data/bench.json"),
+def bench(out: Annotated[Path, typer.Option(help="file to write; a plot of the same name goes beside it", callback=not_a_folder)] = Path("data/bench.json"),
           recipe: Annotated[Path, typer.Option(help="model, adapter, judge and data")] = Path("recipes/smol.yaml"),
           setting: Settings = ["model.dtype=auto"],
           repeats: Annotated[int, typer.Option(metavar="N", help="of every measurement; the median counts", min=1)] = 5,
           tokens: Annotated[int, typer.Option(metavar="N", help="of a sampled response, at most", min=1)] = 32,
           only: Annotated[str | None, typer.Option(help="one group: judge, judge-gradient, training, sampling, growth")] = None,
-          debug: Debug = False):
+          json: Json = False, debug: Debug = False):
     """Measure sampling, judging and training against what one would otherwise run.
 
     All of it takes about a quarter of an hour on two cores."""
     from scir.bench import GROUPS, main as measure
     from scir.recipe import load_recipe
+    from scir.store import read_json
     if only not in (None, *GROUPS): raise UsageError(f"--only {only}: one of {', '.join(GROUPS)} is needed")
-    typer.echo(measure(json, load_recipe(recipe, tuple(setting)), repeats, tokens, only))
+    with aside(json): said = measure(out, load_recipe(recipe, tuple(setting)), repeats, tokens, only)
+    if json: emit(read_json(out))
+    else: typer.echo(said)

@@ -6,17 +6,16 @@
 __all__ = ['CGROUP', 'TOKEN', 'RECIPE_CHECKS', 'WIDTH', 'Finding', 'size', 'ask', 'cores', 'memory', 'system', 'processors',
            'main_memory', 'driver', 'gpus', 'no_gpu', 'precision', 'attention', 'four_bits', 'threads', 'threads_here',
            'kernel', 'answered', 'constrained', 'package', 'packages', 'python', 'text_encoding', 'disk', 'space',
-           'is_file', 'model_folder', 'offline', 'model_found', 'models', 'sources', 'data', 'kept', 'from_hub',
-           'hub_token', 'verdicts', 'context', 'fits', 'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk',
-           'open_recipe', 'examine', 'lines', 'summary']
+           'is_file', 'model_folder', 'offline', 'model_found', 'models', 'data', 'kept', 'from_hub', 'hub_token',
+           'verdicts', 'context', 'fits', 'optimizer', 'weights', 'parameters', 'adapter_bytes', 'row_bytes',
+           'room_on_disk', 'open_recipe', 'examine', 'lines', 'summary']
 
 # %% ../nbs/23_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
 from collections import Counter
 from contextlib import suppress
 from importlib import import_module, metadata
-from itertools import chain
-from math import comb
+from math import comb, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +97,8 @@ def no_gpu(driver:str|None, # its version
     return Finding("gpu", f"NVIDIA driver {driver} is there, but torch (CUDA {built}) cannot use it. {said}".strip(), "warn", "nvidia-smi")
 
 # %% ../nbs/23_doctor.ipynb #ae66b857
-def precision(model)->Finding: # a recipe's model section
+def precision(model, # a recipe's model section
+             )->Finding:
     "Device and compute dtype."
     from scir.model import compute_dtype, device
     name, fast = (str(compute_dtype(m)).removeprefix("torch.") for m in (model, model.model_copy(update={"dtype": "auto"})))
@@ -118,7 +118,8 @@ def attention()->Finding:
     if not logits.isfinite().all(): return Finding("attention", f"{name}: a forward pass gives numbers that are not finite", "fault", "pip install --force-reinstall torch")
     return Finding("attention", f"{name}" + (", scir's own for CPUs" if name == "grouped" else ", torch's fused kernels"))
 
-def four_bits(model)->Finding: # a recipe's model section
+def four_bits(model, # a recipe's model section
+             )->Finding:
     "Whether weights can be kept in 4 bits: a few are."
     needed = "fault" if model.quantize else "warn"
     try:
@@ -278,15 +279,11 @@ def models(recipe)->list:
     return [model_found(m, spec.revision if m == spec.name else None, spec.allow_pickle, offline()) for m in dict.fromkeys(named)]
 
 # %% ../nbs/23_doctor.ipynb #6d5bc301
-def sources(recipe)->list:
-    "Every data source that a recipe names."
-    d, reference = recipe.data, recipe.alignment.reference
-    return list(dict.fromkeys([*d.prompts, *d.pairs, *filter(None, [d.instructions]), *chain(*d.labelled_sets.values()), *([reference] if reference != "m1" else [])]))
-
 def data(recipe)->list:
     "What of the data is here; where all of it is, it is read and counted."
     from scir.data import evaluation_rows, prompt_pool
-    if away := [s for s in sources(recipe) if not is_file(s)]: return [from_hub(s, kept(s), offline()) for s in away]
+    from scir.pipeline import recipe_sources
+    if away := [s for s in recipe_sources(recipe) if not is_file(s)]: return [from_hub(s, kept(s), offline()) for s in away]
     try: train, held, dropped = prompt_pool(recipe.data)
     except (ValueError, OSError) as e: return [Finding("data", " ".join(str(e).split()), "fault", "add --set data.prompts=FILE --set data.pairs=FILE, or mend that file")]
     sets = ", ".join(f"{name} {len(rows[:recipe.data.test_limit])}" for name, (rows, _) in evaluation_rows(recipe.data).items())
@@ -309,7 +306,8 @@ def hub_token(recipe)->Finding|None:
     "Asked only of a recipe that needs the hub."
     from huggingface_hub import get_token
     from scir.model import BUILT_IN
-    away = [s for s in sources(recipe) if not is_file(s)] + [recipe.model.name] * (model_folder(recipe.model.name, recipe.model.revision) is None and recipe.model.name not in BUILT_IN)
+    from scir.pipeline import recipe_sources
+    away = [s for s in recipe_sources(recipe) if not is_file(s)] + [recipe.model.name] * (model_folder(recipe.model.name, recipe.model.revision) is None and recipe.model.name not in BUILT_IN)
     if not away: return None
     return Finding("hub token", "there") if get_token() else Finding("hub token", "none: the hub refuses gated models and slows down those it does not know", "warn", "hf auth login")
 
@@ -321,10 +319,10 @@ def _tokenizer(recipe): # None where the model is not here
 
 def verdicts(recipe)->Finding|None:
     "Whether the judge's verdict words are single tokens."
-    from scir.judge import find_verdicts
+    from scir.pipeline import check_words
     if (tokenizer := _tokenizer(recipe)) is None: return None
-    try: find_verdicts(tokenizer, recipe.judge.verdicts)
-    except ValueError as e: return Finding("verdicts", str(e), "fault", "add --set 'judge.verdicts=[A, B]'")
+    try: check_words(tokenizer, recipe)
+    except ValueError as e: return Finding("verdicts", str(e), "fault", "add --set 'judge.verdicts=[A, B]'" if "judge.verdicts" in str(e) else "add --set 'rewards=[generative, implicit]'")
     return Finding("verdicts", f"{' and '.join(recipe.judge.verdicts)} are single tokens")
 
 def context(recipe)->Finding|None:
@@ -354,6 +352,23 @@ def optimizer(recipe)->Finding|None:
 # %% ../nbs/23_doctor.ipynb #463f8cbd
 TOKEN = 12 # bytes of a token in a row, at most: its id and its text
 
+def weights(recipe)->Finding|None:
+    "The model's weights against the memory that is free; what training and sampling take besides is not counted."
+    import torch
+    from scir.model import compute_dtype, device
+    if not (folder := model_folder(recipe.model.name, recipe.model.revision)) or not (stored := list(folder.glob("*.safetensors"))): return None
+    free = torch.cuda.mem_get_info()[0] if device().type == "cuda" else memory()[0]
+    needed = parameters(stored) * (.52 if recipe.model.quantize and device().type == "cuda" else compute_dtype(recipe.model).itemsize)  # on a CPU 4-bit weights are unpacked to sample and judge
+    found = f"{size(needed)} of weights, {size(free)} free"
+    return Finding("weights", found, "fault", "add --set model.quantize=nf4 on a GPU, or name a smaller model") if needed > free else Finding("weights", found)
+
+def parameters(files:list)->int:
+    "How many numbers safetensors files hold, by their headers."
+    from safetensors import safe_open
+    def count(file):
+        with safe_open(file, framework="pt") as f: return sum(prod(f.get_slice(k).get_shape()) for k in f.keys())
+    return sum(map(count, files))
+
 def adapter_bytes(recipe)->int:
     "An adapter on the disk, float32."
     import torch
@@ -377,10 +392,11 @@ def row_bytes(recipe, train:int, held:int, labelled:int)->int:
 def room_on_disk(recipe)->Finding|None:
     "Adapters, checkpoints and rows of a whole run against the free space; None where model or data are not here yet."
     from scir.data import evaluation_rows, prompt_pool
-    from scir.pipeline import root
+    from scir.pipeline import recipe_sources, root
     from scir.recipe import all_nodes
-    if model_folder(recipe.model.name, recipe.model.revision) is None or not all(map(is_file, sources(recipe))): return None
-    train, held, _ = prompt_pool(recipe.data)
+    if model_folder(recipe.model.name, recipe.model.revision) is None or not all(map(is_file, recipe_sources(recipe))): return None
+    try: train, held, _ = prompt_pool(recipe.data)
+    except (ValueError, OSError): return None  # `data` has told
     labelled = sum(len(rows[:recipe.data.test_limit]) for rows, _ in evaluation_rows(recipe.data).values())
     adapter, trained = adapter_bytes(recipe), len(all_nodes(recipe)) - 1
     return disk(root()/"data/runs"/recipe.name, (trained + 9) * adapter + row_bytes(recipe, len(train), len(held), labelled), f"{trained} adapters of {size(adapter)}, checkpoints and rows")
@@ -390,14 +406,15 @@ def open_recipe(path, settings:tuple=())->tuple: # Recipe or None, list of Findi
     "Load a recipe and ask what a run asks before it begins. Goes to the project's folder, where recipes name their data from."
     from scir.pipeline import check_recipe, plan, root
     from scir.recipe import RecipeError, load_recipe
-    try:
-        recipe = load_recipe(path, settings)
-        os.chdir(root())
-        check_recipe(recipe)
-    except RecipeError as e: return None, [Finding("recipe", line, "fault", f"edit {path}") for line in str(e).splitlines()]
+    def faults(e): return [Finding("recipe", line, "fault", f"pip install {way[2]}" if (way := line.partition("; pip install "))[1] else f"edit {path}") for line in str(e).splitlines()]
+    try: recipe = load_recipe(path, settings)
+    except RecipeError as e: return None, faults(e)
+    os.chdir(root())
+    try: check_recipe(recipe)
+    except RecipeError as e: return recipe, faults(e)
     return recipe, [Finding("recipe", f"{recipe.name}: {len(plan(recipe))} steps, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}, arms {', '.join(recipe.arms)}")]
 
-RECIPE_CHECKS = models, data, hub_token, verdicts, context, optimizer, room_on_disk
+RECIPE_CHECKS = models, data, hub_token, verdicts, context, optimizer, weights, room_on_disk
 
 def examine(path=None, settings:tuple=()): # yields (group, Finding)
     "Everything, the machine first; with a recipe's path, that too."

@@ -14,7 +14,7 @@ from scipy.special import expit
 from .consistency import frame, metrics
 from .data import evaluation_rows, load_pairs, prompt_pool, read_source, split_of
 from .model import for_sampling, for_scoring, load_tokenizer, model_path
-from .recipe import Recipe, load_recipe, node_name, node_parts, parent_node
+from .recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node
 from .sample import sample
 from .score import candidate_pairs, drawn_side, labelled_pairs, score, set_reference
 from .store import Response, Score, atomic_path, digest, hash_path, read_json, read_rows, write_json, write_rows
@@ -106,7 +106,7 @@ def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=Non
     if reference: set_reference(for_scoring(*_parts(reference, recipe)), pairs, recipe.judge.batch_tokens)
     policy = for_scoring(recipe.model, adapter)
     if not reference: set_reference(policy, pairs, recipe.judge.batch_tokens)
-    key = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), reference, reference and hash_path(reference), source, hash_path(source), limit, split)
+    key = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), reference, reference and hash_path(reference), source, hash_path(locate(source)), limit, split)
     part = out.with_name(f".{out.stem}.{key}.jsonl")
     scores = score(policy, tokenizer, pairs, recipe, part)
     with atomic_path(out) as tmp: score_frame(scores).to_parquet(tmp, index=False)

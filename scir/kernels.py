@@ -6,7 +6,7 @@
 __all__ = ['PRELOAD', 'Forked', 'WarmProvisioner', 'use_warm_kernels']
 
 # %% ../nbs/19_kernels.ipynb #944cf791
-import logging, multiprocessing, os, signal, sys, threading, time
+import atexit, logging, multiprocessing, os, signal, sys, threading, time
 from multiprocessing import forkserver, resource_tracker
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
@@ -33,7 +33,8 @@ def _serve(connection_file, cwd, owner):
     threading.Thread(target=_die_with, args=(owner, server), daemon=True).start()
     os.setsid()
     os.chdir(cwd)
-    IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=50", f"--IPKernelApp.parent_handle={server}"])
+    try: IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=50", f"--IPKernelApp.parent_handle={server}"])
+    finally: atexit._run_exitfuncs()  # a forked process leaves without them, and a tracker writes its last lines there
 
 class Forked:
     "A forked process with the part of Popen's interface that a provisioner uses."

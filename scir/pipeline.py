@@ -9,9 +9,9 @@ __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS'
            'inputs', 'fingerprint', 'State', 'state', 'differences', 'file_name', 'busy', 'finished', 'provenance',
            'start_manifest', 'manifest_of', 'write_manifest', 'record', 'note_failure', 'now', 'root',
            'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone', 'begin', 'reason', 'work', 'do',
-           'check_recipe', 'notebook_of', 'shown', 'execute', 'gpus', 'executor', 'side_by_side', 'make_models',
-           'say_shipped', 'by_itself', 'launch_line', 'join_others', 'assist', 'seen', 'one_by_one', 'told',
-           'run_recipe']
+           'check_words', 'check_recipe', 'notebook_of', 'shown', 'execute', 'gpus', 'executor', 'side_by_side',
+           'make_models', 'recipe_sources', 'say_shipped', 'by_itself', 'launch_line', 'join_others', 'assist', 'seen',
+           'one_by_one', 'told', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, json, multiprocessing, os, platform, shutil, subprocess, sys, threading, time
@@ -541,6 +541,15 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
     return read_json(run/"manifest.json")["steps"][step.key]["summary"]
 
 # %% ../nbs/20_pipeline.ipynb #ed7f6c5e
+def check_words(tokenizer, recipe:Recipe)->None:
+    "Raise RecipeError for words that a judge must say in one token and, with this tokenizer, cannot."
+    from scir.judge import find_verdicts
+    from scir.rewards import YES_NO
+    asked = {recipe.judge.verdicts: "name others in judge.verdicts"} | ({YES_NO: "leave pointwise out of rewards"} if "pointwise" in recipe.rewards else {})
+    for words, way_out in asked.items():
+        try: find_verdicts(tokenizer, words)
+        except ValueError as e: raise RecipeError(f"{e}; {way_out}") from None
+
 def check_recipe(recipe:Recipe)->None:
     "Raise RecipeError for what would otherwise fail after hours: unknown reward models, trackers that are not there, arms that need a model that is not named."
     from scir.rewards import REWARDS
@@ -662,9 +671,13 @@ def make_models(recipe:Recipe)->None:
         from scir.model import BUILT_IN
         if name in BUILT_IN: BUILT_IN[name]()
 
-def say_shipped(recipe:Recipe)->None:
+def recipe_sources(recipe:Recipe)->list:
+    "Every data file and hub name of a recipe."
+    return list(dict.fromkeys(sources_of(read_fields(recipe, ("data.prompts", "data.pairs", "data.instructions", "data.labelled_sets", "alignment")))))
+
+def say_shipped(sources:list)->None:
     "Name the data that is the package's own, for want of such a file here."
-    for s in sources_of(read_fields(recipe, ("data.prompts", "data.pairs", "data.instructions", "data.labelled_sets", "alignment"))):
+    for s in sources:
         if SHIPPED in (found := locate(s)).parents: print(f"{s}: no such file in {Path.cwd()}; the one that comes with scir is read ({found})", flush=True)
 
 # %% ../nbs/20_pipeline.ipynb #6c85c49d
@@ -724,6 +737,7 @@ def run_recipe(recipe:Recipe,
                cluster:dict|None=None, # settings of a submitit executor (https://github.com/facebookincubator/submitit): steps become jobs of a cluster
               )->Path: # the run directory
     "Do every step of a recipe that is not finished."
+    from scir.model import load_tokenizer
     run = run.resolve() if run else None
     os.chdir(root())
     run = run or Path("data/runs")/recipe.name
@@ -735,7 +749,8 @@ def run_recipe(recipe:Recipe,
     with alone(run, "run", 0, "another `scir run` works on it"):
         recipe = settled(recipe, run)
         make_models(recipe)
-        say_shipped(recipe)
+        say_shipped(recipe_sources(recipe))
+        check_words(load_tokenizer(recipe.model), recipe)
         for litter in (f for pattern in LITTER for f in run.glob(pattern)): _remove(litter)
         start_manifest(recipe, run)
         steps = plan(recipe)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .data import load_prompts
 from .logprobs import encode_prompt
 from .model import for_sampling, load_tokenizer, make_room, model_path, out_of_memory
-from .recipe import SamplingSpec
+from .recipe import SamplingSpec, locate
 from .store import Journal, Response, digest, hash_path, processes, rank, row_seed, share
 
 # %% ../nbs/10_sample.ipynb #5f3e8f75
@@ -221,7 +221,7 @@ def sample_file(recipe, # Recipe: model, sampling, data.max_prompt_tokens
     prompts, dropped = load_prompts(source)
     spec, out = recipe.sampling.model_copy(update={"candidates": candidates or recipe.sampling.candidates}), Path(out)
     model, tokenizer, longest = for_sampling(recipe.model, adapter), load_tokenizer(recipe.model), recipe.data.max_prompt_tokens
-    key = digest(recipe.model.model_dump(), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), spec.model_dump(), longest, source, hash_path(source), seed, limit)
+    key = digest(recipe.model.model_dump(), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), spec.model_dump(), longest, source, hash_path(locate(source)), seed, limit)
     part = out.with_name(f".{out.stem}.{key}.jsonl")
     found = sample(model, tokenizer, prompts[:limit], spec, part, seed, min(longest, room(model, spec)))
     os.replace(part, out)

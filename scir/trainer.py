@@ -7,7 +7,7 @@ __all__ = ['PIP', 'SEAL', 'through', 'PairTrainer', 'Bar', 'check_trackers', 'tr
            'last_checkpoint', 'fit', 'save_adapter']
 
 # %% ../nbs/08_trainer.ipynb #97e495b3
-import math, shutil
+import math, re, shutil
 from pathlib import Path
 
 import torch
@@ -178,7 +178,8 @@ def fit(model, tokenizer, pairs:list, loss_of, recipe, folder, args:TrainingArgu
     args._n_gpu = min(args.n_gpu, 1)
     last = exchange(last_checkpoint(Path(args.output_dir)) if not rank() else None)[0]
     if last and not rank(): print(f"resuming from {last}")
-    args.project, args.run_name = recipe.name, str(folder)
+    node = re.search(r"seed\d+/.*|[^/]*$", folder.as_posix())[0]  # no place of this machine in a tracker's name for it
+    args.project, args.run_name = recipe.name, f"{recipe.name}/{node}"
     callbacks = [Bar(), Seal(), *(trackers(recipe.report_to, folder/"tracking", last) if not rank() else [])]
     trainer = PairTrainer(loss_of, recipe, tokenizer, model=model, args=args, train_dataset=pairs, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)

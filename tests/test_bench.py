@@ -16,7 +16,7 @@ def work(recipe): return Work(recipe, repeats=1, tokens=4)
 
 def test_every_figure_is_there_with_its_raw_numbers(tmp_path):
     "`make bench` on the random model, once."
-    command = [SCIR, "bench", "--json", str(tmp_path/"b.json"), "--recipe", "recipes/tiny.yaml", "--set", "model.dtype=float32", "--repeats", "1", "--tokens", "4"]
+    command = [SCIR, "bench", "--out", str(tmp_path/"b.json"), "--recipe", "recipes/tiny.yaml", "--set", "model.dtype=float32", "--repeats", "1", "--tokens", "4"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     found = json.loads((tmp_path/"b.json").read_text())
@@ -27,7 +27,7 @@ def test_every_figure_is_there_with_its_raw_numbers(tmp_path):
     assert found["dtype"] == "float32" and found["machine"]["threads"] >= 1 and found["machine"]["versions"]["trl"]
 
 def test_an_unknown_group_is_one_line():
-    done = subprocess.run([SCIR, "bench", "--json", "x.json", "--only", "magic"], capture_output=True, text=True)
+    done = subprocess.run([SCIR, "bench", "--out", "x.json", "--only", "magic"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and ", ".join(GROUPS) in done.stderr
 
 def test_the_groups_that_help_names_are_those_there_are():

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from scir import doctor
 from scir.cli import app
-from scir.doctor import (Finding, adapter_bytes, answered, ask, context, cores, data, disk, examine, fits, four_bits, from_hub, hub_token, kernel, lines, memory, model_folder, model_found, models,
+from scir.doctor import (Finding, weights, adapter_bytes, answered, ask, context, cores, data, disk, examine, fits, four_bits, from_hub, hub_token, kernel, lines, memory, model_folder, model_found, models,
                          no_gpu, open_recipe, optimizer, package, packages, precision, constrained, python, room_on_disk, row_bytes, summary, text_encoding, threads, verdicts)
 from scir.model import save_tiny
 from scir.recipe import ModelSpec, load_recipe, parse_recipe
@@ -80,6 +80,16 @@ def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
     assert dead.state == "fault" and "does not start" in dead.finding
     monkeypatch.setattr(KernelProvisionerFactory.instance(), "default_provisioner_name", "scir-absent")
     assert kernel().mend == "pip install -e ."
+
+def test_a_kernel_ends_as_a_process_does(tmp_path):
+    "What waits for the end of the process, as a tracker does with its last lines, is done at the end of a warm kernel too."
+    import nbformat
+    from nbclient import NotebookClient
+    from scir.kernels import use_warm_kernels
+    use_warm_kernels()
+    last = tmp_path/"last"
+    NotebookClient(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"import atexit; from pathlib import Path; atexit.register(Path({str(last)!r}).touch)")]), kernel_name="python3").execute()
+    assert last.exists()
 
 def test_a_kernel_of_another_python_is_a_fault():
     assert answered("/usr/bin/python", "/venv/bin/python", "python3", "warm").state == "fault" and answered("/a", "/a", "python3", "warm").finding == "warm"
@@ -176,6 +186,18 @@ def test_what_mends_the_context_does(longest):
     warned = fits(1024, 40, longest, 512)
     left = int(warned.mend.split("max_prompt_tokens=")[1].split()[0])
     assert warned.state == "warn" and fits(1024, 40, left, left).state == "ok" and fits(1024, 40, left + 1, left + 1).state == "warn"
+
+def test_weights_are_compared_with_free_memory(monkeypatch):
+    from safetensors.torch import load_file
+    assert doctor.parameters([Path("data/models/tiny-random/model.safetensors")]) == sum(v.numel() for v in load_file("data/models/tiny-random/model.safetensors").values())
+    assert weights(made()).state == "ok" and weights(parse_recipe({"model": {"name": "someone/some-model"}})) is None
+    monkeypatch.setattr(doctor, "memory", lambda: (1e5, 1e9))
+    assert weights(made()).state == "fault" and "100.0 KB" not in weights(made()).mend
+
+def test_a_fault_hides_no_other_and_is_told_once():
+    found = [f for group, f in examine("recipes/tiny.yaml", ("report_to=wandb", "data.prompts=nope.jsonl")) if group == "recipe"]
+    assert [(f.what, f.mend.split()[0]) for f in found if f.state == "fault"] == [("recipe", "pip"), ("data", "add")]
+    assert {"model", "verdicts", "context"} <= {f.what for f in found}
 
 def test_the_disk_is_estimated_for_what_a_run_really_writes(tiny_run):
     recipe = load_recipe(tiny_run/"recipe.yaml")
