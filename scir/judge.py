@@ -26,7 +26,7 @@ def verdict_ids(tokenizer, word:str)->tuple:
     "The single-token spellings of `word`, with and without a leading space; raises ValueError when it has none."
     ids = {tuple(encode_piece(tokenizer, w)) for w in (word, " " + word)} | {tuple(tokenizer.encode(word, add_special_tokens=False))}
     single = tuple(sorted(i[0] for i in ids if len(i) == 1 and tokenizer.decode(i).strip() == word))
-    if not (single and word.strip()): raise ValueError(f"{word!r} is not a single token for this model's tokenizer ({sorted(ids)})")
+    if not (single and word.strip()): raise ValueError(f"{word!r} is not a single token for this model's tokenizer ({sorted(ids)}), so it cannot be a verdict")
     return single
 
 def find_verdicts(tokenizer, words:tuple=("A", "B"))->Verdicts:
