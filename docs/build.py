@@ -101,16 +101,17 @@ def bare(node):
 
 def signature(f: ast.FunctionDef, notes: dict) -> tuple:  # signature, {parameter: comment}, comment on what is returned
     """A function's signature and the comments beside its parameters."""
-    a, said, body = f.args, {}, f.body[0].lineno
+    a, said, first = f.args, {}, f.body[0]
+    body = min(n.lineno for n in (first, *getattr(first, "decorator_list", [])))
+    closed = f.returns.end_lineno if f.returns else max(f.lineno, body - 1)  # the signature's last line, whose comment is on what is returned
     every = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
     ends = [min((x.lineno for x in every[i + 1:]), default=f.returns.lineno if f.returns else body) for i in range(len(every))]
     for arg, end in zip(every, ends):
         lines = range(arg.lineno, max(end, arg.lineno + 1)) if arg.lineno > f.lineno or end > arg.lineno else ()
-        said[arg.arg] = help_of(arg.annotation) or " ".join(notes[n] for n in lines if n in notes and not (f.returns and n == f.returns.end_lineno))
+        said[arg.arg] = help_of(arg.annotation) or " ".join(notes[n] for n in lines if n in notes and n != closed)
         arg.annotation = bare(arg.annotation)
-    returned = notes.get(f.returns.end_lineno, "") if f.returns else ""
     text = f"({ast.unparse(a)})" + (f" -> {ast.unparse(f.returns)}" if f.returns else "")
-    return text, {k: v for k, v in said.items() if v and k != "self"}, returned
+    return text, {k: v for k, v in said.items() if v and k != "self"}, notes.get(closed, "")
 
 
 def constant_of(call, place: int, name: str) -> str:
@@ -179,7 +180,8 @@ def directive(kind: str, text: str, options: list, inside: list) -> str:
 
 def params(said: dict, returned: str) -> list:
     """A field list of parameters."""
-    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + ([f":returns: {plain(returned)}"] if returned else [])
+    field = "yields" if returned.startswith("yields ") else "returns"
+    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + ([f":{field}: {plain(returned.removeprefix('yields '))}"] if returned else [])
     return ["\n".join(rows)] if rows else []
 
 

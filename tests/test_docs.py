@@ -1,5 +1,5 @@
 """What the docs site is made from: the bridge, its pages, and links in docs/. No Sphinx, no browser."""
-import re, sys
+import ast, re, sys
 from pathlib import Path
 
 import nbformat, pytest
@@ -38,6 +38,26 @@ def test_signatures_and_comments_come_from_the_source(bridged):
     assert "{py:data} SPAN\n:module: scir.bridge\n:value: '3'\n\nin metres" in described
     assert "{py:function} cross(load: float, fast: bool=False) -> float" in described and "_hidden" not in described
     assert ":param load: weight of \\*it\\*, kg\n:returns: seconds" in described and "Walk over; `fast` runs." in described
+
+
+def signature_of(source):
+    "What the page of a module says of its last function."
+    return build.signature(ast.parse(source).body[-1], build.comments(source))[1:]
+
+
+@pytest.mark.parametrize("source, said, returned", [
+    ("def load(file, # of rows\n         n=3): # rows\n    'Read.'", {"file": "of rows"}, "rows"),
+    ("def load(file,\n         n=3, # at most\n        ): # yields rows\n    'Read.'", {"n": "at most"}, "yields rows"),
+    ("def load(file,\n         n=3, # at most\n        ):\n    'Read.'", {"n": "at most"}, ""),
+    ("def load(file): # rows\n    @cache\n    def inner(): pass", {}, "rows"),
+    ("def load(file)->list: # rows\n    return [] # none", {}, "rows"),
+    ("def load(file, # of rows\n         n:int=3 # at most\n        )->list: # rows\n    pass", {"file": "of rows", "n": "at most"}, "rows")])
+def test_a_comment_is_on_the_argument_of_its_line_or_behind_the_bracket_on_what_is_returned(source, said, returned):
+    assert signature_of(source) == (said, returned)
+
+
+def test_what_a_generator_yields_is_not_said_to_be_returned():
+    assert build.params({}, "yields rows") == [":yields: rows"] and build.params({}, "rows") == [":returns: rows"]
 
 
 def test_every_library_notebook_is_a_page_and_every_public_name_is_described():
