@@ -87,20 +87,33 @@ def comments(source: str) -> dict:
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
 
 
-def help_of(annotation) -> str:
+def text_in(node, values: dict) -> str:
+    """A string of the source, its names taken from the module's values."""
+    if isinstance(node, ast.JoinedStr): return "".join(text_in(v, values) for v in node.values)
+    if isinstance(node, ast.FormattedValue): return text_in(node.value, values)
+    return text_in(values[node.id], values) if isinstance(node, ast.Name) else node.value
+
+
+def annotated(node, values: dict):
+    """An annotation; where it is a name of the module's for an Annotated[...], this."""
+    there = values.get(getattr(node, "id", None))
+    return there if isinstance(there, ast.Subscript) and getattr(there.value, "id", "") == "Annotated" else node
+
+
+def help_of(annotation, values: dict) -> str:
     """The help of a command's parameter, Annotated[T, typer.Option(help=...)]."""
-    found = [k.value.value for n in ast.walk(annotation or ast.Pass()) for k in getattr(n, "keywords", []) if k.arg == "help" and isinstance(k.value, ast.Constant)]
-    return found[0] if found else ""
+    found = [k.value for n in ast.walk(annotation or ast.Pass()) for k in getattr(n, "keywords", []) if k.arg == "help"]
+    return text_in(found[0], values) if found else ""
 
 
 def bare(node):
     """An annotation without what Annotated adds."""
-    annotated = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated"
-    return node.slice.elts[0] if annotated else node
+    more = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated"
+    return node.slice.elts[0] if more else node
 
 
-def signature(f: ast.FunctionDef, notes: dict) -> tuple:  # signature, {parameter: comment}, comment on what is returned
-    """A function's signature and the comments beside its parameters."""
+def signature(f: ast.FunctionDef, notes: dict, values: dict = {}) -> tuple:  # signature, {parameter: comment}, comment on what is returned
+    """A function's signature and the comments beside its parameters; of a command, their help."""
     a, said, first = f.args, {}, f.body[0]
     body = min(n.lineno for n in (first, *getattr(first, "decorator_list", [])))
     closed = f.returns.end_lineno if f.returns else max(f.lineno, body - 1)  # the signature's last line, whose comment is on what is returned
@@ -108,7 +121,8 @@ def signature(f: ast.FunctionDef, notes: dict) -> tuple:  # signature, {paramete
     ends = [min((x.lineno for x in every[i + 1:]), default=f.returns.lineno if f.returns else body) for i in range(len(every))]
     for arg, end in zip(every, ends):
         lines = range(arg.lineno, max(end, arg.lineno + 1)) if arg.lineno > f.lineno or end > arg.lineno else ()
-        said[arg.arg] = help_of(arg.annotation) or " ".join(notes[n] for n in lines if n in notes and n != closed)
+        arg.annotation = annotated(arg.annotation, values)
+        said[arg.arg] = help_of(arg.annotation, values) or " ".join(notes[n] for n in lines if n in notes and n != closed)
         arg.annotation = bare(arg.annotation)
     text = f"({ast.unparse(a)})" + (f" -> {ast.unparse(f.returns)}" if f.returns else "")
     return text, {k: v for k, v in said.items() if v and k != "self"}, notes.get(closed, "")
@@ -132,7 +146,7 @@ def fields(c: ast.ClassDef, notes: dict) -> list:  # (name, type, default, meani
     return rows
 
 
-def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, notes
+def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, notes, values
     """What a notebook exports, in order; a name that comes twice counts the first time."""
     found = {}
     for i, cell in enumerate(read_nb(path).cells):
@@ -140,7 +154,8 @@ def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, no
         notes = comments(cell.source)
         for node in ast.parse(cell.source).body:
             for name, kind in defined(node): found.setdefault(name, {"name": name, "kind": kind, "cell": i, "node": node, "notes": notes})
-    return list(found.values())
+    values = {n: d["node"].value for n, d in found.items() if isinstance(d["node"], ast.Assign) and defined(d["node"]) == [(n, "data")]}
+    return [d | {"values": values} for d in found.values()]
 
 
 def defined(node) -> list:  # (name, kind)
@@ -162,7 +177,7 @@ def described(d: dict, module: str) -> str:
     node, notes, inside = d["node"], d["notes"], []
     text, options = d["name"], [f":module: {module}"]
     if d["kind"] == "function":
-        shown, said, returned = signature(node, notes)
+        shown, said, returned = signature(node, notes, d["values"])
         text += shown
         inside = [plain(ast.get_docstring(node) or ""), *params(said, returned)]
     elif d["kind"] == "class": inside = [plain(ast.get_docstring(node) or ""), field_table(fields(node, notes)), *methods(node, notes, module)]

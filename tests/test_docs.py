@@ -42,7 +42,9 @@ def test_signatures_and_comments_come_from_the_source(bridged):
 
 def signature_of(source):
     "What the page of a module says of its last function."
-    return build.signature(ast.parse(source).body[-1], build.comments(source))[1:]
+    tree = ast.parse(source).body
+    values = {n.targets[0].id: n.value for n in tree[:-1]}
+    return build.signature(tree[-1], build.comments(source), values)[1:]
 
 
 @pytest.mark.parametrize("source, said, returned", [
@@ -54,6 +56,22 @@ def signature_of(source):
     ("def load(file, # of rows\n         n:int=3 # at most\n        )->list: # rows\n    pass", {"file": "of rows", "n": "at most"}, "rows")])
 def test_a_comment_is_on_the_argument_of_its_line_or_behind_the_bracket_on_what_is_returned(source, said, returned):
     assert signature_of(source) == (said, returned)
+
+
+def test_help_is_found_behind_names():
+    source = """FILE = "a file"
+Out = Annotated[Path, typer.Option(help="to write")]
+Rows = list
+def load(file: Annotated[str, typer.Option(help=FILE)], more: Annotated[str, typer.Option(help=f"{FILE}, or none")], out: Out, rows: Rows): pass"""
+    assert signature_of(source) == ({"file": "a file", "more": "a file, or none", "out": "to write"}, "")
+
+
+@pytest.mark.parametrize("command", ["judge", "sample", "export", "run"])
+def test_every_option_of_a_command_has_its_help_on_the_page(command):
+    d = next(d for d in build.definitions(ROOT/"nbs/24_cli.ipynb") if d["name"] == command)
+    arguments = {a.arg for a in d["node"].args.args}
+    _, said, _ = build.signature(d["node"], d["notes"], d["values"])
+    assert set(said) == arguments
 
 
 def test_what_a_generator_yields_is_not_said_to_be_returned():
