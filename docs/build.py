@@ -32,8 +32,9 @@ def notebooks() -> dict:
 # Markdown
 
 def plain(text: str) -> str:
-    """Text that stays as it is in Markdown; `code` remains code."""
-    return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", part) for part in re.split(r"(`[^`]*`)", " ".join(text.split())))
+    """Text that stays as it is in Markdown; `code` remains code, and --options become it, which keeps their dashes."""
+    parts = re.split(r"(`[^`]*`|(?<![\w-])--[a-z][\w-]*)", " ".join(text.split()))
+    return "".join(p if p.startswith("`") else f"`{p}`" if i % 2 else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 @cache

@@ -4,7 +4,6 @@ copyright = "2026 onwards, the scir authors"
 extensions = ["myst_nb"]
 exclude_patterns = ["_static"]
 
-smartquotes_action = "qe"  # quotes and ellipses; `--set` keeps its dashes
 nb_execution_mode = "off"
 nb_code_prompt_show, nb_code_prompt_hide = "Source", "Source"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block", "fieldlist"]

@@ -74,6 +74,10 @@ def test_every_option_of_a_command_has_its_help_on_the_page(command):
     assert set(said) == arguments
 
 
+def test_options_in_plain_text_keep_their_dashes():
+    assert build.plain("e.g. --set a_b=1, `--as is`, a--b") == "e.g. `--set` a\\_b=1, `--as is`, a--b"
+
+
 def test_what_a_generator_yields_is_not_said_to_be_returned():
     assert build.params({}, "yields rows") == [":yields: rows"] and build.params({}, "rows") == [":returns: rows"]
 
