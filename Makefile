@@ -6,7 +6,7 @@ MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
 .PHONY: demo test test-faults test-wheel interruptions faults bench docs test-docs export clean
 
-demo: $(MODEL)            ## the whole pipeline on a real 135M model: about a quarter of an hour on two cores
+demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 minutes by machine, two CPU cores
 	$(BIN)/scir run recipes/smol.yaml
 
 test: $(MODEL)            ## gates, notebook tests, pytest

@@ -32,8 +32,9 @@ def notebooks() -> dict:
 # Markdown
 
 def plain(text: str) -> str:
-    """Text that stays as it is in Markdown; `code` remains code."""
-    return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", part) for part in re.split(r"(`[^`]*`)", " ".join(text.split())))
+    """Text that stays as it is in Markdown; `code` remains code, and --options become it, which keeps their dashes."""
+    parts = re.split(r"(`[^`]*`|(?<![\w-])--[a-z][\w-]*)", " ".join(text.split()))
+    return "".join(p if p.startswith("`") else f"`{p}`" if i % 2 else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 @cache
@@ -87,30 +88,45 @@ def comments(source: str) -> dict:
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
 
 
-def help_of(annotation) -> str:
+def text_in(node, values: dict) -> str:
+    """A string of the source, its names taken from the module's values."""
+    if isinstance(node, ast.JoinedStr): return "".join(text_in(v, values) for v in node.values)
+    if isinstance(node, ast.FormattedValue): return text_in(node.value, values)
+    return text_in(values[node.id], values) if isinstance(node, ast.Name) else node.value
+
+
+def annotated(node, values: dict):
+    """An annotation; where it is a name of the module's for an Annotated[...], this."""
+    there = values.get(getattr(node, "id", None))
+    return there if isinstance(there, ast.Subscript) and getattr(there.value, "id", "") == "Annotated" else node
+
+
+def help_of(annotation, values: dict) -> str:
     """The help of a command's parameter, Annotated[T, typer.Option(help=...)]."""
-    found = [k.value.value for n in ast.walk(annotation or ast.Pass()) for k in getattr(n, "keywords", []) if k.arg == "help" and isinstance(k.value, ast.Constant)]
-    return found[0] if found else ""
+    found = [k.value for n in ast.walk(annotation or ast.Pass()) for k in getattr(n, "keywords", []) if k.arg == "help"]
+    return text_in(found[0], values) if found else ""
 
 
 def bare(node):
     """An annotation without what Annotated adds."""
-    annotated = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated"
-    return node.slice.elts[0] if annotated else node
+    more = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated"
+    return node.slice.elts[0] if more else node
 
 
-def signature(f: ast.FunctionDef, notes: dict) -> tuple:  # signature, {parameter: comment}, comment on what is returned
-    """A function's signature and the comments beside its parameters."""
-    a, said, body = f.args, {}, f.body[0].lineno
+def signature(f: ast.FunctionDef, notes: dict, values: dict = {}) -> tuple:  # signature, {parameter: comment}, comment on what is returned
+    """A function's signature and the comments beside its parameters; of a command, their help."""
+    a, said, first = f.args, {}, f.body[0]
+    body = min(n.lineno for n in (first, *getattr(first, "decorator_list", [])))
+    closed = f.returns.end_lineno if f.returns else max(f.lineno, body - 1)  # the signature's last line, whose comment is on what is returned
     every = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
     ends = [min((x.lineno for x in every[i + 1:]), default=f.returns.lineno if f.returns else body) for i in range(len(every))]
     for arg, end in zip(every, ends):
         lines = range(arg.lineno, max(end, arg.lineno + 1)) if arg.lineno > f.lineno or end > arg.lineno else ()
-        said[arg.arg] = help_of(arg.annotation) or " ".join(notes[n] for n in lines if n in notes and not (f.returns and n == f.returns.end_lineno))
+        arg.annotation = annotated(arg.annotation, values)
+        said[arg.arg] = help_of(arg.annotation, values) or " ".join(notes[n] for n in lines if n in notes and n != closed)
         arg.annotation = bare(arg.annotation)
-    returned = notes.get(f.returns.end_lineno, "") if f.returns else ""
     text = f"({ast.unparse(a)})" + (f" -> {ast.unparse(f.returns)}" if f.returns else "")
-    return text, {k: v for k, v in said.items() if v and k != "self"}, returned
+    return text, {k: v for k, v in said.items() if v and k != "self"}, notes.get(closed, "")
 
 
 def constant_of(call, place: int, name: str) -> str:
@@ -131,7 +147,7 @@ def fields(c: ast.ClassDef, notes: dict) -> list:  # (name, type, default, meani
     return rows
 
 
-def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, notes
+def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, notes, values
     """What a notebook exports, in order; a name that comes twice counts the first time."""
     found = {}
     for i, cell in enumerate(read_nb(path).cells):
@@ -139,7 +155,8 @@ def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, no
         notes = comments(cell.source)
         for node in ast.parse(cell.source).body:
             for name, kind in defined(node): found.setdefault(name, {"name": name, "kind": kind, "cell": i, "node": node, "notes": notes})
-    return list(found.values())
+    values = {n: d["node"].value for n, d in found.items() if isinstance(d["node"], ast.Assign) and defined(d["node"]) == [(n, "data")]}
+    return [d | {"values": values} for d in found.values()]
 
 
 def defined(node) -> list:  # (name, kind)
@@ -161,7 +178,7 @@ def described(d: dict, module: str) -> str:
     node, notes, inside = d["node"], d["notes"], []
     text, options = d["name"], [f":module: {module}"]
     if d["kind"] == "function":
-        shown, said, returned = signature(node, notes)
+        shown, said, returned = signature(node, notes, d["values"])
         text += shown
         inside = [plain(ast.get_docstring(node) or ""), *params(said, returned)]
     elif d["kind"] == "class": inside = [plain(ast.get_docstring(node) or ""), field_table(fields(node, notes)), *methods(node, notes, module)]
@@ -179,7 +196,8 @@ def directive(kind: str, text: str, options: list, inside: list) -> str:
 
 def params(said: dict, returned: str) -> list:
     """A field list of parameters."""
-    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + ([f":returns: {plain(returned)}"] if returned else [])
+    field = "yields" if returned.startswith("yields ") else "returns"
+    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + ([f":{field}: {plain(returned.removeprefix('yields '))}"] if returned else [])
     return ["\n".join(rows)] if rows else []
 
 

@@ -64,11 +64,11 @@ def stages(run: str) -> str:
 
 
 def report(run: str) -> str:
-    """A kept report as a page: figures with their captions, files beside them."""
+    """A kept report as a page: figures with their captions, which lead to their full size for having a width; files beside them; no table of contents, for room."""
     text = (KEPT/run/"results.md").read_text()
-    text = re.sub(r"!\[(.*?)\]\((\S+)\)\n\n\*(.*?)\*$", lambda m: f"```{{figure}} {run}/{m[2]}\n:alt: {m[1]}\n\n{m[3]}\n```", text, flags=re.M)
+    text = re.sub(r"!\[(.*?)\]\((\S+)\)\n\n\*(.*?)\*$", lambda m: f"```{{figure}} {run}/{m[2]}\n:alt: {m[1]}\n:width: 100%\n:figclass: wide\n\n{m[3]}\n```", text, flags=re.M)
     files = ", ".join(f"[{f.name}]({run}/{f.name})" for f in sorted((KEPT/run).iterdir()) if f.suffix in (".csv", ".json", ".yaml"))
-    title = f"# Report: {run}\n\nAs `scir report` wrote it, unchanged. {measured(run)} Its files: {files}.\n\n"
+    title = f"---\nhide-toc: true\n---\n\n# Report: {run}\n\nAs `scir report` wrote it, unchanged. {measured(run)} Its files: {files}.\n\n"
     return title + text
 
 
@@ -179,7 +179,10 @@ def doc(d: dict) -> str:
     return (ast.get_docstring(d["node"]) or "") if d["kind"] != "data" else d["notes"].get(d["node"].end_lineno, "")
 
 
-def picture(name: str) -> str: return f"```{{raw}} html\n<div class=\"picture\" tabindex=\"0\">\n{(ROOT/'docs'/name).read_text()}</div>\n```"
+def picture(wide: str, narrow: str) -> str:
+    """A drawing, and another one for a phone; the style sheet shows one of them."""
+    drawn = "".join(f"<div class=\"picture {kind}\">\n{(ROOT/'docs'/name).read_text()}</div>\n" for kind, name in (("wide", wide), ("narrow", narrow)))
+    return f"```{{raw}} html\n{drawn}```"
 
 
 def howtos() -> str:

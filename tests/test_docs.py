@@ -1,5 +1,5 @@
 """What the docs site is made from: the bridge, its pages, and links in docs/. No Sphinx, no browser."""
-import re, sys
+import ast, re, sys
 from pathlib import Path
 
 import nbformat, pytest
@@ -38,6 +38,48 @@ def test_signatures_and_comments_come_from_the_source(bridged):
     assert "{py:data} SPAN\n:module: scir.bridge\n:value: '3'\n\nin metres" in described
     assert "{py:function} cross(load: float, fast: bool=False) -> float" in described and "_hidden" not in described
     assert ":param load: weight of \\*it\\*, kg\n:returns: seconds" in described and "Walk over; `fast` runs." in described
+
+
+def signature_of(source):
+    "What the page of a module says of its last function."
+    tree = ast.parse(source).body
+    values = {n.targets[0].id: n.value for n in tree[:-1]}
+    return build.signature(tree[-1], build.comments(source), values)[1:]
+
+
+@pytest.mark.parametrize("source, said, returned", [
+    ("def load(file, # of rows\n         n=3): # rows\n    'Read.'", {"file": "of rows"}, "rows"),
+    ("def load(file,\n         n=3, # at most\n        ): # yields rows\n    'Read.'", {"n": "at most"}, "yields rows"),
+    ("def load(file,\n         n=3, # at most\n        ):\n    'Read.'", {"n": "at most"}, ""),
+    ("def load(file): # rows\n    @cache\n    def inner(): pass", {}, "rows"),
+    ("def load(file)->list: # rows\n    return [] # none", {}, "rows"),
+    ("def load(file, # of rows\n         n:int=3 # at most\n        )->list: # rows\n    pass", {"file": "of rows", "n": "at most"}, "rows")])
+def test_a_comment_is_on_the_argument_of_its_line_or_behind_the_bracket_on_what_is_returned(source, said, returned):
+    assert signature_of(source) == (said, returned)
+
+
+def test_help_is_found_behind_names():
+    source = """FILE = "a file"
+Out = Annotated[Path, typer.Option(help="to write")]
+Rows = list
+def load(file: Annotated[str, typer.Option(help=FILE)], more: Annotated[str, typer.Option(help=f"{FILE}, or none")], out: Out, rows: Rows): pass"""
+    assert signature_of(source) == ({"file": "a file", "more": "a file, or none", "out": "to write"}, "")
+
+
+@pytest.mark.parametrize("command", ["judge", "sample", "export", "run"])
+def test_every_option_of_a_command_has_its_help_on_the_page(command):
+    d = next(d for d in build.definitions(ROOT/"nbs/24_cli.ipynb") if d["name"] == command)
+    arguments = {a.arg for a in d["node"].args.args}
+    _, said, _ = build.signature(d["node"], d["notes"], d["values"])
+    assert set(said) == arguments
+
+
+def test_options_in_plain_text_keep_their_dashes():
+    assert build.plain("e.g. --set a_b=1, `--as is`, a--b") == "e.g. `--set` a\\_b=1, `--as is`, a--b"
+
+
+def test_what_a_generator_yields_is_not_said_to_be_returned():
+    assert build.params({}, "yields rows") == [":yields: rows"] and build.params({}, "rows") == [":returns: rows"]
 
 
 def test_every_library_notebook_is_a_page_and_every_public_name_is_described():

@@ -115,6 +115,23 @@ def test_no_page_is_wider_than_a_phone(visits):
     assert not every(visits, lambda v: v["cut"] + [f"{v['width']} pixels"] * (v["width"] > v["room"]))
 
 
+def test_figures_of_a_report_are_wide_and_lead_to_their_full_size(site, browser):
+    page = browser.new_page(viewport=DESK)
+    page.goto(site + "results/smol-full.html")
+    seen = page.evaluate("() => [...document.querySelectorAll('figure img')].map(i => [i.closest('a')?.href, i.src, i.width])")
+    assert len(seen) >= 10 and all(to == shown and width > 800 for to, shown, width in seen)
+    page.close()
+
+
+@pytest.mark.parametrize("view, kind", [(PHONE, "narrow"), (DESK, "wide")])
+def test_the_picture_fits_without_scrolling(site, browser, view, kind):
+    page = browser.new_page(viewport=view)
+    page.goto(site + "index.html")
+    seen = page.evaluate("() => [...document.querySelectorAll('.picture')].filter(e => e.offsetParent).map(e => [e.className, e.querySelector('svg').getBoundingClientRect().right <= innerWidth, e.scrollWidth <= e.clientWidth])")
+    assert seen == [[f"picture {kind}", True, True]]
+    page.close()
+
+
 def test_search_finds_the_loss(site, browser):
     page = browser.new_page(viewport=DESK)
     page.goto(site + "index.html")
