@@ -6,11 +6,11 @@
 __all__ = ['SECTIONS', 'COLUMNS', 'EXPORTS', 'PUBLISHED', 'MEANING', 'REFERENCES', 'PAPER', 'LIMITS', 'LOAD', 'AGREED',
            'LABELLERS', 'SIZES', 'FOLDERS', 'alpaca_eval', 'alpaca_annotations', 'mt_bench', 'answer_questions', 'hit',
            'rewardbench', 'benchmark_rows', 'export_alpaca', 'usable_questions', 'export_mt_bench',
-           'export_reward_bench', 'Origin', 'origin', 'summary_of', 'shown', 'on_hub', 'lineage', 'licence_of',
-           'measures', 'said_rate', 'table', 'measured', 'won', 'eval_results', 'facts', 'settings', 'how_made',
-           'model_card', 'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged', 'export_adapter',
-           'export_merged', 'preference_file', 'signed_margins', 'preference_set', 'dataset_card', 'export_dataset',
-           'check_push', 'push']
+           'export_reward_bench', 'Origin', 'origin', 'training', 'records', 'summary_of', 'outdated', 'check_done',
+           'shown', 'on_hub', 'lineage', 'licence_of', 'measures', 'said_rate', 'table', 'measured', 'won',
+           'eval_results', 'facts', 'settings', 'how_made', 'model_card', 'whole_folder', 'plain_chat',
+           'save_tokenizer', 'described', 'merged', 'finished', 'export_adapter', 'export_merged', 'preference_file',
+           'signed_margins', 'preference_set', 'dataset_card', 'export_dataset', 'check_push', 'push']
 
 # %% ../nbs/17_exports.ipynb #c9ff9c2e
 import os, shutil, time
@@ -211,9 +211,38 @@ def origin(model:str)->Origin:
     if t == 0: raise ValueError(f"model {model}: M_0 is the base model itself, nothing of it was made here")
     return Origin(run, node, recipe.model_copy(update={"train": recipe.arm(arm)}) if arm else recipe)
 
+def training(o:Origin)->str:
+    "The stage that trained a model."
+    return "optimise" if node_parts(o.node)[1] else "warm_start"
+
+def records(o:Origin)->dict: # step key -> record
+    "The steps that are finished, by the run's manifest."
+    return read_json(o.run/"manifest.json", {}).get("steps", {})
+
 def summary_of(o:Origin)->dict:
     "The record of the step that trained a model: summary, versions, commit."
-    return read_json(o.run/"manifest.json", {"steps": {}})["steps"].get(f"{'optimise' if node_parts(o.node)[1] else 'warm_start'}:{o.node}", {})
+    return records(o).get(f"{training(o)}:{o.node}", {})
+
+# %% ../nbs/17_exports.ipynb #8e3b92f4
+def outdated(o:Origin, stage:str, file:str)->str: # the step, and what of it is another; empty where all is as it was
+    "Why a step that wrote `file` of a model, or one behind it, is not done as the recipe says now."
+    from scir.pipeline import Step, differences, inputs
+    steps, recipe, chain = records(o), load_recipe(o.run/"recipe.yaml"), [f"{stage}:{o.node}"]
+    wrote = {f: (key, h) for key, r in steps.items() for f, h in r["outputs"].items()}
+    if chain[0] not in steps: return f"{chain[0]} is not done"
+    if wrote.get(f"{o.node}/{file}") != (chain[0], hash_path(o.run/o.node/file)): return f"{chain[0]} is stale: {o.node}/{file} is not what was written"
+    for key in chain:
+        before, now = steps[key].get("inputs", {}), inputs(recipe, o.run, Step(*key.split(":")))
+        files = {k: wrote.get(k.removeprefix("file "), ("", "absent")) for k in before if k.startswith("file ")}
+        now = {k: now[k] for k in before if k.startswith("field ") and k in now} | {k: h for k, (_, h) in files.items()}
+        why = differences({k: before[k] for k in now}, now) if before else ["made by an earlier version, which did not note what it read"]
+        if why or "incomplete" in steps[key]: return f"{key} is {'stale' if why else 'incomplete'}: {'; '.join(why) or steps[key]['incomplete']}"
+        chain += [k for k in dict.fromkeys(k for k, _ in files.values()) if k not in chain]
+    return ""
+
+def check_done(o:Origin, stage:str, file:str)->None:
+    "Raise ValueError for a file that is not what the recipe says now, since its card would be of another one."
+    if why := outdated(o, stage, file): raise ValueError(f"{o.run}: {why}; run `scir run` first")
 
 # %% ../nbs/17_exports.ipynb #423998e5
 PUBLISHED = {"smollm2-135m-instruct": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}, "tiny-random": {"base_model": "tiny-random", "license": "apache-2.0"}}
@@ -243,8 +272,9 @@ def licence_of(known:dict, said:str|None)->dict:
 
 # %% ../nbs/17_exports.ipynb #c1719efa
 def measures(o:Origin)->dict: # set -> {name: rate}
-    "The rates of a model's own evaluation; empty where it was not evaluated."
-    sets = read_json(o.run/o.node/"evaluation"/"metrics.json", {"sets": {}})["sets"]
+    "The rates of a model's own evaluation; empty where it was not evaluated, or only an earlier model of that name was."
+    if outdated(o, "evaluate", "evaluation/metrics.json"): return {}
+    sets = read_json(o.run/o.node/"evaluation"/"metrics.json")["sets"]
     return {s: {k: v for k, v in m.items() if isinstance(v, dict) and v.get("value") is not None} for s, m in sets.items()}
 
 def said_rate(r:dict)->str: return f"{r['value']:.1%} [{r['low']:.1%}, {r['high']:.1%}], n={r['n']}"
@@ -261,7 +291,7 @@ def measured(found:dict)->str:
 
 def won(o:Origin)->str:
     "The win rate in a sentence, where there is one; of a server as judge nothing is told."
-    w = read_json(o.run/o.node/"alignment"/"metrics.json", {})
+    w = {} if outdated(o, "align", "alignment/metrics.json") else read_json(o.run/o.node/"alignment"/"metrics.json")
     if w.get("win_rate") is None: return ""
     rate = said_rate({"value": w["win_rate"], "low": w["win_rate_low"], "high": w["win_rate_high"], "n": w["win_rate_n"]})
     judge = "a model behind a server" if w["judge"].startswith("http") else shown(w["judge"].removeprefix("reward:"))
@@ -377,21 +407,28 @@ def merged(spec:ModelSpec, adapter):
     base = load_base(spec.model_copy(update={"quantize": None, "dtype": "float32"}))
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True).to(compute_dtype(spec))
 
-def export_adapter(model:str, out, licence:str|None=None, place:str|None=None)->dict: # licence, files
-    "A run's adapter for peft, with tokenizer and card, in the new folder `out`. The tokenizer is the base's, unchanged but for a chat template where it had none."
+def finished(model:str)->tuple: # Origin, its adapter's folder
+    "A run's model whose training is done as the recipe says now; raises ValueError for another, FileNotFoundError without adapter."
     from scir.model import safe_adapter
     o = origin(model)
+    adapter = Path(safe_adapter(o.run/o.node/"adapter"))
+    check_done(o, training(o), "adapter")
+    return o, adapter
+
+def export_adapter(model:str, out, licence:str|None=None, place:str|None=None)->dict: # licence, files
+    "A run's adapter for peft, with tokenizer and card, in the new folder `out`. The tokenizer is the base's, unchanged but for a chat template where it had none."
+    o, adapter = finished(model)
     with whole_folder(out) as tmp:
-        for name in ("adapter_config.json", "adapter_model.safetensors"): shutil.copyfile(Path(safe_adapter(o.run/o.node/"adapter"))/name, tmp/name)
+        for name in ("adapter_config.json", "adapter_model.safetensors"): shutil.copyfile(adapter/name, tmp/name)
         save_tokenizer(o.recipe.model, tmp)
         return described(tmp, model_card(o, "adapter", place or Path(out).name, licence))
 
 def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->dict: # dtype, licence, files
     "A run's model without adapter, in safetensors, with tokenizer and card, in the new folder `out`; see `merged`. Licence and notice files of a local base go with it."
     from scir.model import model_path
-    o = origin(model)
+    o, adapter = finished(model)
     with whole_folder(out) as tmp:
-        made = merged(o.recipe.model, o.run/o.node/"adapter")
+        made = merged(o.recipe.model, adapter)
         made.save_pretrained(tmp)
         save_tokenizer(o.recipe.model, tmp)
         for f in (f for terms in ("LICEN[CS]E*", "NOTICE*") for f in Path(model_path(o.recipe.model)).glob(terms)): shutil.copyfile(f, tmp/f.name)
@@ -448,6 +485,7 @@ def export_dataset(model:str, out, licence:str|None=None, place:str|None=None)->
     disable_progress_bars()
     o = origin(model)
     file = preference_file(model, o)
+    check_done(o, "consistency" if file.name == "agreed.jsonl" else training(o), file.name)
     with whole_folder(out) as tmp:
         made = Dataset.from_list(preference_set(file, o))
         (tmp/"data").mkdir()
