@@ -437,7 +437,7 @@ def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->d
 # %% ../nbs/17_exports.ipynb #5affe68f
 AGREED = "all internal reward models agreed on"
 LABELLERS = {"agreement": f"{AGREED} before the first step (while training, agreement is decided anew at every step)", "agreement-static": f"{AGREED} before training", "generative": "the judge preferred",
-             "implicit": "the implicit reward preferred", "votes": "sampled 5-point votes preferred", "cream": "the implicit reward preferred, with a soft label", "external": "an outside reward model preferred"}
+             "implicit": "the implicit reward preferred", "votes": "sampled 5-point votes preferred", "cream": "the soft label favours: the one that the implicit reward preferred, or the other one if its rankings agree with the previous model's by less than half", "external": "an outside reward model preferred"}
 
 def preference_file(model:str, o:Origin)->Path:
     "The file that `model` names, or the preferences that this model was trained on. Raises ValueError where there is none."

@@ -408,6 +408,15 @@ def test_agreed_pairs_of_a_warm_start(tiny_run, tmp_path, at_root):
     assert made["licence"] == "cc-by-4.0" and [[r["margin_generative"], r["margin_implicit"]] for r in back] == [[r["margin_generative"], r["margin_implicit"]] for r in rows] and "confidence" not in back[0]
     assert "this model's own answers" in (tmp_path/"agreed"/"README.md").read_text()
 
+def test_cream_may_favour_the_side_that_was_not_preferred(tokenizer, recipe):
+    from scir.exports import LABELLERS
+    from scir.optimise import preference_rows, training_pairs
+    score = Score(id="p/0-1", prompt_id="p", prompt="Q", response_a="preferred", response_b="other", ids_a=[1], ids_b=[2], logps=(0, 0), reference_logps=(0, 0), order_margins=(1, -1), verdict_mass=(1, 1), margins={"implicit": 1.0, "generative": 1.0})
+    for before, chosen in ((0., "other"), (-2., "preferred")):
+        pairs, _ = training_pairs(tokenizer, [score], recipe.arm("cream"), {"p/0": {"previous": -1.}, "p/1": {"previous": before}})
+        assert preference_rows(pairs, [score])[0]["chosen"] == chosen
+    assert "preferred, or the other one if" in LABELLERS["cream"]
+
 def test_replayed_pairs_and_sides(tiny_run, tmp_path):
     "A pair chosen on side b, and one that no model scored."
     import shutil
