@@ -329,7 +329,7 @@ def facts(o:Origin)->list: # of (what, value)
             ("DPO's beta", o.recipe.train.beta), ("reference policy", REFERENCES[o.recipe.train.reference] if arm else REFERENCES["initial"]),
             ("internal reward models", ", ".join(o.recipe.rewards)), ("trained on", trained)]
     if "retained" in done: rows.append(("share of the scored pairs that entered the DPO loss", f"{done['retained']:.1%}"))
-    rows += [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs)), ("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
+    rows += [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs)), *([("instructions", shown(d.instructions))] if d.instructions else []), ("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
     rows.append(("base weights while training", o.recipe.model.quantize or o.recipe.model.dtype))
     return rows + [("made with", ", ".join(f"{k} {v}" for k, v in made["versions"].items())), ("commit", made.get("commit") or "not recorded")] if made else rows
 
@@ -358,7 +358,8 @@ def model_card(o:Origin, to:str, place:str, licence:str|None=None): # huggingfac
     "The card of an exported adapter or merged model; `place` is the folder or the hub's name it is loaded from."
     from huggingface_hub import ModelCard, ModelCardData
     known, arm = lineage(o.recipe.model), node_parts(o.node)[1]
-    hub = sorted({n for s in (*o.recipe.data.prompts, *o.recipe.data.pairs) if (n := on_hub(s))})
+    d = o.recipe.data
+    hub = sorted({n for s in (*d.prompts, *d.pairs, *filter(None, [d.instructions])) if (n := on_hub(s))})
     data = ModelCardData(base_model=known["base_model"], base_model_relation="adapter" if to == "adapter" else "finetune", library_name="peft" if to == "adapter" else "transformers",
                          pipeline_tag="text-generation", tags=["scir", "self-rewarding", "dpo", *(["lora"] if to == "adapter" else []), *([arm] if arm and arm != "scir" else [])],
                          datasets=hub or None, model_name=o.name, eval_results=eval_results(o) or None, **licence_of(known, licence))

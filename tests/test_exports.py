@@ -295,6 +295,12 @@ def test_the_licence_is_the_bases_or_the_one_asked_for(elsewhere, tmp_path):
     assert export_adapter(model, tmp_path/"b", "mit")["licence"] == "mit" and "my-terms" not in texts(tmp_path/"b")["README.md"]
     assert lineage(spec.model_copy(update={"name": "nobody/has-this"})) == {"base_model": "nobody/has-this"}
 
+@pytest.mark.parametrize("source, row, hub", [("org/taught:train", "org/taught:train", ["org/asked", "org/taught", "other/known"]), ("/home/me/secret/taught.jsonl", "taught.jsonl", ["org/asked", "other/known"]), (None, None, ["org/asked", "other/known"])])
+def test_instructions_are_among_the_data(elsewhere, source, row, hub):
+    o = origin(elsewhere[0])
+    card = model_card(Origin(o.run, o.node, o.recipe.model_copy(update={"data": o.recipe.data.model_copy(update={"instructions": source})})), "merged", "x")
+    assert card.data.datasets == hub and (f"| instructions | {row} |" in card.text) == bool(row) and "secret" not in card.text
+
 def test_nf4_and_bfloat16_are_said(elsewhere):
     o = origin(elsewhere[0])
     o = Origin(o.run, o.node, o.recipe.model_copy(update={"model": o.recipe.model.model_copy(update={"name": "org/base", "revision": "v2", "quantize": "nf4", "dtype": "bfloat16"})}))
