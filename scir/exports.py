@@ -300,8 +300,10 @@ def won(o:Origin)->str:
 def eval_results(o:Origin)->list: # of huggingface_hub.EvalResult
     "Accuracies and inconsistency on labelled sets, for the model-index."
     from huggingface_hub import EvalResult
-    sources = lambda s: [n for n in map(on_hub, o.recipe.data.labelled_sets.get(s, o.recipe.data.pairs)) if n]
-    return [EvalResult(task_type="text-generation", dataset_type=(sources(s) or [s])[0], dataset_name=s, metric_type=k.split("_")[0], metric_value=round(r["value"], 4),
+    def named(s): # the hub's name where the set is of one hub data set and nothing else
+        of = set(map(on_hub, o.recipe.data.labelled_sets.get(s, o.recipe.data.pairs)))
+        return of.pop() if len(of) == 1 and None not in of else s
+    return [EvalResult(task_type="text-generation", dataset_type=named(s), dataset_name=s, metric_type=k.split("_")[0], metric_value=round(r["value"], 4),
                        metric_name=f"{k.replace('_', ' ')}, 95% interval {r['low']:.3f} to {r['high']:.3f}, n={r['n']}")
             for s, m in measures(o).items() if "accuracy_likelihood" in m for k, r in m.items() if k.startswith(("accuracy", "inconsistency"))]
 

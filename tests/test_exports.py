@@ -7,7 +7,7 @@ import pytest, torch, yaml
 
 from scir.alignment import Duel, length_controlled, preference, win_rate
 from scir.data import load_pairs
-from scir.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
+from scir.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
                           mt_bench, origin, plain_chat, rewardbench, said_rate, usable_questions, whole_folder)
 from scir.logprobs import encode_prompt, encode_response, encode_turns
 from scir.model import for_scoring, load_base, load_tokenizer, tiny_model
@@ -241,6 +241,12 @@ def test_a_card_holds_the_runs_own_numbers(shared, tiny_run, to, library, relati
     assert written["train"] == recipe.arm("scir").model_dump(mode="json") and written["lora"] == recipe.lora.model_dump(mode="json")
     done = read_json(tiny_run/"manifest.json")["steps"][f"optimise:{NODE}"]["summary"]
     assert f"{done['pairs']} pairs, {done['steps']} optimizer steps" in card.text and f"{done['retained']:.1%}" in card.text
+
+@pytest.mark.parametrize("pairs, named", [(("org/x",), "org/x"), (("org/x:one", "org/x:two"), "org/x"), (("mine.jsonl", "org/x"), "held-out"), (("org/x", "org/y"), "held-out"), (("mine.jsonl",), "held-out")])
+def test_a_set_is_the_hubs_only_where_all_of_it_is(tiny_run, pairs, named):
+    o = origin(str(tiny_run/NODE))
+    found = eval_results(Origin(o.run, o.node, o.recipe.model_copy(update={"data": o.recipe.data.model_copy(update={"pairs": pairs})})))
+    assert len(found) > 5 and {(r.dataset_type, r.dataset_name) for r in found} == {(named, "held-out")}
 
 def test_the_code_on_the_card_runs(shared, at_root):
     from huggingface_hub import ModelCard
