@@ -13,7 +13,7 @@ __all__ = ['SECTIONS', 'COLUMNS', 'EXPORTS', 'PUBLISHED', 'MEANING', 'REFERENCES
            'signed_margins', 'preference_set', 'dataset_card', 'export_dataset', 'check_push', 'push']
 
 # %% ../nbs/17_exports.ipynb #c9ff9c2e
-import os, shutil, time
+import os, shlex, shutil, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -520,4 +520,4 @@ def push(folder, name:str, to:str)->str: # URL of the commit
     except Exception as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
         why = {401: "the hub does not know the token; run `hf auth login`", 403: "the token may not write there; make one that may, then run `hf auth login`"}.get(status, " ".join(str(e).split()))
-        raise ValueError(f"--push {name}: {why}; the folder {folder} is complete") from e
+        raise ValueError(f"--push {name}: {why}; the folder {folder} is complete, send it with: {shlex.join(['hf', 'upload', name, str(folder), '--repo-type', kind, '--private'])}") from e

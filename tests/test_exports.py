@@ -533,6 +533,7 @@ def test_a_push_that_is_refused_says_what_to_do(hub, tiny_run, tmp_path):
     server.refuse = 401
     done = scir_export(tmp_path, server.server_port, tiny_run/NODE, "--to", "dataset", "--out", tmp_path/"pairs", "--push", "me/pairs")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("scir: --push me/pairs: the hub does not know the token; run `hf auth login`") and (tmp_path/"pairs"/"README.md").exists()
+    assert done.stderr.splitlines()[-1].endswith(f"the folder {tmp_path/'pairs'} is complete, send it with: hf upload me/pairs {tmp_path/'pairs'} --repo-type dataset --private")
 
 def test_a_push_that_cannot_work_is_refused_before_anything_is_made(tiny_run, monkeypatch, at_root):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
