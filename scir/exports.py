@@ -375,13 +375,15 @@ def model_card(o:Origin, to:str, place:str, licence:str|None=None): # huggingfac
 @contextmanager
 def whole_folder(out):
     "A temporary folder beside `out`, renamed onto it when the block ends well. Raises ValueError when something is there."
-    out = Path(out)
+    out = Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise ValueError(f"--out {out}: there is something; name a new or an empty folder")
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
     try:
         yield tmp
-        os.replace(tmp, out)
+        if out == Path.cwd(): # which must stay the folder that it is
+            for f in tmp.iterdir(): os.replace(f, out/f.name)
+        else: os.replace(tmp, out)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 def plain_chat()->str:
@@ -424,7 +426,7 @@ def export_adapter(model:str, out, licence:str|None=None, place:str|None=None)->
     with whole_folder(out) as tmp:
         for name in ("adapter_config.json", "adapter_model.safetensors"): shutil.copyfile(adapter/name, tmp/name)
         save_tokenizer(o.recipe.model, tmp)
-        return described(tmp, model_card(o, "adapter", place or Path(out).name, licence))
+        return described(tmp, model_card(o, "adapter", place or Path(out).resolve().name, licence))
 
 def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->dict: # dtype, licence, files
     "A run's model without adapter, in safetensors, with tokenizer and card, in the new folder `out`; see `merged`. Licence and notice files of a local base go with it."
@@ -435,7 +437,7 @@ def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->d
         made.save_pretrained(tmp)
         save_tokenizer(o.recipe.model, tmp)
         for f in (f for terms in ("LICEN[CS]E*", "NOTICE*") for f in Path(model_path(o.recipe.model)).glob(terms)): shutil.copyfile(f, tmp/f.name)
-        return described(tmp, model_card(o, "merged", place or Path(out).name, licence), dtype=str(made.dtype).removeprefix("torch."))
+        return described(tmp, model_card(o, "merged", place or Path(out).resolve().name, licence), dtype=str(made.dtype).removeprefix("torch."))
 
 # %% ../nbs/17_exports.ipynb #5affe68f
 AGREED = "all internal reward models agreed on"
@@ -493,7 +495,7 @@ def export_dataset(model:str, out, licence:str|None=None, place:str|None=None)->
         made = Dataset.from_list(preference_set(file, o))
         (tmp/"data").mkdir()
         made.to_parquet(tmp/"data"/"train.parquet")
-        return described(tmp, dataset_card(o, file, made, place or Path(out).name, licence), rows=len(made))
+        return described(tmp, dataset_card(o, file, made, place or Path(out).resolve().name, licence), rows=len(made))
 
 FOLDERS = {"adapter": export_adapter, "merged": export_merged, "dataset": export_dataset}
 
