@@ -6,14 +6,14 @@
 __all__ = ['SECTIONS', 'COLUMNS', 'EXPORTS', 'PUBLISHED', 'MEANING', 'REFERENCES', 'PAPER', 'LIMITS', 'LOAD', 'AGREED',
            'LABELLERS', 'SIZES', 'FOLDERS', 'alpaca_eval', 'alpaca_annotations', 'mt_bench', 'answer_questions', 'hit',
            'rewardbench', 'benchmark_rows', 'export_alpaca', 'usable_questions', 'export_mt_bench',
-           'export_reward_bench', 'Origin', 'origin', 'summary_of', 'shown', 'on_hub', 'lineage', 'licence_of',
-           'measures', 'said_rate', 'table', 'measured', 'won', 'eval_results', 'facts', 'settings', 'how_made',
-           'model_card', 'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged', 'export_adapter',
-           'export_merged', 'preference_file', 'signed_margins', 'preference_set', 'dataset_card', 'export_dataset',
-           'check_push', 'push']
+           'export_reward_bench', 'Origin', 'origin', 'training', 'records', 'summary_of', 'outdated', 'check_done',
+           'shown', 'on_hub', 'lineage', 'licence_of', 'measures', 'said_rate', 'table', 'measured', 'won',
+           'eval_results', 'facts', 'settings', 'how_made', 'model_card', 'whole_folder', 'plain_chat',
+           'save_tokenizer', 'described', 'merged', 'finished', 'export_adapter', 'export_merged', 'preference_file',
+           'signed_margins', 'preference_set', 'dataset_card', 'export_dataset', 'check_push', 'push']
 
 # %% ../nbs/17_exports.ipynb #c9ff9c2e
-import os, shutil, time
+import os, shlex, shutil, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,9 +211,38 @@ def origin(model:str)->Origin:
     if t == 0: raise ValueError(f"model {model}: M_0 is the base model itself, nothing of it was made here")
     return Origin(run, node, recipe.model_copy(update={"train": recipe.arm(arm)}) if arm else recipe)
 
+def training(o:Origin)->str:
+    "The stage that trained a model."
+    return "optimise" if node_parts(o.node)[1] else "warm_start"
+
+def records(o:Origin)->dict: # step key -> record
+    "The steps that are finished, by the run's manifest."
+    return read_json(o.run/"manifest.json", {}).get("steps", {})
+
 def summary_of(o:Origin)->dict:
     "The record of the step that trained a model: summary, versions, commit."
-    return read_json(o.run/"manifest.json", {"steps": {}})["steps"].get(f"{'optimise' if node_parts(o.node)[1] else 'warm_start'}:{o.node}", {})
+    return records(o).get(f"{training(o)}:{o.node}", {})
+
+# %% ../nbs/17_exports.ipynb #8e3b92f4
+def outdated(o:Origin, stage:str, file:str)->str: # the step, and what of it is another; empty where all is as it was
+    "Why a step that wrote `file` of a model, or one behind it, is not done as the recipe says now."
+    from scir.pipeline import Step, differences, inputs
+    steps, recipe, chain = records(o), load_recipe(o.run/"recipe.yaml"), [f"{stage}:{o.node}"]
+    wrote = {f: (key, h) for key, r in steps.items() for f, h in r["outputs"].items()}
+    if chain[0] not in steps: return f"{chain[0]} is not done"
+    if wrote.get(f"{o.node}/{file}") != (chain[0], hash_path(o.run/o.node/file)): return f"{chain[0]} is stale: {o.node}/{file} is not what was written"
+    for key in chain:
+        before, now = steps[key].get("inputs", {}), inputs(recipe, o.run, Step(*key.split(":")))
+        files = {k: wrote.get(k.removeprefix("file "), ("", "absent")) for k in before if k.startswith("file ")}
+        now = {k: now[k] for k in before if k.startswith("field ") and k in now} | {k: h for k, (_, h) in files.items()}
+        why = differences({k: before[k] for k in now}, now) if before else ["made by an earlier version, which did not note what it read"]
+        if why or "incomplete" in steps[key]: return f"{key} is {'stale' if why else 'incomplete'}: {'; '.join(why) or steps[key]['incomplete']}"
+        chain += [k for k in dict.fromkeys(k for k, _ in files.values()) if k not in chain]
+    return ""
+
+def check_done(o:Origin, stage:str, file:str)->None:
+    "Raise ValueError for a file that is not what the recipe says now, since its card would be of another one."
+    if why := outdated(o, stage, file): raise ValueError(f"{o.run}: {why}; run `scir run` first")
 
 # %% ../nbs/17_exports.ipynb #423998e5
 PUBLISHED = {"smollm2-135m-instruct": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}, "tiny-random": {"base_model": "tiny-random", "license": "apache-2.0"}}
@@ -243,8 +272,9 @@ def licence_of(known:dict, said:str|None)->dict:
 
 # %% ../nbs/17_exports.ipynb #c1719efa
 def measures(o:Origin)->dict: # set -> {name: rate}
-    "The rates of a model's own evaluation; empty where it was not evaluated."
-    sets = read_json(o.run/o.node/"evaluation"/"metrics.json", {"sets": {}})["sets"]
+    "The rates of a model's own evaluation; empty where it was not evaluated, or only an earlier model of that name was."
+    if outdated(o, "evaluate", "evaluation/metrics.json"): return {}
+    sets = read_json(o.run/o.node/"evaluation"/"metrics.json")["sets"]
     return {s: {k: v for k, v in m.items() if isinstance(v, dict) and v.get("value") is not None} for s, m in sets.items()}
 
 def said_rate(r:dict)->str: return f"{r['value']:.1%} [{r['low']:.1%}, {r['high']:.1%}], n={r['n']}"
@@ -261,7 +291,7 @@ def measured(found:dict)->str:
 
 def won(o:Origin)->str:
     "The win rate in a sentence, where there is one; of a server as judge nothing is told."
-    w = read_json(o.run/o.node/"alignment"/"metrics.json", {})
+    w = {} if outdated(o, "align", "alignment/metrics.json") else read_json(o.run/o.node/"alignment"/"metrics.json")
     if w.get("win_rate") is None: return ""
     rate = said_rate({"value": w["win_rate"], "low": w["win_rate_low"], "high": w["win_rate_high"], "n": w["win_rate_n"]})
     judge = "a model behind a server" if w["judge"].startswith("http") else shown(w["judge"].removeprefix("reward:"))
@@ -270,8 +300,10 @@ def won(o:Origin)->str:
 def eval_results(o:Origin)->list: # of huggingface_hub.EvalResult
     "Accuracies and inconsistency on labelled sets, for the model-index."
     from huggingface_hub import EvalResult
-    sources = lambda s: [n for n in map(on_hub, o.recipe.data.labelled_sets.get(s, o.recipe.data.pairs)) if n]
-    return [EvalResult(task_type="text-generation", dataset_type=(sources(s) or [s])[0], dataset_name=s, metric_type=k.split("_")[0], metric_value=round(r["value"], 4),
+    def named(s): # the hub's name where the set is of one hub data set and nothing else
+        of = set(map(on_hub, o.recipe.data.labelled_sets.get(s, o.recipe.data.pairs)))
+        return of.pop() if len(of) == 1 and None not in of else s
+    return [EvalResult(task_type="text-generation", dataset_type=named(s), dataset_name=s, metric_type=k.split("_")[0], metric_value=round(r["value"], 4),
                        metric_name=f"{k.replace('_', ' ')}, 95% interval {r['low']:.3f} to {r['high']:.3f}, n={r['n']}")
             for s, m in measures(o).items() if "accuracy_likelihood" in m for k, r in m.items() if k.startswith(("accuracy", "inconsistency"))]
 
@@ -299,7 +331,7 @@ def facts(o:Origin)->list: # of (what, value)
             ("DPO's beta", o.recipe.train.beta), ("reference policy", REFERENCES[o.recipe.train.reference] if arm else REFERENCES["initial"]),
             ("internal reward models", ", ".join(o.recipe.rewards)), ("trained on", trained)]
     if "retained" in done: rows.append(("share of the scored pairs that entered the DPO loss", f"{done['retained']:.1%}"))
-    rows += [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs)), ("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
+    rows += [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs)), *([("instructions", shown(d.instructions))] if d.instructions else []), ("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
     rows.append(("base weights while training", o.recipe.model.quantize or o.recipe.model.dtype))
     return rows + [("made with", ", ".join(f"{k} {v}" for k, v in made["versions"].items())), ("commit", made.get("commit") or "not recorded")] if made else rows
 
@@ -328,7 +360,8 @@ def model_card(o:Origin, to:str, place:str, licence:str|None=None): # huggingfac
     "The card of an exported adapter or merged model; `place` is the folder or the hub's name it is loaded from."
     from huggingface_hub import ModelCard, ModelCardData
     known, arm = lineage(o.recipe.model), node_parts(o.node)[1]
-    hub = sorted({n for s in (*o.recipe.data.prompts, *o.recipe.data.pairs) if (n := on_hub(s))})
+    d = o.recipe.data
+    hub = sorted({n for s in (*d.prompts, *d.pairs, *filter(None, [d.instructions])) if (n := on_hub(s))})
     data = ModelCardData(base_model=known["base_model"], base_model_relation="adapter" if to == "adapter" else "finetune", library_name="peft" if to == "adapter" else "transformers",
                          pipeline_tag="text-generation", tags=["scir", "self-rewarding", "dpo", *(["lora"] if to == "adapter" else []), *([arm] if arm and arm != "scir" else [])],
                          datasets=hub or None, model_name=o.name, eval_results=eval_results(o) or None, **licence_of(known, licence))
@@ -342,13 +375,15 @@ def model_card(o:Origin, to:str, place:str, licence:str|None=None): # huggingfac
 @contextmanager
 def whole_folder(out):
     "A temporary folder beside `out`, renamed onto it when the block ends well. Raises ValueError when something is there."
-    out = Path(out)
+    out = Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise ValueError(f"--out {out}: there is something; name a new or an empty folder")
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
     try:
         yield tmp
-        os.replace(tmp, out)
+        if out == Path.cwd(): # which must stay the folder that it is
+            for f in tmp.iterdir(): os.replace(f, out/f.name)
+        else: os.replace(tmp, out)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 def plain_chat()->str:
@@ -377,30 +412,37 @@ def merged(spec:ModelSpec, adapter):
     base = load_base(spec.model_copy(update={"quantize": None, "dtype": "float32"}))
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True).to(compute_dtype(spec))
 
-def export_adapter(model:str, out, licence:str|None=None, place:str|None=None)->dict: # licence, files
-    "A run's adapter for peft, with tokenizer and card, in the new folder `out`. The tokenizer is the base's, unchanged but for a chat template where it had none."
+def finished(model:str)->tuple: # Origin, its adapter's folder
+    "A run's model whose training is done as the recipe says now; raises ValueError for another, FileNotFoundError without adapter."
     from scir.model import safe_adapter
     o = origin(model)
+    adapter = Path(safe_adapter(o.run/o.node/"adapter"))
+    check_done(o, training(o), "adapter")
+    return o, adapter
+
+def export_adapter(model:str, out, licence:str|None=None, place:str|None=None)->dict: # licence, files
+    "A run's adapter for peft, with tokenizer and card, in the new folder `out`. The tokenizer is the base's, unchanged but for a chat template where it had none."
+    o, adapter = finished(model)
     with whole_folder(out) as tmp:
-        for name in ("adapter_config.json", "adapter_model.safetensors"): shutil.copyfile(Path(safe_adapter(o.run/o.node/"adapter"))/name, tmp/name)
+        for name in ("adapter_config.json", "adapter_model.safetensors"): shutil.copyfile(adapter/name, tmp/name)
         save_tokenizer(o.recipe.model, tmp)
-        return described(tmp, model_card(o, "adapter", place or Path(out).name, licence))
+        return described(tmp, model_card(o, "adapter", place or Path(out).resolve().name, licence))
 
 def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->dict: # dtype, licence, files
     "A run's model without adapter, in safetensors, with tokenizer and card, in the new folder `out`; see `merged`. Licence and notice files of a local base go with it."
     from scir.model import model_path
-    o = origin(model)
+    o, adapter = finished(model)
     with whole_folder(out) as tmp:
-        made = merged(o.recipe.model, o.run/o.node/"adapter")
+        made = merged(o.recipe.model, adapter)
         made.save_pretrained(tmp)
         save_tokenizer(o.recipe.model, tmp)
         for f in (f for terms in ("LICEN[CS]E*", "NOTICE*") for f in Path(model_path(o.recipe.model)).glob(terms)): shutil.copyfile(f, tmp/f.name)
-        return described(tmp, model_card(o, "merged", place or Path(out).name, licence), dtype=str(made.dtype).removeprefix("torch."))
+        return described(tmp, model_card(o, "merged", place or Path(out).resolve().name, licence), dtype=str(made.dtype).removeprefix("torch."))
 
 # %% ../nbs/17_exports.ipynb #5affe68f
 AGREED = "all internal reward models agreed on"
 LABELLERS = {"agreement": f"{AGREED} before the first step (while training, agreement is decided anew at every step)", "agreement-static": f"{AGREED} before training", "generative": "the judge preferred",
-             "implicit": "the implicit reward preferred", "votes": "sampled 5-point votes preferred", "cream": "the implicit reward preferred, with a soft label", "external": "an outside reward model preferred"}
+             "implicit": "the implicit reward preferred", "votes": "sampled 5-point votes preferred", "cream": "the soft label favours: the one that the implicit reward preferred, or the other one if its rankings agree with the previous model's by less than half", "external": "an outside reward model preferred"}
 
 def preference_file(model:str, o:Origin)->Path:
     "The file that `model` names, or the preferences that this model was trained on. Raises ValueError where there is none."
@@ -448,11 +490,12 @@ def export_dataset(model:str, out, licence:str|None=None, place:str|None=None)->
     disable_progress_bars()
     o = origin(model)
     file = preference_file(model, o)
+    check_done(o, "consistency" if file.name == "agreed.jsonl" else training(o), file.name)
     with whole_folder(out) as tmp:
         made = Dataset.from_list(preference_set(file, o))
         (tmp/"data").mkdir()
         made.to_parquet(tmp/"data"/"train.parquet")
-        return described(tmp, dataset_card(o, file, made, place or Path(out).name, licence), rows=len(made))
+        return described(tmp, dataset_card(o, file, made, place or Path(out).resolve().name, licence), rows=len(made))
 
 FOLDERS = {"adapter": export_adapter, "merged": export_merged, "dataset": export_dataset}
 
@@ -479,4 +522,4 @@ def push(folder, name:str, to:str)->str: # URL of the commit
     except Exception as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
         why = {401: "the hub does not know the token; run `hf auth login`", 403: "the token may not write there; make one that may, then run `hf auth login`"}.get(status, " ".join(str(e).split()))
-        raise ValueError(f"--push {name}: {why}; the folder {folder} is complete") from e
+        raise ValueError(f"--push {name}: {why}; the folder {folder} is complete, send it with: {shlex.join(['hf', 'upload', name, str(folder), '--repo-type', kind, '--private'])}") from e

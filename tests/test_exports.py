@@ -7,13 +7,14 @@ import pytest, torch, yaml
 
 from scir.alignment import Duel, length_controlled, preference, win_rate
 from scir.data import load_pairs
-from scir.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
+from scir.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
                           mt_bench, origin, plain_chat, rewardbench, said_rate, usable_questions, whole_folder)
 from scir.logprobs import encode_prompt, encode_response, encode_turns
 from scir.model import for_scoring, load_base, load_tokenizer, tiny_model
+from scir.pipeline import Step, inputs, provenance, start_manifest
 from scir.recipe import SamplingSpec, dump_recipe, load_recipe
 from scir.sample import generate
-from scir.store import Response, Score, read_json, read_rows, row_seed, write_json, write_rows, write_text
+from scir.store import Response, Score, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -241,6 +242,12 @@ def test_a_card_holds_the_runs_own_numbers(shared, tiny_run, to, library, relati
     done = read_json(tiny_run/"manifest.json")["steps"][f"optimise:{NODE}"]["summary"]
     assert f"{done['pairs']} pairs, {done['steps']} optimizer steps" in card.text and f"{done['retained']:.1%}" in card.text
 
+@pytest.mark.parametrize("pairs, named", [(("org/x",), "org/x"), (("org/x:one", "org/x:two"), "org/x"), (("mine.jsonl", "org/x"), "held-out"), (("org/x", "org/y"), "held-out"), (("mine.jsonl",), "held-out")])
+def test_a_set_is_the_hubs_only_where_all_of_it_is(tiny_run, pairs, named):
+    o = origin(str(tiny_run/NODE))
+    found = eval_results(Origin(o.run, o.node, o.recipe.model_copy(update={"data": o.recipe.data.model_copy(update={"pairs": pairs})})))
+    assert len(found) > 5 and {(r.dataset_type, r.dataset_name) for r in found} == {(named, "held-out")}
+
 def test_the_code_on_the_card_runs(shared, at_root):
     from huggingface_hub import ModelCard
     for to in ("adapter", "merged"):
@@ -253,6 +260,14 @@ def test_nothing_tells_where_it_was_made(shared, tiny_run):
     for folder, _ in shared.values():
         for name, text in texts(folder).items(): assert not any(p in text for p in (str(ROOT), str(tiny_run), str(tiny_run.parent), str(folder.parent), str(Path.home()) + "/", "local_files_only")), name
 
+def noted(run, stage, node, *files):
+    "Have the manifest say that a step is done, with the settings of the run's recipe."
+    manifest = {"steps": {}} | read_json(run/"manifest.json", {})
+    read = {k: v for k, v in inputs(load_recipe(run/"recipe.yaml"), run, Step(stage, node)).items() if k.startswith("field ")}
+    old = manifest["steps"].get(f"{stage}:{node}", {"inputs": {}, "outputs": {}, "summary": {}} | provenance())
+    manifest["steps"][f"{stage}:{node}"] = old | {"inputs": old["inputs"] | read, "outputs": old["outputs"] | {f"{node}/{f}": hash_path(run/node/f) for f in files}}
+    write_json(run/"manifest.json", manifest)
+
 @pytest.fixture
 def elsewhere(recipe, make_policy, tmp_path):
     "A run whose model and data are somewhere on the machine; trained, not evaluated."
@@ -263,6 +278,7 @@ def elsewhere(recipe, make_policy, tmp_path):
     run = tmp_path/"runs"/"mine"
     write_text(run/"recipe.yaml", dump_recipe(recipe.model_copy(update={"name": "mine", "model": recipe.model.model_copy(update={"name": str(base)}), "data": d})))
     make_policy().save_pretrained(run/"seed0/dice/m2/adapter")
+    noted(run, "optimise", "seed0/dice/m2", "adapter")
     return str(run/"seed0/dice/m2"), base
 
 def test_a_local_base_is_named_not_located(elsewhere, tmp_path):
@@ -285,6 +301,12 @@ def test_the_licence_is_the_bases_or_the_one_asked_for(elsewhere, tmp_path):
     assert export_adapter(model, tmp_path/"b", "mit")["licence"] == "mit" and "my-terms" not in texts(tmp_path/"b")["README.md"]
     assert lineage(spec.model_copy(update={"name": "nobody/has-this"})) == {"base_model": "nobody/has-this"}
 
+@pytest.mark.parametrize("source, row, hub", [("org/taught:train", "org/taught:train", ["org/asked", "org/taught", "other/known"]), ("/home/me/secret/taught.jsonl", "taught.jsonl", ["org/asked", "other/known"]), (None, None, ["org/asked", "other/known"])])
+def test_instructions_are_among_the_data(elsewhere, source, row, hub):
+    o = origin(elsewhere[0])
+    card = model_card(Origin(o.run, o.node, o.recipe.model_copy(update={"data": o.recipe.data.model_copy(update={"instructions": source})})), "merged", "x")
+    assert card.data.datasets == hub and (f"| instructions | {row} |" in card.text) == bool(row) and "secret" not in card.text
+
 def test_nf4_and_bfloat16_are_said(elsewhere):
     o = origin(elsewhere[0])
     o = Origin(o.run, o.node, o.recipe.model_copy(update={"model": o.recipe.model.model_copy(update={"name": "org/base", "revision": "v2", "quantize": "nf4", "dtype": "bfloat16"})}))
@@ -295,9 +317,11 @@ def test_nf4_and_bfloat16_are_said(elsewhere):
 @pytest.mark.parametrize("judge, said", [("reward:/home/me/secret/reward-model", "reward-model"), ("http://10.0.0.7:8000/v1", "a model behind a server"), ("org/judge", "org/judge")])
 def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
     from scir.exports import won
-    for f in ("recipe.yaml", f"{NODE}/evaluation/metrics.json"): write_text(tmp_path/f, (tiny_run/f).read_text())
+    for f in ("recipe.yaml", "manifest.json", f"{NODE}/evaluation/metrics.json"): write_text(tmp_path/f, (tiny_run/f).read_text())
     assert won(origin(str(tmp_path/NODE))) == ""
     write_json(tmp_path/NODE/"alignment"/"metrics.json", {"win_rate": .4, "win_rate_low": .3, "win_rate_high": .52, "win_rate_n": 37, "judge": judge, "reference": "m1"})
+    assert won(origin(str(tmp_path/NODE))) == ""
+    noted(tmp_path, "align", NODE, "alignment/metrics.json")
     text = model_card(origin(str(tmp_path/NODE)), "merged", "x").text
     assert f"Win rate against the answers of M_1: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text and "secret" not in text and "10.0.0.7" not in text
 
@@ -313,6 +337,60 @@ def test_a_base_models_template_is_exported(any_tokenizer):
         assert t.apply_chat_template(chat(*c), add_generation_prompt=True, return_dict=False) == ids
         answered = t.apply_chat_template([*chat(*c), {"role": "assistant", "content": "An owl."}], return_dict=False)
         assert answered == ids + encode_response(t, "An owl.")
+
+# a run that is no longer what its recipe says --------------------------------
+
+@pytest.fixture
+def moved(tiny_run, tmp_path):
+    "The run somewhere else, without the data that it names; and a way to begin it anew with other settings, interrupted at once."
+    import shutil
+    run = tmp_path/"moved"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("notebooks", "report", ".locks"))
+    def begin(*setting):
+        start_manifest(load_recipe(tiny_run/"recipe.yaml", setting), run)
+        return run
+    return begin
+
+EXPORTED = (("adapter", export_adapter), ("merged", export_merged), ("dataset", export_dataset))
+
+@pytest.mark.parametrize("setting, why", [
+    (("train.beta=0.7",), f"optimise:{NODE} is stale: train.beta was 0.1, is 0.7"), (("sampling.temperature=0.5", "data.prompt_limit=7"), "sample:seed0/scir/m2 is stale: data.prompt_limit was 8, is 7; sampling.temperature was 1.0, is 0.5"),
+    (("lora.r=2",), "warm_start:seed0/m1 is stale: lora.r was 4, is 2"), (("arms=[scir]", "iterations=1"), "")])
+def test_weights_of_other_settings_are_not_exported(moved, tmp_path, at_root, setting, why):
+    run = moved(*setting)
+    for to, make in EXPORTED:
+        if not why: make(str(run/NODE), tmp_path/to)
+        else:
+            with pytest.raises(ValueError) as e: make(str(run/NODE), tmp_path/to)
+            assert str(e.value) == f"{run}: {why}; run `scir run` first" and not (tmp_path/to).exists()
+
+def test_what_was_trained_from_files_made_anew_is_not_exported(moved, tmp_path, at_root):
+    run = moved()
+    manifest = read_json(run/"manifest.json")
+    manifest["steps"]["judge:seed0/scir/m2"]["outputs"]["seed0/scir/m2/scores.jsonl"] = "another"
+    del manifest["steps"]["sample:seed0/m1"], manifest["steps"]["optimise:seed0/srlm/m2"]
+    write_json(run/"manifest.json", manifest)
+    for node, why in ((NODE, f"optimise:{NODE} is stale: seed0/scir/m2/scores.jsonl changed"), ("seed0/scir/m2", "judge:seed0/m1 is stale: seed0/m1/responses.jsonl is gone"), ("seed0/srlm/m2", "optimise:seed0/srlm/m2 is not done")):
+        with pytest.raises(ValueError, match=f"{why}; run `scir run` first"): export_adapter(str(run/node), tmp_path/"out")
+    (run/"seed0/m1/adapter/adapter_config.json").write_text((run/"seed0/m1/adapter/adapter_config.json").read_text() + " ")
+    with pytest.raises(ValueError, match="warm_start:seed0/m1 is stale: seed0/m1/adapter is not what was written"): export_merged(str(run/"seed0/m1"), tmp_path/"out")
+
+def test_data_code_and_place_do_not_matter(moved, tmp_path, recipe, monkeypatch):
+    run = moved()
+    manifest = read_json(run/"manifest.json")
+    for r in manifest["steps"].values(): r["inputs"] = {k: "another" if k.split(" ")[0] in ("data", "code", "notebook") else v for k, v in r["inputs"].items()}
+    write_json(run/"manifest.json", manifest)
+    (tmp_path/"data/models").mkdir(parents=True)
+    (tmp_path/"data/models/tiny-random").symlink_to(recipe.model.name)
+    monkeypatch.chdir(tmp_path)
+    card = (export_adapter(str(run/NODE), "out"), Path("out/README.md").read_text())[1]
+    assert "model-index" in card and "It was not evaluated." not in card
+
+def test_an_evaluation_of_other_settings_is_not_told(moved, tmp_path, at_root):
+    run = moved("data.test_limit=11")
+    export_adapter(str(run/NODE), tmp_path/"out")
+    card = (tmp_path/"out"/"README.md").read_text()
+    assert "It was not evaluated." in card and "model-index" not in card and "| evaluation sets | not evaluated |" in card
 
 # preferences ----------------------------------------------------------------
 
@@ -342,6 +420,15 @@ def test_agreed_pairs_of_a_warm_start(tiny_run, tmp_path, at_root):
     assert made["licence"] == "cc-by-4.0" and [[r["margin_generative"], r["margin_implicit"]] for r in back] == [[r["margin_generative"], r["margin_implicit"]] for r in rows] and "confidence" not in back[0]
     assert "this model's own answers" in (tmp_path/"agreed"/"README.md").read_text()
 
+def test_cream_may_favour_the_side_that_was_not_preferred(tokenizer, recipe):
+    from scir.exports import LABELLERS
+    from scir.optimise import preference_rows, training_pairs
+    score = Score(id="p/0-1", prompt_id="p", prompt="Q", response_a="preferred", response_b="other", ids_a=[1], ids_b=[2], logps=(0, 0), reference_logps=(0, 0), order_margins=(1, -1), verdict_mass=(1, 1), margins={"implicit": 1.0, "generative": 1.0})
+    for before, chosen in ((0., "other"), (-2., "preferred")):
+        pairs, _ = training_pairs(tokenizer, [score], recipe.arm("cream"), {"p/0": {"previous": -1.}, "p/1": {"previous": before}})
+        assert preference_rows(pairs, [score])[0]["chosen"] == chosen
+    assert "preferred, or the other one if" in LABELLERS["cream"]
+
 def test_replayed_pairs_and_sides(tiny_run, tmp_path):
     "A pair chosen on side b, and one that no model scored."
     import shutil
@@ -349,6 +436,8 @@ def test_replayed_pairs_and_sides(tiny_run, tmp_path):
     for f in ("recipe.yaml", "manifest.json", "seed0/m1/scores.jsonl"): write_text(run/f, (tiny_run/f).read_text())
     s = read_rows(run/"seed0/m1/scores.jsonl", Score)[0]
     write_rows(run/"seed0/srlm/m2/preferences.jsonl", [{"id": s.id, "prompt": s.prompt, "chosen": s.response_b, "rejected": s.response_a, "confidence": 1.0}, {"id": "q1", "prompt": "2+2?", "chosen": "4", "rejected": "5", "confidence": 1.0}])
+    with pytest.raises(ValueError, match="seed0/srlm/m2/preferences.jsonl is not what was written; run `scir run` first"): export_dataset(str(run/"seed0/srlm/m2"), tmp_path/"out")
+    noted(run, "optimise", "seed0/srlm/m2", "preferences.jsonl")
     export_dataset(str(run/"seed0/srlm/m2"), tmp_path/"out")
     first, second = loaded(tmp_path/"out", tmp_path)
     assert [first[f"margin_{k}"] for k in s.margins] == [-m for m in s.margins.values()] and second["margin_implicit"] is None
@@ -387,10 +476,20 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
             with whole_folder(tmp_path/taken): pass
     assert (tmp_path/"file").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == ["empty", "file", "new"]
 
+def test_the_current_folder_is_filled(tiny_run, tmp_path, monkeypatch):
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
+    same = (tmp_path/"here").stat().st_ino
+    export_dataset(str(tiny_run/NODE), ".")
+    assert (tmp_path/"here").stat().st_ino == same == Path.cwd().stat().st_ino and sorted(f.name for f in Path(".").iterdir()) == ["README.md", "data"] and 'load_dataset("here"' in Path("README.md").read_text()
+    assert [f.name for f in tmp_path.iterdir()] == ["here"]
+    with pytest.raises(ValueError, match="name a new or an empty folder"): export_dataset(str(tiny_run/NODE), ".")
+
 def test_what_cannot_be_exported(tiny_run, tmp_path, at_root):
     (tmp_path/"adapter").mkdir()
     write_text(tmp_path/"run"/"recipe.yaml", (tiny_run/"recipe.yaml").read_text())
     write_rows(tmp_path/"run"/"seed0/srlm/m2"/"preferences.jsonl", [])
+    noted(tmp_path/"run", "optimise", "seed0/srlm/m2", "preferences.jsonl")
     for model, words in (("data/models/tiny-random", "not a run's model"), (tiny_run/"seed0/m0", "M_0 is the base model itself"), (tiny_run/"seed0/scir/m9", "no adapter there"), (tmp_path/"adapter", "not a run's model")):
         for make in (export_adapter, export_merged):
             with pytest.raises((ValueError, FileNotFoundError), match=words): make(str(model), tmp_path/"out")
@@ -443,6 +542,7 @@ def test_a_push_that_is_refused_says_what_to_do(hub, tiny_run, tmp_path):
     server.refuse = 401
     done = scir_export(tmp_path, server.server_port, tiny_run/NODE, "--to", "dataset", "--out", tmp_path/"pairs", "--push", "me/pairs")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("scir: --push me/pairs: the hub does not know the token; run `hf auth login`") and (tmp_path/"pairs"/"README.md").exists()
+    assert done.stderr.splitlines()[-1].endswith(f"the folder {tmp_path/'pairs'} is complete, send it with: hf upload me/pairs {tmp_path/'pairs'} --repo-type dataset --private")
 
 def test_a_push_that_cannot_work_is_refused_before_anything_is_made(tiny_run, monkeypatch, at_root):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -6,7 +6,7 @@ import pytest
 
 from scir.consistency import preferences
 from scir.labels import agreed, best_against_worst, candidates, gather, labels, length_gap, needed_rewards, parse_vote, previous_rewards, ranking_consistency, standings, vote, without_length
-from scir.optimise import optimise, preference_rows, replayed, training_pairs
+from scir.optimise import optimise, own_share, preference_rows, replayed, training_pairs
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
 from scir.store import Response, Score, read_rows, write_rows
 
@@ -159,3 +159,14 @@ def test_half_of_dice_is_replayed_labelled_pairs(parent, recipe, tmp_path, polic
     for r in rows[6:]: assert known[r["id"]].chosen == r["chosen"] and known[r["id"]].rejected == r["rejected"] and split_of(r["prompt"]) == "train"
     again = replayed(policy, tokenizer, recipe.model_copy(update={"train": recipe.arm("dice")}), 6, 0)
     assert [p.id for p in again] == [r["id"] for r in rows[6:]] and all(any(p.reference_logps) for p in again)
+
+def test_replayed_pairs_are_none_of_the_scored_ones_that_were_retained(parent, recipe, tmp_path, monkeypatch):
+    from pathlib import Path
+    monkeypatch.chdir(Path(__file__).parents[1])
+    write_rows(parent/"scores.jsonl", [made("0-1", 1.0, 1.0 if k < 5 else -1.0, lengths=(3, 3), prompt=f"p{k}", a="xy", b="yx") for k in range(8)])
+    spec = recipe.train.model_copy(update={"batch_size": 4, "replay": .5})
+    done = optimise(recipe.model_copy(update={"train": spec}), "scir-static", parent, tmp_path/"m2")
+    assert (done["pairs"], done["replayed"]) == (8, 8) and done["retained"] == pytest.approx(5 / 8), "of 8 scored pairs 5 agree"
+    lines = read_rows(tmp_path/"m2/metrics.jsonl")
+    assert sum(l["replayed"] for l in lines) / len(lines) == .5 and sum(l["retained"] for l in lines) / len(lines) == pytest.approx(13 / 16)
+    assert own_share([{"retained": 1.0, "replayed": 1.0}]) == 0 and own_share([{"retained": .5}, {"retained": 1.0}]) == .75
