@@ -24,7 +24,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from .logprobs import PLAIN_TEMPLATE, encode_turns
-from .recipe import ModelSpec, Recipe, load_recipe, node_parts, parent_node
+from .recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node
 from .sample import room
 from .store import Response, Score, digest, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
@@ -148,7 +148,7 @@ def export_alpaca(model:str, source:str, out, recipe, limit:int|None=None)->dict
     sets = {r["instruction"]: r.get("dataset") for r in benchmark_rows(source, "alpaca_eval")}
     prompts, dropped = load_prompts(source)
     recipe, policy, tokenizer, known = _sampler(model, recipe)
-    spec, part = recipe.sampling.model_copy(update={"candidates": 1}), Path(out).with_name(f".{Path(out).stem}.{digest(known, hash_path(source), source, limit)}.jsonl")
+    spec, part = recipe.sampling.model_copy(update={"candidates": 1}), Path(out).with_name(f".{Path(out).stem}.{digest(known, hash_path(locate(source)), source, limit)}.jsonl")
     found = sample(policy, tokenizer, prompts[:limit], spec, part, max_prompt_tokens=room(policy, spec))
     outputs = alpaca_eval(read_rows(part, Response), _name(model))
     write_json(out, [o | {"dataset": sets.get(o["instruction"]) or o["dataset"]} for o in outputs])
