@@ -195,9 +195,9 @@ def package(asked:str, # a requirement, torch>=2.6
     try: version = metadata.version(r.name)
     except metadata.PackageNotFoundError: return Finding(r.name, "not installed", "fault", f"pip install '{asked}'")
     if not r.specifier.contains(version, prereleases=True): return Finding(r.name, f"{version}, but {r.specifier} is needed", "fault", f"pip install '{asked}'")
-    try: importer({"pyyaml": "yaml"}.get(r.name, r.name))
+    try: importer({"pyyaml": "yaml"}.get(r.name, r.name.replace("-", "_")))
     except Exception as e: return Finding(r.name, f"{version} cannot be imported: {' '.join(str(e).split())[:200]}", "fault", f"pip install --force-reinstall --no-deps {r.name}=={version}")
-    if (wanted := known.get(r.name)) and Version(version).public != Version(wanted).public: return Finding(r.name, f"{version}; tested with {wanted}", "warn", f"pip install {r.name}=={wanted}")
+    if (wanted := known.get(r.name) or known.get(r.name.replace("-", "_"))) and Version(version).public != Version(wanted).public: return Finding(r.name, f"{version}; tested with {wanted}", "warn", f"pip install {r.name}=={wanted}")
     return Finding(r.name, version)
 
 def packages()->list:

@@ -96,6 +96,8 @@ def test_a_kernel_of_another_python_is_a_fault():
 
 # packages -------------------------------------------------------------------
 
+def test_a_package_is_imported_by_its_modules_name(): assert doctor.package("huggingface-hub>=0.1", {}).state == "ok" and doctor.package("huggingface-hub", {"huggingface_hub": "0.0.1"}).state == "warn"  # as a wheel writes it
+
 def test_tested_versions_are_those_of_this_python(tmp_path):
     (tmp_path/"c.txt").write_text("# why\nnumpy==3.1; python_version >= '3'\nnumpy==2.2; python_version < '3'\n\nGlob==1\n")
     assert constrained(tmp_path/"c.txt") == {"numpy": "3.1", "Glob": "1"} and constrained(tmp_path/"absent") == {}
