@@ -18,9 +18,7 @@ def swapped(tokenizer, p): return text_pair(tokenizer, p.id, p.prompt, p.respons
 @pytest.fixture
 def yes_no(policy, tokenizer, monkeypatch):
     "Bytes have no single token for Yes and No: let Y and N stand for them."
-    import scir.rewards as module
-    known = module.verdict_ids
-    monkeypatch.setattr(module, "verdict_ids", lambda t, word: known(t, word[0]))
+    monkeypatch.setattr("scir.rewards.YES_NO", ("Y", "N"))
 
 @pytest.fixture
 def three(recipe): return recipe.model_copy(update={"rewards": THREE})
