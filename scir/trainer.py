@@ -23,7 +23,7 @@ from .store import exchange, flush, meet, processes, rank, read_json, share, wri
 
 # %% ../nbs/08_trainer.ipynb #2daccbd1
 def through(model, function):
-    "`function()` inside the forward of what wraps the model (DDP, FSDP), which is what it goes by; without a wrapper just `function()`."
+    "`function()` inside the forward of what wraps the model (DDP), which is what it goes by; without a wrapper just `function()`."
     inner = getattr(model, "module", model)
     if inner is model: return function()
     whole = inner.forward
@@ -53,7 +53,10 @@ class PairTrainer(Trainer):
         pairs, before, step = inputs["pairs"], self._before(), super().training_step
         if processes() > 1:
             part = share(pairs) or pairs[:1]  # where there are fewer pairs than processes: one, of no weight
-            return step(model, {"pairs": part, "share": processes() * len(share(pairs)) / len(pairs)}, *args, **kw)
+            try: return step(model, {"pairs": part, "share": processes() * len(share(pairs)) / len(pairs)}, *args, **kw)
+            except Exception as e:
+                if not out_of_memory(e): raise
+                raise MemoryError(f"out of memory with {len(part)} pairs in one of {processes()} processes at step {self.state.global_step + 1}, where a batch is not read in parts; lower batch_size in warm_start or train (and raise train.accumulation), or set model.gradient_checkpointing") from e
         while True:
             size, full = math.ceil(len(pairs) / self.parts), False
             try: return sum(step(model, {"pairs": part, "share": len(part) / len(pairs)}, *args, **kw) for part in (pairs[i:i + size] for i in range(0, len(pairs), size)))
