@@ -30,7 +30,7 @@ from scir.warm_start import warm_start_loss
 folder, shard = Path(sys.argv[1]), "--shard" in sys.argv
 join_others(shard)
 spec = lambda how: parse_recipe({"model": {"name": sys.argv[2], "dtype": "float32", "gradient_checkpointing": how}, "lora": {"r": 4, "alpha": 8}, "judge": {"batch_tokens": 300},
-                                 "sampling": {"candidates": 2, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "batch_size": 2}})
+                                 "sampling": {"candidates": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "batch_size": 2}})
 def policy(recipe):
     model, g = new_adapter(load_base(recipe.model), recipe.lora, 0), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_each_process_keeps_half_of_the_layers(made):
 def test_rows_are_those_of_the_whole_model(made):
     "Also where one process has a batch or a response less than the other, and after a kill."
     one, two, _ = made
-    assert (one / "responses.jsonl").read_bytes() == (two / "responses.jsonl").read_bytes() and len(read_rows(one / "responses.jsonl")) == 14
+    assert (one / "responses.jsonl").read_bytes() == (two / "responses.jsonl").read_bytes() and len(read_rows(one / "responses.jsonl")) == 21
     for f in ("scores.jsonl", "again.jsonl"): assert difference(*(read_rows(folder / f) for folder in (one, two))) < 1e-4
     assert not list(two.glob("*.partial*"))
 
