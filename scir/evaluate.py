@@ -14,7 +14,7 @@ from scipy.special import expit
 from .consistency import frame, metrics
 from .data import evaluation_rows, load_pairs, prompt_pool, read_source, split_of
 from .model import for_sampling, for_scoring, load_tokenizer, model_path
-from .recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node
+from .recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node, run_of
 from .sample import sample
 from .score import candidate_pairs, drawn_side, labelled_pairs, score, set_reference
 from .store import Response, Score, atomic_path, digest, hash_path, read_json, read_rows, write_json, write_rows
@@ -77,7 +77,7 @@ def evaluate(recipe:Recipe, run, node:str)->dict: # metrics
 def resolve(model:str, recipe:Recipe)->tuple: # Recipe, adapter folder or None
     "What `model` names: a run's node (data/runs/smol/seed0/scir/m2; its run's recipe is used), a peft adapter's folder, a model's folder or hub id."
     path = Path(model)
-    owner = next((p for p in path.parents if (p/"recipe.yaml").exists()), None) if (path/"adapter").is_dir() or path.name == "m0" else None
+    owner = run_of(path) if (path/"adapter").is_dir() or path.name == "m0" else None
     if owner: return load_recipe(owner/"recipe.yaml"), path/"adapter" if path.name != "m0" else None
     adapter = path if (path/"adapter_config.json").exists() else None
     name = read_json(path/"adapter_config.json").get("base_model_name_or_path") if adapter else model
@@ -116,7 +116,7 @@ def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=Non
 def _older(model, recipe):
     "The reference of a run's model where that is M_{t-1}, as its recipe says."
     path = Path(model).parent if Path(model).name == "adapter" else Path(model)
-    run = next((p for p in path.parents if (p/"recipe.yaml").exists()), None) if (path/"adapter").is_dir() else None
+    run = run_of(path) if (path/"adapter").is_dir() else None
     if not run or recipe.train.reference != "previous" or node_parts(node := path.relative_to(run).as_posix())[2] < 2: return None
     return str(run/parent_node(node))
 

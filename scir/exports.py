@@ -24,7 +24,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from .logprobs import PLAIN_TEMPLATE, encode_turns
-from .recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node
+from .recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node, run_of
 from .sample import room
 from .store import Response, Score, digest, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
@@ -204,8 +204,7 @@ class Origin(NamedTuple):
 def origin(model:str)->Origin:
     "Of a run's model, its adapter's folder or one of its files; raises ValueError for anything else and for M_0, which is the base itself."
     path = Path(model).parent if Path(model).name == "adapter" or Path(model).is_file() else Path(model)
-    run = next((p for p in path.parents if (p/"recipe.yaml").exists()), None)
-    if not run: raise ValueError(f"model {model}: not a run's model; adapter, merged and dataset are made from one, such as data/runs/smol/seed0/scir/m2")
+    if not (run := run_of(path)): raise ValueError(f"model {model}: not a run's model; adapter, merged and dataset are made from one, such as data/runs/smol/seed0/scir/m2")
     node, recipe = path.relative_to(run).as_posix(), load_recipe(run/"recipe.yaml")
     _, arm, t = node_parts(node)
     if t == 0: raise ValueError(f"model {model}: M_0 is the base model itself, nothing of it was made here")

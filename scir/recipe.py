@@ -6,8 +6,8 @@
 __all__ = ['ADDITIVE', 'OneOrMore', 'Sources', 'DPO', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MOST', 'spec', 'Section',
            'ModelSpec', 'LoraSpec', 'DataSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec', 'LabelSpec',
            'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'RecipeError', 'field_names', 'parse_recipe', 'read_yaml',
-           'override', 'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe', 'node_name', 'node_parts',
-           'parent_node', 'all_nodes']
+           'override', 'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe', 'run_of', 'node_name',
+           'node_parts', 'parent_node', 'all_nodes']
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib, re, reprlib
@@ -323,6 +323,10 @@ def own_recipe(run)->Path:
     path = Path(run)/"recipe.yaml"
     if not path.exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory; name one that `scir run` made")
     return path
+
+def run_of(path)->Path|None:
+    "The run directory that a model or a file lies in, if it lies in one."
+    return next((p for p in Path(path).parents if (p/"recipe.yaml").exists()), None)
 
 # %% ../nbs/00_recipe.ipynb #c2f37f29
 def node_name(seed:int, iteration:int, arm:str|None=None)->str:

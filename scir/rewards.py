@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'YES_NO', 'POINTWISE', 'Pair', 'text_pair', 'View', 'reward', 'generative', 'implicit', 'pointwise',
-           'margins']
+           'check_rewards', 'margins']
 
 # %% ../nbs/06_rewards.ipynb #1cf013da
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import torch
 from .judge import Verdicts, average_orders, find_verdicts, judge_ids, verdict_margins
 from .logprobs import encode_chat, encode_prompt, encode_response, response_logps
 from .loss import implicit_margin
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 
 # %% ../nbs/06_rewards.ipynb #d5816644
 @dataclass
@@ -109,8 +109,11 @@ def pointwise(view:View)->torch.Tensor:
     a, b = verdict_margins(view.model, seqs, verdicts, view.recompute)[0].view(2, -1)
     return a - b
 
+def check_rewards(recipe:Recipe)->None:
+    "Raise RecipeError for reward models that nobody registered, with the known names."
+    if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
+
 def margins(view:View)->dict: # name -> (B,) float32
-    "Every reward model the recipe names; raises KeyError with the known names."
-    for name in view.recipe.rewards:
-        if name not in REWARDS: raise KeyError(f"reward model {name!r} is not registered; known: {', '.join(REWARDS)}")
+    "Every reward model the recipe names."
+    check_rewards(view.recipe)
     return {name: REWARDS[name](view) for name in view.recipe.rewards}

@@ -9,7 +9,7 @@ __all__ = ['SECRETS', 'Row', 'Prompt', 'LabelledPair', 'Response', 'Score', 'Res
            'Journal', 'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
-import hashlib, json, os, re
+import hashlib, json, os, re, shutil
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
@@ -143,9 +143,9 @@ def unfinished_parts(path)->dict: # process number -> file
     found = {f: re.fullmatch(re.escape(Path(path).stem) + r"\.partial(\d*)\.jsonl", f.name) for f in Path(path).parent.glob("*.jsonl")}
     return {int(m[1] or 0): f for f, m in found.items() if m}
 
-def remove(files)->None:
-    "Remove files, those that are there."
-    for f in files: f.unlink(missing_ok=True)
+def remove(paths)->None:
+    "Remove files and folders, those that are there."
+    for p in paths: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
 def salvage(path, kind:type)->list:
     "Rows of a file that may have been cut or damaged, if it is there: lines that cannot be read are left out, and counted aloud when it is not only an unfinished last one."
@@ -194,8 +194,9 @@ class Journal:
         self.out, self.kind, self.part = Path(out), kind, unfinished(out, rank())
         found = {r.id: r for part in unfinished_parts(out).values() for r in salvage(part, kind)}
         self.done, self.rows = set(found), [] if rank() else list(found.values())
-        meet()  # until all have read what there is
-        write_rows(self.part, self.rows)
+        for turn in (not rank(), rank() > 0):  # the first one has all rows on the disk before the others empty their files
+            meet()  # at first until all have read what there is
+            if turn: write_rows(self.part, self.rows)
         if not rank(): remove(p for k, p in unfinished_parts(out).items() if k >= processes())  # of a try with more processes
         self.file = open(self.part, "a", encoding="utf-8")
 

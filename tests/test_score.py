@@ -6,6 +6,7 @@ import pytest, torch
 from scir.consistency import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
 from scir.logprobs import response_logps
 from scir.optimise import assert_reference, pair_loss
+from scir.recipe import RecipeError
 from scir.rewards import REWARDS, View, margins, reward, text_pair
 from scir.score import candidate_pairs, labelled_pairs, score, set_reference
 from scir.store import LabelledPair, Response, Score, read_rows
@@ -68,7 +69,7 @@ def test_a_new_reward_model_is_a_function_and_a_name(policy, tokenizer, pairs, r
     finally: del REWARDS["longer"]
 
 def test_unknown_reward_model_lists_the_known(policy, tokenizer, pairs, recipe):
-    with pytest.raises(KeyError, match="magic.*generative, implicit, pointwise"): margins(View(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "magic")})))
+    with pytest.raises(RecipeError, match="magic.*generative, implicit, pointwise"): margins(View(policy, tokenizer, pairs, recipe.model_copy(update={"rewards": ("generative", "magic")})))
 
 def test_reward_models_need_not_include_the_implicit_one(policy, tokenizer, pairs, recipe, yes_no, tmp_path):
     set_reference(policy, pairs, 4096)
