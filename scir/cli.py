@@ -11,7 +11,7 @@ __all__ = ['CODES', 'UsageError', 'CONTINUED', 'app', 'MODEL', 'OutFile', 'Recip
            'doctor', 'bench']
 
 # %% ../nbs/24_cli.ipynb #537f2be2
-import os, select, shlex, subprocess, sys
+import os, select, shlex, signal, sys
 from contextlib import contextmanager, redirect_stdout
 from functools import reduce
 from json import dumps
@@ -44,7 +44,9 @@ def one_line(debug:bool=False, ctx=None):
     "What fails inside is said in one line; a fault, with `debug`, with its traceback."
     try: yield
     except (typer.Exit, typer.Abort): raise
-    except KeyboardInterrupt: fail("interrupted" + "; the same command goes on" * bool(ctx and ctx.invoked_subcommand in CONTINUED), 130)
+    except KeyboardInterrupt:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise typer.Exit(130)  # the launcher says it
+        fail("interrupted" + "; the same command goes on" * bool(ctx and ctx.invoked_subcommand in CONTINUED), 130)
     except UsageError as e: fail(_usage(e), 2)
     except Exception as e:
         if debug or isinstance(e, BrokenPipeError) and reader_left(): raise
@@ -148,10 +150,10 @@ def strict(v):
 # %% ../nbs/24_cli.ipynb #d500e3d1
 def settle(model:str, recipe:Path|None, setting:list)->tuple: # model, Recipe
     "The recipe with its settings: a run's own for a run's model (then named by its adapter), else the file's, else the defaults."
-    from scir.recipe import load_recipe, override, parse_recipe
+    from scir.recipe import load_recipe, override, parse_recipe, run_of
     path = Path(model)
-    own = next((p/"recipe.yaml" for p in path.parents if (p/"recipe.yaml").exists()), None) if setting and (path/"adapter").is_dir() else None
-    if own: return str(path/"adapter"), load_recipe(own, tuple(setting))
+    own = run_of(path) if setting and (path/"adapter").is_dir() else None
+    if own: return str(path/"adapter"), load_recipe(own/"recipe.yaml", tuple(setting))
     return model, load_recipe(recipe, tuple(setting)) if recipe else parse_recipe(reduce(override, setting, {}), "--set")
 
 def usable_tokenizer(recipe):
@@ -166,10 +168,10 @@ def check(model:str, recipe)->None:
     "Raise for a model that is not there, verdict words that are no single tokens, a reward model nobody knows."
     from scir.evaluate import resolve
     from scir.pipeline import check_words
-    from scir.rewards import REWARDS
+    from scir.rewards import check_rewards
     recipe, _ = resolve(model, recipe)
     check_words(usable_tokenizer(recipe), recipe)
-    if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise ValueError(f"rewards: {unknown[0]!r} is not registered; known: {', '.join(REWARDS)}")
+    check_rewards(recipe)
 
 # %% ../nbs/24_cli.ipynb #8f5a2e4d
 def say(item)->str:
@@ -210,12 +212,24 @@ def words_again()->list:
         elif w != "--dry-run" and not w.startswith("--processes="): out.append(w)
     return out
 
-def launch(words:list, processes:int)->None:
-    "Do a command in several processes of this machine, which share its cores, and end as they do."
+def launch(words:list, processes:int, debug:bool=False)->None:
+    "Do a command in several processes of this machine, which share its cores and end with this one. The one that fails says why; `debug` adds the launcher's report."
+    import logging
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run as torchrun
     from scir.pipeline import launch_line
-    cores = str(max(1, (os.cpu_count() or 1) // processes))
-    env = {"OMP_NUM_THREADS": cores} | os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if code := subprocess.run(launch_line(words, processes), env=env).returncode: raise typer.Exit(code)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if not debug: logging.disable()
+    try: torchrun(parse_args(launch_line(words, processes)[1:]))
+    except SignalException as e:
+        if e.sigval == signal.SIGINT: raise KeyboardInterrupt from None
+        raise typer.Exit(128 + e.sigval) from None
+    except ChildFailedError as e:
+        which, failure = e.get_first_failure()
+        if failure.exitcode < 0: fail(f"process {which} of {processes} was killed ({failure.signal_name()}), most often for want of memory; the same command goes on")
+        raise typer.Exit(failure.exitcode) from None
 
 def from_here(path:Path, here:Path)->Path:
     "A path, relative to the project's folder or not, as it is called from where the command was given; goes back there."
@@ -223,17 +237,16 @@ def from_here(path:Path, here:Path)->Path:
     os.chdir(here)
     return Path(os.path.relpath(path)) if path.is_relative_to(here) else path
 
-def rehearse(recipe, out:Path|None, words:list, processes:int)->None:
-    "Print every step's state, and how to start the run on one machine and on several."
+def rehearse(recipe, out:Path, words:list, jobs:int, processes:int, json:bool)->None:
+    "Print every step's state, and how to start the run on one machine and, where no steps are side by side, on several."
     from scir.audit import status as ask
-    from scir.pipeline import launch_line, root, settled, told as state
-    out = out.resolve() if out else None
-    os.chdir(root())
-    out = out or Path("data/runs")/recipe.name
+    from scir.pipeline import launch_line, seen, told as state
     shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
-    for step, s in ask(settled(recipe, out), out): typer.echo(f"{step.key}: {state(s)}")
-    typer.echo(f"\non this machine: {shell(launch_line(words, processes) if processes > 1 else ['scir', *words])}")
-    typer.echo(f"on two, on each: {shell(launch_line(words, processes, machines=2))}")
+    steps = [(step.key, seen(recipe, out, step) if s.name == "done" else s) for step, s in ask(recipe, out)]
+    lines = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])} | ({"on two, on each": shell(launch_line(words, processes, machines=2))} if jobs == 1 else {})
+    if json: return emit({"run": str(out), "steps": [{"step": key, "state": s.name, "why": s.why} for key, s in steps], "commands": lines})
+    for key, s in steps: typer.echo(f"{key}: {state(s)}")
+    typer.echo("\n" + "\n".join(f"{where}: {line}" for where, line in lines.items()))
 
 def fits_together(jobs:int, cluster:list, processes:int, shard:bool)->None:
     "Refuse options of a run that make no sense together."
@@ -265,15 +278,16 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
         dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="say what would be done, and the line that starts it on one machine and on several")] = False,
         json: Json = False, debug: Debug = False):
     "Run a recipe: every stage that is not finished, each notebook in a fresh kernel."
-    from scir.pipeline import check_shards, run_recipe
+    from scir.pipeline import place, ready, run_recipe
     from scir.recipe import load_recipe
     from scir.store import rank
     fits_together(jobs, cluster, processes, shard)
-    loaded = load_recipe(recipe, tuple(setting))
-    if shard: check_shards(loaded)
-    if dry_run: return rehearse(loaded, out, words_again(), processes)
-    if processes > 1: return launch(words_again(), processes)
-    here = Path.cwd()
+    loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
+    if dry_run or processes > 1:  # the faults of a recipe are said once, before several processes would
+        with aside(json): settled = ready(loaded, folder := place(loaded, out), shard)
+        if dry_run: return rehearse(settled, folder, words_again(), jobs, processes, json)
+        os.chdir(here)
+        return launch(words_again(), processes, debug)
     with aside(json): folder = run_recipe(loaded, out, jobs, as_settings(cluster), shard)
     if rank(): return
     folder = from_here(folder, here)
@@ -282,7 +296,6 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
 
 def opened(run:Path, recipe:Path|None=None, setting:tuple|list=())->tuple: # Recipe, run directory
     "A run directory with its own recipe, or with another one. Goes to the project's folder, where recipes name their data from."
-    import os
     from scir.pipeline import quiet, root, settled
     from scir.recipe import load_recipe, own_recipe
     quiet()

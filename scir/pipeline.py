@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS', 'FUNCTIONS', 'SECTIONS', 'LOCKS', 'PACKAGES',
-           'TOGETHER', 'LITTER', 'Stage', 'Step', 'plan', 'needed', 'direct_imports', 'stage_functions', 'imported',
+           'TOGETHER', 'Stage', 'Step', 'plan', 'needed', 'direct_imports', 'stage_functions', 'imported',
            'code_hashes', 'check_code', 'read_fields', 'sources_of', 'source_hashes', 'models_of', 'notebook_hash',
            'inputs', 'fingerprint', 'State', 'state', 'differences', 'file_name', 'busy', 'finished', 'provenance',
            'start_manifest', 'manifest_of', 'write_manifest', 'record', 'note_failure', 'now', 'root',
            'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone', 'begin', 'reason', 'noted',
-           'work', 'do', 'check_words', 'check_recipe', 'notebook_of', 'shown', 'execute', 'gpus', 'executor',
-           'side_by_side', 'make_models', 'recipe_sources', 'say_shipped', 'by_itself', 'launch_line', 'check_shards',
-           'join_others', 'assist', 'seen', 'one_by_one', 'told', 'run_recipe']
+           'work', 'do', 'check_words', 'check_recipe', 'notebook_of', 'shown', 'execute', 'end_with', 'gpus', 'Pool',
+           'executor', 'in_turn', 'hearing_ctrl_c', 'side_by_side', 'make_models', 'recipe_sources', 'say_shipped',
+           'by_itself', 'launch_line', 'check_shards', 'join_others', 'leave_others', 'assist', 'seen', 'one_by_one',
+           'told', 'place', 'ready', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
-import ast, json, multiprocessing, os, platform, shutil, subprocess, sys, threading, time
-from concurrent.futures import ProcessPoolExecutor
+import ast, atexit, json, multiprocessing, os, platform, signal, subprocess, sys, threading, time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module, metadata
 from itertools import chain
@@ -25,7 +26,7 @@ from typing import Callable, NamedTuple
 from pydantic import BaseModel
 
 import scir
-from .recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, parent_node
+from .recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, own_recipe, parent_node
 from .store import digest, exchange, hash_path, hide_secrets, processes, rank, read_json, remove, sharded, unfinished, unfinished_parts, write_json, write_text
 
 # %% ../nbs/20_pipeline.ipynb #7299161b
@@ -378,12 +379,13 @@ def start_manifest(recipe:Recipe, run:Path)->None:
         manifest.clear()
         manifest |= {"recipe": digest(recipe.model_dump(mode="json")), "seeds": recipe.seeds, "reference": recipe.train.reference, "model": recipe.model.model_dump(mode="json"),
                      **{k: known[k] for k in ("model_hash", "begun", "failed", "steps")}}
-    write_text(run/"recipe.yaml", dump_recipe(recipe))
+        write_text(run/"recipe.yaml", dump_recipe(recipe))
 
 @contextmanager
 def manifest_of(run:Path): # the manifest, to be changed inside
-    "Read a run's manifest, and write it again at the end of the block, while no other process may."
+    "Read a run's manifest, and write it again at the end of the block, while no other process may; what a kill cut short is removed."
     with alone(run, "manifest", 60, "another process keeps its manifest"):
+        remove(f for name in ("manifest.json", "recipe.yaml") for f in run.glob(f".{name}.*.tmp"))
         manifest = read_json(run/"manifest.json", {})
         yield manifest
         write_manifest(run, manifest)
@@ -454,8 +456,7 @@ def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
     os.chdir(root())
     quiet()
     run = Path(run)
-    if recipe is None and not (run/"recipe.yaml").exists(): raise RecipeError(f"{run}: no recipe.yaml there; name a recipe, or a run that `scir run` made")
-    loaded = load_recipe(recipe or run/"recipe.yaml")
+    loaded = load_recipe(recipe or own_recipe(run))
     check_owner(loaded, run)
     run.mkdir(parents=True, exist_ok=True)
     loaded = settled(loaded, run)
@@ -472,14 +473,14 @@ def check_owner(recipe:Recipe, run:Path)->None:
 # %% ../nbs/20_pipeline.ipynb #4d24f087
 @contextmanager
 def alone(run:Path, what:str, wait:float, busy:str):
-    "Hold a lock of the run directory (the system frees it when this process ends, however it ends). Raises RuntimeError when another process keeps it longer than `wait` seconds."
+    "Hold a lock of the run directory (the system frees it when this process ends, however it ends). Raises RuntimeError when another process keeps it longer than `wait` seconds (-1: waits for ever)."
     from filelock import FileLock, Timeout
     (run/LOCKS).mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(run/LOCKS/f"{what}.lock"), run/LOCKS/f"{what}.owner"
+    lock, owner, here = FileLock(run/LOCKS/f"{what}.lock"), run/LOCKS/f"{what}.owner", f" on {platform.node()}"
     try: lock.acquire(timeout=wait)
-    except Timeout: raise RuntimeError(f"{run}: {busy} (process {owner.read_text() if owner.exists() else 'unknown'}); wait for it, or end it") from None
+    except Timeout: raise RuntimeError(f"{run}: {busy} (process {owner.read_text().removesuffix(here) if owner.exists() else 'unknown'}); wait for it, or end it") from None
     try:
-        write_text(owner, str(os.getpid()))
+        owner.write_text(f"{os.getpid()}{here}")
         yield
     finally: lock.release()
 
@@ -489,11 +490,10 @@ def begin(recipe:Recipe, run:Path, step:Step)->dict: # its inputs
     check_code(step.stage)
     read = inputs(recipe, run, step)
     outputs = [run/f for f in STAGES[step.stage].writes(recipe, step.node)]
-    for litter in {p for o in outputs for p in (*o.parent.glob(f".{o.stem}.*tmp"), *o.glob("**/.*.tmp"))}: _remove(litter)
+    remove({p for o in outputs for p in (*o.parent.glob(f".{o.stem}.*tmp"), *o.glob("**/.*.tmp"))})
     same = read_json(run/"manifest.json").get("begun", {}).get(step.key) == digest(read)
     if not same:
-        for o in outputs:
-            for path in (o, *([o.parent/"checkpoints"] if o.name == "adapter" else unfinished_parts(o).values() if o.suffix == ".jsonl" else [])): _remove(path)
+        for o in outputs: remove((o, *([o.parent/"checkpoints"] if o.name == "adapter" else unfinished_parts(o).values() if o.suffix == ".jsonl" else [])))
     else:
         for o in outputs:
             if o.suffix == ".jsonl" and o.exists(): os.replace(o, unfinished(o))  # a part that was whole: its rows need not be made again
@@ -503,14 +503,13 @@ def begin(recipe:Recipe, run:Path, step:Step)->dict: # its inputs
         manifest["failed"].pop(step.key, None)
     return read
 
-def _remove(path):
-    if path.is_dir(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
-
 # %% ../nbs/20_pipeline.ipynb #2f0becc8
 def reason(error)->str:
-    "An error, or that of a failed notebook, in one line, with what helps where that is known."
+    "An error, or that of a failed notebook or job of a cluster, in one line, with what helps where that is known."
     text = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error.args[0] if isinstance(error, KeyError) else error)
+    if isinstance(error, BrokenExecutor): text = "the process of this job, or of one beside it, was killed, most often for want of memory; run again, if need be with fewer --jobs"
+    if type(error).__module__.startswith("submitit"): text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
+    if "gloo/transport" in text or "ncclRemoteError" in text: text = "another of the processes that share this step ended; what it said is the reason"
     text = hide_secrets(" ".join(text.split()) or type(error).__name__)
     if any(sign in text for sign in ("No space left", "StorageFull", "Disk quota", "PytorchStreamWriter failed")): return f"{text}; the disk is full: free some of it and run again, what is done is kept"
     if any(sign in text for sign in ("Permission denied", "Read-only file system")): return f"{text}; let this user write there, or name another place with --out"
@@ -523,7 +522,9 @@ def noted(run:Path, step:Step):
     try: yield
     except Exception as e:
         with suppress(OSError, ValueError):
-            if step.key not in read_json(run/"manifest.json")["failed"]: note_failure(run, step, f"{type(e).__name__}: {reason(e)}")
+            if step.key in read_json(run/"manifest.json")["failed"]: sys.exit(1)  # the first one says it
+            if processes() > 1: print(file=sys.stderr)  # ends the line of a progress bar
+            note_failure(run, step, f"{type(e).__name__}: {reason(e)}")
         raise
 
 def work(recipe:Recipe, run:Path, step:Step)->None:
@@ -558,8 +559,8 @@ def check_words(tokenizer, recipe:Recipe)->None:
 
 def check_recipe(recipe:Recipe)->None:
     "Raise RecipeError for what would otherwise fail after hours: unknown reward models, trackers that are not there, arms that need a model that is not named."
-    from scir.rewards import REWARDS
-    if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
+    from scir.rewards import REWARDS, check_rewards
+    check_rewards(recipe)
     if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
     if recipe.report_to:
         quiet()
@@ -624,9 +625,13 @@ def _say_in(notebook, why):
 
 # %% ../nbs/20_pipeline.ipynb #4b359b27
 def _job(devices, taken, owner):
-    "A worker's first act: take the next GPU, and end when the process that started it does, however that ends."
+    "A worker's first act: take the next GPU, and be ready to end with the process that started it."
     with taken.get_lock(): mine, taken.value = taken.value, taken.value + 1
     if devices: os.environ["CUDA_VISIBLE_DEVICES"] = devices[mine % len(devices)]
+    end_with(owner)
+
+def end_with(owner:int)->None:
+    "End this process when the one that started it does, however that ends."
     def watch():
         while os.getppid() == owner: time.sleep(1)
         os._exit(1)
@@ -638,6 +643,21 @@ def gpus()->list:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [d for d in named.split(",") if d] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
 
+class Pool:
+    "Processes of this machine, which take jobs; new ones when one was killed, since the others end with it."
+    def __init__(self, jobs:int):
+        context, devices = multiprocessing.get_context("spawn"), gpus()
+        self.make = lambda: ProcessPoolExecutor(jobs, context, _job, (devices, context.Value("i", 0), os.getpid()))
+        self.pool = self.make()
+
+    def submit(self, *job):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that is started here hears Ctrl-C when it has a job, not in the midst of its imports
+        try: return self.pool.submit(*job)
+        except BrokenExecutor:
+            self.pool = self.make()
+            return self.pool.submit(*job)
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 @contextmanager
 def executor(run:Path, jobs:int, cluster:dict|None=None): # has submit(function, ...) -> something with done() and result()
     "Where steps are done side by side: processes of this machine, or jobs of a cluster."
@@ -647,9 +667,29 @@ def executor(run:Path, jobs:int, cluster:dict|None=None): # has submit(function,
         at.update_parameters(name=f"scir-{run.name}", **{k: v for k, v in cluster.items() if k != "cluster"})
         yield at
         return
-    context = multiprocessing.get_context("spawn")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    with ProcessPoolExecutor(jobs, context, _job, (gpus(), context.Value("i", 0), os.getpid())) as pool: yield pool
+    pool = Pool(jobs)
+    try: yield pool
+    finally: pool.pool.shutdown()
+
+# %% ../nbs/20_pipeline.ipynb #cd97dbaf
+def in_turn(run:Path, step:Step, notebooks:Path)->None:
+    "What a job does: execute a step's notebook, unless the job of an earlier command is at it, which is waited for, and does it."
+    waits = busy(run, lock := f"{file_name(step)}.job")
+    with hearing_ctrl_c(), alone(run, lock, -1, ""):
+        if not waits or seen(load_recipe(run/"recipe.yaml"), run, step) != State("done"): execute(run, step, notebooks)
+
+@contextmanager
+def hearing_ctrl_c():
+    "Ctrl-C counts inside, also one from before. It ends the jobs that this process would do afterwards too."
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        yield
+    except KeyboardInterrupt:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.raise_signal(signal.SIGINT)
+        raise
+    finally: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 def side_by_side(recipe:Recipe, run:Path, steps:list, at, jobs:int)->None:
     "Do `steps`, at most `jobs` at once, each as soon as those that it needs are done. What a failed one is needed for is left out, the rest is done; then raises RuntimeError."
@@ -661,7 +701,7 @@ def side_by_side(recipe:Recipe, run:Path, steps:list, at, jobs:int)->None:
             found = State("failed", f"needs {min(needs).key}") if needs else seen(recipe, run, step)
             say(step, told(found))
             if needs: failed[step] = found.why
-            elif found != State("done"): running[step] = at.submit(execute, run, step, notebook_folder())
+            elif found != State("done"): running[step] = at.submit(in_turn, run, step, notebook_folder())
         for step in [s for s, job in running.items() if job.done()]:
             try: running.pop(step).result()
             except Exception as e: failed[step] = reason(e)
@@ -709,6 +749,8 @@ def check_shards(recipe:Recipe)->None:
 def join_others(shard:bool=False)->None:
     "Meet the other processes of the launcher, if there are any; with `shard`, or where the launcher says FSDP2, each will keep a part of every layer. Raises RuntimeError for one that shards what we cannot shard."
     if processes() == 1: return
+    if "MASTER_ADDR" not in os.environ: raise RuntimeError(f"WORLD_SIZE={processes()} in the environment makes this one of several processes, but no launcher says where the others are; unset WORLD_SIZE, or start with --processes or torchrun")
+    end_with(os.getppid())
     if os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true":  # gone, so that accelerate does not do it too
         if os.environ.get("FSDP_VERSION") != "2": raise RuntimeError("FSDP1 is not supported: it lays the weights of a layer into one, and an adapter is of another dtype than its base; launch with FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)")
         shard = True
@@ -718,17 +760,24 @@ def join_others(shard:bool=False)->None:
     from accelerate import PartialState
     from datetime import timedelta
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))  # a process may wait for a report, or a server's answers, for long
+    atexit.register(leave_others)
     quiet()
+
+def leave_others()->None:
+    "Take gloo's threads down; where another process went first, the end of this one would else find them at work, and be an abort."
+    import torch.distributed as dist
+    if dist.is_initialized() and dist.get_backend() == "gloo": dist.destroy_process_group()
 
 def assist(run:Path)->Path:
     "What every process but the first does: its share of each step that the first one announces."
-    while (step := exchange(None)[0]) is not None:
+    def announced():
+        try: return exchange(None)[0]
+        except RuntimeError: sys.exit(1)  # the first one ended, and says why
+    while (step := announced()) is not None:
         with noted(run, step), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere): STAGES[step.stage].call(load_recipe(run/"recipe.yaml"), run, step.node)
     return run
 
 # %% ../nbs/20_pipeline.ipynb #f4b73f0e
-LITTER = (".manifest.json.*.tmp", ".recipe.yaml.*.tmp", ".locks/.*.tmp", "notebooks/.*.ipynb.*.tmp")  # of writes that a kill cut short
-
 def seen(recipe:Recipe, run:Path, step:Step)->State:
     "A step's state, where also its executed notebook counts."
     found = state(recipe, run, step)
@@ -746,6 +795,23 @@ def told(found:State)->str:
     "A step's state in words."
     return f"{found.name}: {found.why}" if found.why else "unchanged" if found.name == "done" else "to do"
 
+def place(recipe:Recipe, run:Path|None)->Path: # the run directory
+    "Go to the project's folder, and say where in it a recipe's run is, unless it is somewhere else."
+    run = run.resolve() if run else None
+    os.chdir(root())
+    return run or Path("data/runs")/recipe.name
+
+def ready(recipe:Recipe, run:Path, shard:bool=False)->Recipe:
+    "A recipe as it will be run, with its built-in models made; raises RecipeError for what would fail later."
+    from scir.model import load_tokenizer
+    check_recipe(recipe)
+    check_owner(recipe, run)
+    if shard or sharded(): check_shards(recipe)
+    recipe = settled(recipe, run)
+    make_models(recipe)
+    check_words(load_tokenizer(recipe.model), recipe)
+    return recipe
+
 def run_recipe(recipe:Recipe,
                run:Path|None=None, # default: data/runs/NAME
                jobs:int=1, # steps done at once, each with a process of its own
@@ -753,24 +819,16 @@ def run_recipe(recipe:Recipe,
                shard:bool=False, # each of several processes keeps a part of every layer's weights
               )->Path: # the run directory
     "Do every step of a recipe that is not finished."
-    from scir.model import load_tokenizer
-    run = run.resolve() if run else None
-    os.chdir(root())
-    run = run or Path("data/runs")/recipe.name
-    check_recipe(recipe)
-    check_owner(recipe, run)
-    run.mkdir(parents=True, exist_ok=True)
+    run = place(recipe, run)
     join_others(shard)
-    if sharded(): check_shards(recipe)
     if rank(): return assist(run)
+    if jobs > 1 and processes() > 1: raise ValueError(f"{jobs} jobs in {processes()} processes: take one of them; steps side by side need no processes that share them")
+    recipe, steps = ready(recipe, run), plan(recipe)
     with alone(run, "run", 0, "another `scir run` works on it"):
-        recipe = settled(recipe, run)
-        make_models(recipe)
         say_shipped(recipe_sources(recipe))
-        check_words(load_tokenizer(recipe.model), recipe)
-        for litter in (f for pattern in LITTER for f in run.glob(pattern)): _remove(litter)
         start_manifest(recipe, run)
-        steps = plan(recipe)
+        for step in steps:  # of writes that a kill cut short
+            if not busy(run, f"{file_name(step)}.job"): remove((run/"notebooks").glob(f".{file_name(step)}.ipynb.*.tmp"))
         if jobs > 1:
             with executor(run, jobs, cluster) as at: side_by_side(recipe, run, steps, at, jobs)
         else: one_by_one(recipe, run, steps)
