@@ -114,6 +114,16 @@ def test_litter_of_a_kill_is_swept_and_nothing_else(copy):
     for step in (Step("warm_start", "seed0/m1"), Step("judge", "seed0/m1"), Step("report")): begin(recipe, run, step)
     assert [f.name for f in run.rglob("*.tmp")] == [".mine.tmp"]
 
+def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
+    "The manifest's is swept by who may write it, a notebook's when nobody executes it."
+    recipe, run = copy
+    litter = {run / f for f in (".manifest.json.1.tmp", ".recipe.yaml.1.tmp", "notebooks/.judge-seed0-m1.ipynb.1.tmp", "notebooks/.sample-seed0-m1.ipynb.1.tmp")}
+    for f in litter: f.write_text("half")
+    for name in ("start_manifest", "one_by_one"): monkeypatch.setattr(pipeline, name, lambda *a: None)
+    with alone(run, "judge-seed0-m1.job", 0, "x"): pipeline.run_recipe(recipe, run)
+    assert {*run.rglob("*.tmp")} == litter - {run / "notebooks/.sample-seed0-m1.ipynb.1.tmp"}
+    with pipeline.manifest_of(run): assert {f.name for f in run.rglob("*.tmp")} == {".judge-seed0-m1.ipynb.1.tmp"}
+
 def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
     "A kernel or a fork server that was started before an edit would do the step with the old code."
     recipe, run = copy
@@ -158,6 +168,24 @@ def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again
     done = scir("run", "recipes/tiny.yaml", "--out", run)
     assert done.returncode == 0 and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout and done.stdout.count(": unchanged") == 20
     assert pipeline.shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
+
+def rehearsed(monkeypatch, run, *words):
+    monkeypatch.setattr(sys, "argv", ["scir", "run", "recipes/tiny.yaml", "--out", str(run), "--dry-run", *words])
+    return CliRunner().invoke(app, sys.argv[1:])
+
+def test_a_rehearsal_says_what_the_run_would_do(copy, monkeypatch):
+    recipe, run = copy
+    pipeline.notebook_of(run, SAMPLE).unlink()
+    said = rehearsed(monkeypatch, run).stdout
+    assert f"{SAMPLE.key}: done: but its notebook is missing" in said and said.count(": unchanged") == 20 and "\non two, on each: torchrun" in said
+    told = json.loads(rehearsed(monkeypatch, run, "--json", "--jobs", "2").stdout)
+    assert {s["state"] for s in told["steps"]} == {"done"} and [s["step"] for s in told["steps"] if s["why"]] == [SAMPLE.key]
+    assert Path(told["run"]) == run and told["commands"] == {"on this machine": f"scir run recipes/tiny.yaml --out {run} --json --jobs 2"}  # steps side by side are not for several machines
+
+@pytest.mark.parametrize("setting, words", [("arms=[external]", "labels.external"), ("name=other", "belongs to recipe 'tiny'"), ("judge.verdicts=[First, Second]", "'First' is not a single token")])
+def test_a_rehearsal_refuses_what_the_run_would(copy, monkeypatch, setting, words):
+    found = rehearsed(monkeypatch, copy[1], "--set", setting)
+    assert found.exit_code == 1 and words in found.stderr and len(found.stderr.splitlines()) == 1
 
 def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
     recipe, run = copy
@@ -208,6 +236,11 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
     other.kill()
     other.wait()
     with alone(tmp_path, "run", 0, "x"): pass  # the system frees what a killed process held
+
+def test_an_owner_on_another_machine_is_named_with_it(tmp_path):
+    with alone(tmp_path, "run", 0, "x"):
+        (tmp_path / ".locks/run.owner").write_text("7 on elsewhere")
+        with pytest.raises(RuntimeError, match="x .process 7 on elsewhere.;"), alone(tmp_path, "run", 0, "x"): pass
 
 def test_two_kernels_do_not_do_a_step_at_once(holder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_judged(tmp_path, content, words):
     (("--model", "runs/absent"), ("model runs/absent", "save_pretrained", "hub id")),
     (("--model", "recipes"), ("model recipes", "save_pretrained")),
     (("--set", "judge.verdicts=[First, Second]"), ("'First' is not a single token", "judge.verdicts")),
-    (("--set", "rewards=[generative, oracle]"), ("'oracle' is not registered", "implicit")),
+    (("--set", "rewards=[generative, oracle]"), ("oracle not registered", "implicit")),
     (("--set", "judge.verdict=[A, B]"), ("judge.verdict is not a field", "judge.verdicts")),
     (("--set", "judge.verdicts"), ("section.field=value",)),
     (("--recipe", "recipes/absent.yaml"), ("recipes/absent.yaml", "no such recipe")),

@@ -1,13 +1,15 @@
 """Steps side by side: two arms and two seeds at once are one run with one report, the same as one after another."""
-import json, os, subprocess, sys, time
-from concurrent.futures import Future
+import os, subprocess, sys, time
+import multiprocessing
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from scir import pipeline
-from scir.pipeline import State, Step, gpus, needed, plan, side_by_side
+from scir.pipeline import State, Step, busy, file_name, gpus, in_turn, needed, notebook_of, now, plan, reason, side_by_side
 from scir.recipe import load_recipe
 from scir.store import hash_path, read_json
 
@@ -79,7 +81,7 @@ def scheduled(monkeypatch):
 def test_steps_wait_for_what_they_need_and_no_longer(scheduled):
     at = At()
     recipe = scheduled(at)
-    assert sorted(at.order) == sorted(plan(recipe)) and at.order[-1] == Step("report")
+    assert sorted(at.order) == sorted(plan(recipe)) and at.order[-1] == Step("report") and at.most == 3
     assert [s.key for s in at.order[:2]] == ["warm_start:seed0/m1", "warm_start:seed1/m1"]  # not after all of seed 0
 
 
@@ -99,9 +101,73 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch):
     assert gpus() == ["0", "1", "2"]
 
 
-def test_jobs_of_a_cluster_are_submitits(tmp_path):
-    "submitit's local cluster, a process per job; Slurm takes the same calls."
+def test_gpus_are_dealt_out_among_the_processes(monkeypatch):
+    monkeypatch.setattr(pipeline, "end_with", lambda owner: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    taken, found = multiprocessing.get_context("spawn").Value("i", 0), []
+    for _ in range(3):
+        pipeline._job(["2", "5"], taken, 0)
+        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert found == ["2", "5", "2"]
+
+
+def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
+    with pipeline.executor(tmp_path, 2) as at:
+        with pytest.raises(BrokenExecutor) as killed: at.submit(os._exit, 1).result()
+        assert "killed, most often for want of memory; run again, if need be with fewer --jobs" in reason(killed.value)
+        assert at.submit(divmod, 17, 5).result() == (3, 2)
+
+
+CTRL_C = """
+import os, signal, time
+from pathlib import Path
+from scir.pipeline import Step, executor, in_turn
+if __name__ == "__main__":
+    os.setpgrp()
+    with executor(Path("run"), 2) as at:
+        jobs = [at.submit(in_turn, Path("run"), Step("report"), Path("nowhere")) for _ in range(2)]
+        try:
+            os.killpg(0, signal.SIGINT)  # as a terminal does, while both are at their imports
+            time.sleep(9)
+        except KeyboardInterrupt: print(*(type(j.exception()).__name__ for j in jobs))
+"""
+
+
+def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
+    (tmp_path / "script.py").write_text(CTRL_C)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("KeyboardInterrupt KeyboardInterrupt\n", "")
+
+
+def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
+    asked = []
+    class Executor:
+        def __init__(self, *args, **kw): asked.append((args, kw))
+        def update_parameters(self, **kw): asked.append(kw)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    with pipeline.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at: assert isinstance(at, Executor)
+    assert asked == [((tmp_path / "x/.jobs",), {"cluster": "slurm"}), {"name": "scir-x", "timeout_min": 5, "slurm_partition": "gpu"}]
+
+
+def test_a_job_of_an_earlier_command_is_waited_for(tmp_path, monkeypatch, capsys):
+    "submitit's local cluster, a process per job; Slurm takes the same calls. The command was killed and begun again."
     pytest.importorskip("submitit")
-    with pipeline.executor(tmp_path, 2, {"cluster": "local", "timeout_min": 5}) as at:
-        job = at.submit(divmod, 17, 5)
-        assert job.result() == (3, 2)
+    monkeypatch.chdir(ROOT)
+    recipe, run = pipeline.open_run("recipes/tiny.yaml", str(tmp_path))
+    step = plan(recipe)[0]
+    with pipeline.executor(run, 1, {"cluster": "local", "timeout_min": 5}) as at:
+        at.submit(in_turn, run, step, pipeline.notebook_folder())
+        until = time.time() + 60
+        while not (run / "notebooks").exists() and time.time() < until: time.sleep(.1)
+        assert busy(run, f"{file_name(step)}.job")
+        begun = now()
+        side_by_side(recipe, run, [step], at, 1)
+    assert capsys.readouterr().out.endswith("warm_start:seed0/m1: done\n") and pipeline.seen(recipe, run, step) == State("done")
+    assert read_json(notebook_of(run, step))["metadata"]["papermill"]["start_time"] <= begun  # not executed again
+
+
+def test_a_failed_job_of_a_cluster_is_one_line():
+    utils = pytest.importorskip("submitit.core.utils")
+    trace = "Job (task=0) failed during processing with trace:\n----------------------\nTraceback (most recent call last):\n  File x\nValueError: no luck\n\n----------------------\n"
+    assert reason(utils.FailedJobError(f"{trace}You can check full logs with 'job.stderr(0)'or at paths:\n  - x")) == "ValueError: no luck"
+    assert reason(utils.UncompletedJobError("Job 7 not requeued because: timed-out")) == "Job 7 not requeued because: timed-out"

@@ -48,7 +48,9 @@ def test_every_dependency_has_a_pin_that_satisfies_it(extra):
 
 
 def test_extras_are_those_that_the_docs_name():
-    assert {"gpu", "vllm", "eval", "docs", "dev"} <= PROJECT["optional-dependencies"].keys()
+    text = "".join(f.read_text() for f in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("nbs/*.ipynb")))
+    named = {e for found in re.findall(r"scir\[([a-z,]+)\]", text) for e in found.split(",")}
+    assert named and {"gpu", "vllm", "eval", "docs", "dev"} | named <= PROJECT["optional-dependencies"].keys()
 
 
 def test_environment_is_the_project_with_its_constraints():

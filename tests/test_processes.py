@@ -1,12 +1,15 @@
 """Two processes on one machine do what one does: the same rows, gradients that differ by rounding only."""
-import json, os, subprocess, sys
+import os, signal, subprocess, sys, time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest, torch
+import psutil, pytest, typer
 from safetensors.torch import load_file
 
-from scir import store
-from scir.pipeline import by_itself, join_others, launch_line
+from scir import cli, pipeline, store
+from scir.pipeline import Step, assist, by_itself, join_others, launch_line, note_failure, noted, reason, run_recipe, start_manifest
+from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +19,7 @@ GRADIENTS = '''
 import sys, torch
 from safetensors.torch import save_file
 from pathlib import Path
+from types import SimpleNamespace
 from conftest import TEXTS
 from scir.model import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.optimise import pair_loss
@@ -152,20 +156,114 @@ def test_journals_of_two_processes_make_one_file(tmp_path, monkeypatch):
     assert [r.id for r in first.finish(["a", "b"])] == ["a", "b"] and not unfinished_parts(out)
 
 
-def test_kernels_are_started_outside_the_group(monkeypatch):
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_the_first_process_has_all_rows_before_another_empties_its_file(tmp_path, monkeypatch, number):
+    out, seen = tmp_path / "prompts.jsonl", []
+    for k, i in enumerate("ab"): store.write_rows(unfinished(out, k), [Prompt(id=i, prompt="?")])
+    monkeypatch.setattr(store, "meet", lambda: seen.append(["".join(sorted(r.id for r in read_rows(unfinished(out, k), Prompt))) for k in (0, 1)]))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with by_itself(): assert "WORLD_SIZE" not in os.environ and "MASTER_ADDR" not in os.environ
-    assert os.environ["WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] == "localhost"
+    monkeypatch.setenv("RANK", number)
+    Journal(out, Prompt)
+    assert seen == ([["a", "b"], ["ab", "b"]] if number == "0" else [["a", "b"], ["a", "b"]])  # what is there when they meet, twice
+    assert [len(read_rows(unfinished(out, k))) for k in (0, 1)] == ([2, 1] if number == "0" else [1, 0])
+
+
+def test_kernels_are_started_outside_the_group(monkeypatch):
+    given = {k: "2" for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "ROLE_RANK", "ACCELERATE_USE_CPU")}
+    for k, v in given.items(): monkeypatch.setenv(k, v)
+    with by_itself(): assert not given.keys() & os.environ.keys()
+    assert given.items() <= os.environ.items()
+
+
+def scir(run, *words): return [Path(sys.executable).parent / "scir", "run", "recipes/tiny.yaml", "--out", run, "--processes", "2", *words]
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_processes_end_with_the_command(tmp_path, sent, code):
+    "Ctrl-C is said once; and nobody works on when the command is killed."
+    with open(tmp_path / "err", "w") as err:
+        command = subprocess.Popen(scir(tmp_path / "run"), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True)
+        next(line for line in command.stdout if "warm_start" in line)
+        begun = psutil.Process(command.pid).children(recursive=True)
+        os.killpg(command.pid, sent)
+        assert command.wait(40) == code and len(begun) >= 2
+    gone, alive = psutil.wait_procs(begun, 10)
+    assert not alive and (tmp_path / "err").read_text() == ("scir: interrupted; the same command goes on\n" if sent == signal.SIGINT else "")
+
+
+def test_a_faulty_recipe_is_said_once_and_starts_nothing(tmp_path):
+    done = subprocess.run(scir(tmp_path / "run", "--set", "arms=[external]"), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("scir: arm external: name its reward model") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def failed(code):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    return ChildFailedError("scir", {1: ProcessFailure(1, 7, code, "nowhere")})
+
+
+def ended(sent):
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    return SignalException("ended", signal.Signals(sent))
+
+
+@pytest.mark.parametrize("raised, code, said", [(failed(3), 3, ""), (failed(-9), 1, "scir: process 1 of 2 was killed (SIGKILL), most often for want of memory; the same command goes on\n"), (ended(15), 143, "")])
+def test_a_launcher_ends_as_the_processes_do(monkeypatch, capsys, raised, code, said):
+    "One that failed has said why; one that was killed could not."
+    def torchrun(args): raise raised
+    monkeypatch.setattr("torch.distributed.run.run", torchrun)
+    monkeypatch.setattr("logging.disable", lambda: None)
+    for k in ("PATH", "OMP_NUM_THREADS"): monkeypatch.setenv(k, os.environ.get(k, "1"))
+    with pytest.raises(typer.Exit) as exit: cli.launch(["run"], 2)
+    assert exit.value.exit_code == code and capsys.readouterr().err == said
+
+
+def test_a_step_that_fails_in_several_processes_is_said_by_the_first_one(tmp_path):
+    step, closed = Step("sample", "seed0/m1"), RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:21")
+    start_manifest(load_recipe(ROOT / "recipes/tiny.yaml"), tmp_path)
+    note_failure(tmp_path, step, "no luck")
+    with pytest.raises(SystemExit), noted(tmp_path, step): raise closed
+    assert store.read_json(tmp_path / "manifest.json")["failed"][step.key]["reason"] == "no luck"
+    with pytest.raises(RuntimeError), noted(tmp_path, Step("judge", "seed0/m1")): raise closed
+    assert "another of the processes that share this step ended" in store.read_json(tmp_path / "manifest.json")["failed"]["judge:seed0/m1"]["reason"]
+
+
+def test_the_others_leave_it_to_the_first_one_to_say_why_it_ended(tmp_path, monkeypatch):
+    def exchange(value): raise RuntimeError("Connection closed by peer")
+    monkeypatch.setattr(pipeline, "exchange", exchange)
+    with pytest.raises(SystemExit): assist(tmp_path)
+
+
+def test_jobs_in_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(pipeline, "join_others", lambda shard: None)
+    with pytest.raises(ValueError, match="2 jobs in 2 processes: take one of them"): run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, jobs=2)
+
+
+def test_others_are_waited_for_as_long_as_a_report_takes_and_left_in_order(monkeypatch):
+    asked = []
+    monkeypatch.setattr("accelerate.PartialState", lambda **kw: asked.append(kw["timeout"]))
+    monkeypatch.setattr(pipeline, "end_with", asked.append)
+    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(pipeline, "atexit", SimpleNamespace(register=asked.append))
+    join_others()
+    assert asked == [os.getppid(), timedelta(days=2), pipeline.leave_others]
+
+
+def test_a_number_of_processes_that_no_launcher_set_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2 .* unset WORLD_SIZE"): join_others()
 
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(pipeline, "end_with", lambda owner: None)
+    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"): join_others()
 
 
 def test_launch_line():
     assert launch_line(["run"], 2)[0] == "torchrun" and "--standalone" in launch_line(["run", "r.yaml"], 2) and launch_line(["run", "r.yaml"], 2)[-3:] == ["scir", "run", "r.yaml"]
     line = launch_line(["run", "r.yaml"], 8, machines=4)
-    assert line[line.index("--nnodes") + 1] == "4" and line[line.index("--nproc_per_node") + 1] == "8"
+    given = dict(zip(line[1::2], line[2::2]))
+    assert given.items() >= {"--nnodes": "4", "--nproc_per_node": "8", "--node_rank": "$RANK_OF_THIS_MACHINE", "--master_addr": "$FIRST_MACHINE"}.items()

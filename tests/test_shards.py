@@ -126,7 +126,7 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
     failed = scir(ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"})
     noted = json.loads((run / "manifest.json").read_text())["failed"]["warm_start:seed0/m1"]["reason"]
     assert failed.returncode == 1 and noted.startswith("MemoryError: out of memory with 2 pairs in one of 2 processes at step 3") and "lower batch_size" in noted
-    assert noted.partition(": ")[2] in failed.stderr
+    assert failed.stderr.endswith(f"\nscir: {noted.partition(': ')[2]}\n") and failed.stderr.count("scir: ") == 1 and "Traceback" not in failed.stderr
     done = scir(ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming from" in done.stdout
@@ -140,7 +140,8 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
 def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch):
     "accelerate must not do it too, so its variable is gone."
     import accelerate
-    for k, v in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "SCIR_SHARD": "", "FSDP_VERSION": "1"}.items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr("scir.pipeline.end_with", lambda owner: None)
+    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_FSDP": "true", "SCIR_SHARD": "", "FSDP_VERSION": "1"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="FSDP1 is not supported.*--fsdp_version 2"): join_others()
     monkeypatch.setattr(accelerate, "PartialState", lambda **kw: None)
     for k, v in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items(): monkeypatch.setenv(k, v)
