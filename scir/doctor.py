@@ -389,9 +389,10 @@ def stage_memory(recipe, sizes, kind:str, free:float|None)->list: # of Finding
     "Peak memory of every stage, on `kind` (cpu or cuda) with `free` bytes."
     import psutil
     from scir.planner import MEASURED, peak
+    tensors = {stage: peak(stage, recipe, sizes, kind) for stage in MEASURED}
     beside = psutil.Process().memory_info().rss if kind == "cpu" else CONTEXT
     def found(stage):
-        need = peak(stage, recipe, sizes, kind) + beside
+        need = tensors[stage] + beside
         said = f"{size(need)} at most" + (f" of {size(free)}" if free else " on a GPU") + f", {size(beside)} of it the process"
         if not free or need <= free: return Finding(stage, said)
         return Finding(stage, said, "fault", mending(stage, recipe, lambda r: peak(stage, r, sizes, kind) + beside <= free))
@@ -455,7 +456,7 @@ def examine(path=None, settings:tuple=(), gpu:float|None=None, probed:bool=True)
     yield from (("scir here", f) for check in here for f in ask(*check))
     yield from (("recipe", f) for f in found)
     if not recipe: return
-    yield from (("recipe", f) for check in RECIPE_CHECKS for f in ask(check, recipe))
+    yield from (("recipe", f) for check in RECIPE_CHECKS if not (gpu and check is optimizer) for f in ask(check, recipe))
     yield from (("plan", f) for f in ask(memory_and_hours, recipe, gpu, probed))
 
 

@@ -123,14 +123,14 @@ def grouped_attention(module,
     (b, h, t, d), heads, length = query.shape, key.shape[1], key.shape[2]
     if dropout or not (t == 1 or (query.dtype == torch.bfloat16 and b * h * t * length <= 2**23)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
-    if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype)
+    if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype, query.device)
     logits = ((query * (scaling or d**-.5)).reshape(b, heads, -1, d) @ key.transpose(2, 3)).view(b, heads, h // heads, t, length)
     if attention_mask is not None: logits = logits + additive_mask(attention_mask, logits.dtype)[:, :, None]
     out = logits.softmax(-1).view(b, heads, -1, length) @ value
     return out.view(b, h, t, d).transpose(1, 2).contiguous(), None
 
 @lru_cache(maxsize=2)  # the same for all layers
-def _causal(t, length, dtype): return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool).tril(length - t), dtype)
+def _causal(t, length, dtype, device): return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool, device=device).tril(length - t), dtype)
 
 def additive_mask(mask:torch.Tensor, dtype:torch.dtype)->torch.Tensor:
     "Of a bool mask: zero where one may look, the lowest number elsewhere; one that is added already stays."
