@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Sizes', 'counted_sizes', 'assumed_sizes',
            'answer_tokens', 'letter_pairs', 'letter_judge', 'lettered', 'Live', 'attention_of', 'as_on', 'config_of',
-           'tiny_config', 'skeleton', 'saved_by_nf4', 'peak_of', 'training_peak', 'reading_peak', 'sampled_rows',
-           'sampling_peak', 'longest_rows', 'largest_batch', 'peak', 'Work', 'pair_tokens', 'middle', 'work', 'summed',
-           'shallow', 'seconds_of', 'per_token', 'probe', 'line', 'hours', 'hours_on']
+           'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4', 'peak_of', 'training_peak', 'reading_peak',
+           'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak', 'Work', 'pair_tokens', 'middle',
+           'work', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe', 'line', 'hours', 'hours_on']
 
-# %% ../nbs/23_planner.ipynb #f4ec0ccc
+# %% ../nbs/23_planner.ipynb #d78ae721
 import random, string, tempfile, time, weakref
 from contextlib import contextmanager
 from math import ceil, comb
@@ -32,7 +32,7 @@ from .rewards import View, margins, text_pair
 from .sample import Pool, generate
 from .warm_start import warm_start_loss
 
-# %% ../nbs/23_planner.ipynb #2d3fbdd6
+# %% ../nbs/23_planner.ipynb #4efa2c80
 ASSUMED = {"prompt": 150, "seeds": 1400, "frame": 40, "answer": .5} # tokens of a prompt; labelled pairs; tokens of the judge's frame; share of the longest answer
 
 class Sizes(NamedTuple):
@@ -72,7 +72,7 @@ def answer_tokens(recipe:Recipe)->float:
     rows = [r for f in made[:4] for r in read_rows(f, Response)]
     return min(mean(len(r.response_ids) for r in rows), recipe.sampling.max_new_tokens) if rows else ASSUMED["answer"] * recipe.sampling.max_new_tokens
 
-# %% ../nbs/23_planner.ipynb #2cb5bbcb
+# %% ../nbs/23_planner.ipynb #4e0d4de2
 def letter_pairs(lengths:list, # (prompt, response, response) tokens
                 )->list: # of Pair
     "Pairs of these lengths, of random letters."
@@ -90,7 +90,7 @@ def lettered(recipe:Recipe, sizes:Sizes)->Recipe:
     "The recipe for rows of letters."
     return recipe.model_copy(update={"judge": letter_judge(recipe.judge, sizes.frame), "rewards": tuple(r for r in recipe.rewards if r in ("generative", "implicit"))})
 
-# %% ../nbs/23_planner.ipynb #4f87db95
+# %% ../nbs/23_planner.ipynb #3aa0dc99
 class Live(TorchDispatchMode):
     "Bytes of the tensors that live on the meta device, now and at most."
     def __init__(self, tensors:list):
@@ -113,7 +113,7 @@ class Live(TorchDispatchMode):
 
     def _forget(self, key): self.now -= self.sizes.pop(key)
 
-# %% ../nbs/23_planner.ipynb #7d447421
+# %% ../nbs/23_planner.ipynb #f484864f
 def attention_of(kind:str, # cuda or cpu
                 ):
     "`scaled_dot_product_attention` as that device has it: its fused kernel, by name."
@@ -129,7 +129,7 @@ def attention_of(kind:str, # cuda or cpu
 @contextmanager
 def as_on(kind:str, model):
     "Inside, a model on the meta device computes as on `kind`."
-    base, by_device = model.get_base_model(), logprobs.similar
+    base, by_device = logprobs.body(model)[0], logprobs.similar
     use_grouped_attention(base)
     if kind == "cpu" and base.config._attn_implementation == "sdpa": base.set_attn_implementation("grouped")
     base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
@@ -137,7 +137,7 @@ def as_on(kind:str, model):
          patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None), patch("transformers.masking_utils.fast_all", lambda x: False):
         yield
 
-# %% ../nbs/23_planner.ipynb #a7160ab8
+# %% ../nbs/23_planner.ipynb #4ee0434c
 KNOWN = {"mistralai/Mistral-7B-v0.1": {"model_type": "mistral"},
          "smollm2-135m-instruct": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}}
 
@@ -152,22 +152,22 @@ def tiny_config():
     from scir.model import tiny_model
     return tiny_model()[0].config
 
-def skeleton(recipe:Recipe, kind:str):
-    "The policy on the meta device."
+def dtype_on(spec:ModelSpec, kind:str)->torch.dtype: return torch.bfloat16 if kind == "cuda" and spec.dtype == "auto" else compute_dtype(spec)
+
+def skeleton(recipe:Recipe, kind:str, adapted:bool=True):
+    "The policy, or M_0, on the meta device."
     from transformers import AutoModelForCausalLM
     spec = recipe.model
-    dtype = torch.bfloat16 if kind == "cuda" and spec.dtype == "auto" else compute_dtype(spec)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config_of(spec), dtype=dtype, trust_remote_code=spec.trust_remote_code)
-        return new_adapter(base.eval().requires_grad_(False), recipe.lora)
+        base = AutoModelForCausalLM.from_config(config_of(spec), dtype=dtype_on(spec, kind), trust_remote_code=spec.trust_remote_code).eval().requires_grad_(False)
+        return new_adapter(base, recipe.lora) if adapted else base
 
-# %% ../nbs/23_planner.ipynb #18b0bd24
+# %% ../nbs/23_planner.ipynb #df5350e4
 NF4 = .5 + 1 / 64 + 4 / (64 * 256) # bytes of a weight
 
 def saved_by_nf4(model)->float:
     "Bytes that 4-bit weights take less than those of `model`, one matrix unpacked."
-    decoder = model.get_base_model().get_decoder()
-    linear = [m.weight for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+    linear = [m.weight for n, m in logprobs.body(model)[1].named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
     return sum(w.numel() * (w.element_size() - NF4) for w in linear) - max(w.numel() * w.element_size() for w in linear)
 
 GAPS = {"cpu": .5, "cuda": .1} # in training, of what is not the model's own: memory between tensors that their allocator cannot use; else a tenth
@@ -203,7 +203,7 @@ def reading_peak(recipe:Recipe, kind:str, lengths:list)->int: # bytes
     model = skeleton(recipe, kind).eval()
     return peak_of(recipe, kind, model, lambda: margins(View(model, tiny_tokenizer(), letter_pairs(lengths), recipe)))
 
-# %% ../nbs/23_planner.ipynb #ee2894ee
+# %% ../nbs/23_planner.ipynb #3c5c48e1
 def sampled_rows(recipe:Recipe, prompts:list)->list: # prompt ids of each row
     "The first rows that are decoded together."
     s = recipe.sampling
@@ -213,22 +213,22 @@ def sampled_rows(recipe:Recipe, prompts:list)->list: # prompt ids of each row
 def sampling_peak(recipe:Recipe, kind:str, prompts:list, # tokens of each, the longest first
                  )->int: # bytes
     "Of reading the prompts of one batch and of its last token."
-    model, spec, rows = skeleton(recipe, kind).eval(), recipe.sampling, sampled_rows(recipe, prompts)
+    model, spec, rows = skeleton(recipe, kind, dtype_on(recipe.model, kind) != torch.float32).eval(), recipe.sampling, sampled_rows(recipe, prompts)
     pool = Pool(model, spec, set())
     def run():
         pool.join([(i, ids, 0) for i, ids in enumerate(rows)])
         pool.logits = None
         for layer in pool.cache.layers:
-            layer.hold([(layer, slice(None), 0)], spec.max_new_tokens)
-            layer.length += spec.max_new_tokens - 1
-            layer.reserve(32)
+            layer.hold([(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32)  # full once more, and it grows for the last time
+            layer.length = layer.keys.shape[2]
+            layer.reserve(1)
         mask = torch.ones(len(rows), pool.cache.layers[0].length + 1, dtype=torch.long, device="meta")
         logits = pool._forward(mask[:, :1], mask, mask.sum(-1, keepdim=True) - 1, pool.cache)
         p = (logits.float() / spec.temperature).softmax(-1)
         p / torch.empty_like(p)
     return peak_of(recipe, kind, model, run)
 
-# %% ../nbs/23_planner.ipynb #ec718673
+# %% ../nbs/23_planner.ipynb #1b731e8c
 def longest_rows(recipe:Recipe, sizes:Sizes)->tuple: # labelled, sampled pairs, prompts: the longest first
     "The longest rows that the stages can meet; where nothing was counted, as long as the recipe lets them be."
     d, answer = recipe.data, recipe.sampling.max_new_tokens
@@ -255,7 +255,7 @@ def peak(stage:str, recipe:Recipe, sizes:Sizes, kind:str)->int: # bytes of tenso
     arm = recipe.arm(arms[0] if arms else "scir")
     return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size])
 
-# %% ../nbs/23_planner.ipynb #cd022a56
+# %% ../nbs/23_planner.ipynb #03950098
 class Work(NamedTuple):
     "What one stage does in a whole run."
     stage: str
@@ -299,7 +299,7 @@ def summed(parts:list)->list: # of Work
     same = lambda k: [w for w in parts if (w.stage, w.kind) == k]
     return [Work(*k, sum(w.rows for w in same(k)), sum(w.tokens for w in same(k))) for k in keys]
 
-# %% ../nbs/23_planner.ipynb #3f2e8cd7
+# %% ../nbs/23_planner.ipynb #800f18bd
 KINDS, DEPTHS = ("trained", "read", "decoded"), (2, 4)
 
 def shallow(recipe:Recipe, layers:int, folder)->Recipe:
@@ -330,7 +330,7 @@ def _timed(run, n):
     wait()
     return time.perf_counter() - started
 
-# %% ../nbs/23_planner.ipynb #d8804478
+# %% ../nbs/23_planner.ipynb #e6fde891
 def per_token(recipe:Recipe, sizes:Sizes, kind:str, limit:float)->float: # seconds
     "Of one kind of work, with the recipe's own model."
     own, t, s = (mean(sizes.prompts), sizes.answer, sizes.answer), recipe.train, recipe.sampling
@@ -373,7 +373,7 @@ def hours(todo:list, rates:dict)->dict: # stage -> hours
     stages = dict.fromkeys(w.stage for w in todo)
     return {s: sum(w.tokens * rates[w.kind] for w in todo if w.stage == s) / 3600 for s in stages}
 
-# %% ../nbs/23_planner.ipynb #a14321d0
+# %% ../nbs/23_planner.ipynb #d6837bbf
 def hours_on(gpus:int, recipe:Recipe, todo:list, rates:dict, start:float=0, # seconds of a step before its first row
             )->float:
     "Hours on so many GPUs that are each as fast as the rates say; what they send each other is not counted."

@@ -34,6 +34,7 @@ def the_work(stage, recipe, sizes):
         return torch.no_grad()(lambda: margins(View(model, tokenizer, pairs, letters)))
     if stage == "sample":
         model, rows = for_sampling(recipe.model), sampled_rows(recipe, prompts)
+        if model.dtype == torch.bfloat16: model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
         model.generation_config.eos_token_id = None  # all answers as long as they may be
         return lambda: list(generate(model, SimpleNamespace(eos_token_id=-1), [(i, ids, i) for i, ids in enumerate(rows)], recipe.sampling))
     model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
