@@ -371,7 +371,7 @@ def sample(model: Annotated[str, typer.Option(help=MODEL)],
     An interrupted try goes on with the same command."""
     from scir.evaluate import resolve
     from scir.pipeline import quiet, say_shipped
-    from scir.sample import sample_file
+    from scir.engines import sample_file
     with aside(json):
         quiet()
         say_shipped([prompts])

@@ -7,14 +7,16 @@ __all__ = ['CGROUP', 'TOKEN', 'CONTEXT', 'SMALLER', 'RECIPE_CHECKS', 'WIDTH', 'F
            'system', 'processors', 'main_memory', 'driver', 'gpus', 'no_gpu', 'precision', 'attention', 'four_bits',
            'threads', 'threads_here', 'kernel', 'answered', 'constrained', 'package', 'packages', 'python',
            'text_encoding', 'disk', 'space', 'is_file', 'offline', 'model_found', 'models', 'data', 'kept', 'from_hub',
-           'hub_token', 'verdicts', 'context', 'fits', 'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk',
-           'mending', 'stage_memory', 'duration', 'memory_and_hours', 'open_recipe', 'examine', 'lines', 'summary']
+           'hub_token', 'verdicts', 'context', 'fits', 'engine', 'optimizer', 'adapter_bytes', 'row_bytes',
+           'room_on_disk', 'mending', 'stage_memory', 'duration', 'memory_and_hours', 'open_recipe', 'examine', 'lines',
+           'summary']
 
 # %% ../nbs/23_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
 from collections import Counter
 from contextlib import suppress
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -334,6 +336,18 @@ def fits(context:int|None, question:int, prompt:int, answer:int)->Finding: # tok
     return Finding("context", f"{context} tokens; the longest question to the judge may have {reached}", "warn",
                    f"add --set data.max_prompt_tokens={left} --set data.max_response_tokens={left} --set sampling.max_new_tokens={left}")
 
+def engine(recipe)->Finding|None:
+    "Whether the recipe's server is there and loads adapters, or which vLLM there is; where one is not installed, the recipe's own check has said it."
+    name = recipe.sampling.engine
+    if name == "vllm" and find_spec("vllm"): return Finding("engine", f"vLLM {metadata.version('vllm')}")
+    if not name.startswith("http") or not find_spec("openai"): return None
+    from scir.engines import connect, lends, serve_line, served
+    with connect(name, 10) as client:
+        try: base, _ = served(client, recipe)
+        except ValueError as e: return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
+        if lends(client): return Finding("engine", f"{name} serves {base} and loads adapters")
+    return Finding("engine", f"{name} serves {base}, and does not load adapters", "fault", serve_line(recipe))
+
 def optimizer(recipe)->Finding|None:
     "The paged optimizers page between GPU and main memory."
     import torch
@@ -439,7 +453,7 @@ def open_recipe(path, settings:tuple=())->tuple: # Recipe or None, list of Findi
     except RecipeError as e: return recipe, faults(e)
     return recipe, [Finding("recipe", f"{recipe.name}: {len(plan(recipe))} steps, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}, arms {', '.join(recipe.arms)}")]
 
-RECIPE_CHECKS = models, data, hub_token, verdicts, context, optimizer, room_on_disk
+RECIPE_CHECKS = models, data, hub_token, engine, verdicts, context, optimizer, room_on_disk
 
 def examine(path=None, settings:tuple=(), gpu:float|None=None, probed:bool=True): # yields (group, Finding)
     "Everything, the machine first; with a recipe's path, that too, and what it takes (`memory_and_hours`)."
