@@ -6,9 +6,9 @@
 __all__ = ['CODES', 'UsageError', 'CONTINUED', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json',
            'EXAMPLES', 'fail', 'one_line', 'reader_left', 'OneLine', 'show_version', 'main', 'positive', 'known_split',
            'not_a_folder', 'aside', 'emit', 'strict', 'settle', 'usable_tokenizer', 'check', 'say', 'told', 'tables',
-           'show', 'records', 'words_again', 'launch', 'from_here', 'rehearse', 'as_settings', 'run', 'opened',
-           'standing', 'status', 'report', 'verify', 'judge', 'sample', 'suits', 'export', 'fit_reward_model', 'doctor',
-           'bench']
+           'show', 'records', 'words_again', 'launch', 'from_here', 'rehearse', 'fits_together', 'as_settings', 'run',
+           'opened', 'standing', 'status', 'report', 'verify', 'judge', 'sample', 'suits', 'export', 'fit_reward_model',
+           'doctor', 'bench']
 
 # %% ../nbs/24_cli.ipynb #537f2be2
 import os, select, shlex, subprocess, sys
@@ -235,6 +235,13 @@ def rehearse(recipe, out:Path|None, words:list, processes:int)->None:
     typer.echo(f"\non this machine: {shell(launch_line(words, processes) if processes > 1 else ['scir', *words])}")
     typer.echo(f"on two, on each: {shell(launch_line(words, processes, machines=2))}")
 
+def fits_together(jobs:int, cluster:list, processes:int, shard:bool)->None:
+    "Refuse options of a run that make no sense together."
+    from scir.store import processes as launched
+    if processes > 1 and jobs > 1: raise UsageError("--jobs and --processes: take one of them; steps side by side need no processes that share them")
+    if cluster and jobs == 1: raise UsageError("--cluster: say with --jobs how many jobs may be there at once")
+    if shard and processes == launched() == 1: raise UsageError("--shard: say with --processes among how many, or start them with torchrun")
+
 def as_settings(cluster:list)->dict|None:
     "KEY=VALUE words as settings, values as YAML; None for none."
     import yaml
@@ -246,26 +253,28 @@ def as_settings(cluster:list)->dict|None:
   scir run recipes/tiny.yaml
   scir run recipes/smol.yaml --set name=mine --set train.beta=0.2
   scir run recipes/tiny.yaml --set name=sweep --set 'seeds=[0, 1]' --jobs 2
-  scir run recipes/tiny.yaml --processes 2 --dry-run""")
+  scir run recipes/tiny.yaml --processes 2 --dry-run
+  scir run recipes/tiny.yaml --processes 2 --shard""")
 def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol.yaml", show_default=False)],
         setting: Settings = [],
         out: Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")] = None,
         jobs: Annotated[int, typer.Option(metavar="N", help="steps done at once: seeds and arms side by side, GPUs dealt out among them", min=1)] = 1,
         cluster: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="do the steps as jobs of a cluster: settings for submitit, e.g. --cluster cluster=slurm --cluster timeout_min=600 --cluster gpus_per_node=1")] = [],
         processes: Annotated[int, typer.Option(metavar="N", help="processes that share each step, a GPU each: rows dealt out, DDP in training", min=1)] = 1,
+        shard: Annotated[bool, typer.Option("--shard", metavar="", help="deal the layers' weights out among the processes (FSDP2): for a model past one GPU")] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="say what would be done, and the line that starts it on one machine and on several")] = False,
         json: Json = False, debug: Debug = False):
     "Run a recipe: every stage that is not finished, each notebook in a fresh kernel."
-    from scir.pipeline import run_recipe
+    from scir.pipeline import check_shards, run_recipe
     from scir.recipe import load_recipe
     from scir.store import rank
-    if processes > 1 and jobs > 1: raise UsageError("--jobs and --processes: take one of them; steps side by side need no processes that share them")
-    if cluster and jobs == 1: raise UsageError("--cluster: say with --jobs how many jobs may be there at once")
+    fits_together(jobs, cluster, processes, shard)
     loaded = load_recipe(recipe, tuple(setting))
+    if shard: check_shards(loaded)
     if dry_run: return rehearse(loaded, out, words_again(), processes)
     if processes > 1: return launch(words_again(), processes)
     here = Path.cwd()
-    with aside(json): folder = run_recipe(loaded, out, jobs, as_settings(cluster))
+    with aside(json): folder = run_recipe(loaded, out, jobs, as_settings(cluster), shard)
     if rank(): return
     folder = from_here(folder, here)
     if json: emit({"run": str(folder), "steps": standing(*opened(folder)), "tables": records(folder/"report")})

@@ -18,6 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .model import additive_mask, make_room, out_of_memory
+from .store import exchange, sharded
 
 # %% ../nbs/04_logprobs.ipynb #24d3a97b
 PLAIN_TEMPLATE = "### Instruction:\n{content}\n\n### Response:\n"  # for base models, which have no chat template
@@ -206,8 +207,9 @@ def hidden_at(model,
     "Last hidden states at some positions; what sequences share is computed once, rows of nearly equal length run together."
     config = body(model)[0].config.get_text_config()
     window, recompute = min(getattr(config, k, None) or float("inf") for k in ("sliding_window", "attention_chunk_size")), recompute and torch.is_grad_enabled()
-    rows = trees(seqs, config.hidden_size if max(map(len, seqs)) <= window and takes_trees(model) else 0)
-    groups = [[t] for t in rows] if recompute else similar(rows, model.device.type)
+    rows = trees(seqs, config.hidden_size if takes_trees(model) and max(map(len, seqs)) <= window else 0)
+    groups, wanted = [[t] for t in rows] if recompute else similar(rows, model.device.type), [*wanted, []]
+    if sharded(): groups += [[Tree([0], [0], {len(seqs): [0]})]] * (max(exchange(len(groups))) - len(groups))  # of which nothing is wanted
     read, anchor = partial(checkpoint, _read, use_reentrant=False) if recompute else _read, torch.empty(0, device=model.device)
     order = [i for group in groups for tree in group for i in tree.paths]
     pieces = torch.cat([read(anchor, model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
@@ -282,6 +284,7 @@ def in_batches(read, # list of row numbers -> what is read of them
             full = True
         if not full: yield rows, found
         elif len(rows) == 1: raise MemoryError(f"out of memory with a single row of {sizes[rows[0]]} tokens; lower data.max_prompt_tokens or data.max_response_tokens, or take a smaller model or dtype")
+        elif sharded(): raise MemoryError(f"out of memory with {len(rows)} rows of {sum(sizes[i] for i in rows)} tokens, and with --shard a batch is not halved; lower judge.batch_tokens")
         else:
             left, budget = [i for b in (rows, *queue) for i in b], sum(sizes[i] for i in rows) // 2
             make_room(f"batches of at most {budget} tokens")

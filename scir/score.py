@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .logprobs import batches, encode_prompt, encode_response, in_batches, response_logps
 from .recipe import Recipe
 from .rewards import Pair, View, margins
-from .store import Journal, Response, Score, exchange, processes, rank, row_seed, share
+from .store import Journal, Response, Score, exchange, processes, rank, row_seed, share, sharded
 
 # %% ../nbs/11_score.ipynb #6fffa2fe
 def candidate_pairs(tokenizer, responses:list, per_prompt:int|None=None, seed:int=0)->tuple: # list of Pair, drops by reason
@@ -82,7 +82,9 @@ def as_reference(model):
 def _together(pairs, sizes, budget, read):
     "`read` on this process's share of batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].prompt_ids), pairs[i].prompt_ids))
-    return in_batches(read, share([[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)]), sizes)
+    parts = [[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)]
+    idle = sharded() and len(share(parts)) < len(parts[::processes()])  # the others have one batch more, for which all gather the weights
+    return in_batches(read, share(parts) + parts[:idle], sizes)
 
 @torch.no_grad()
 def pair_logps(model, pairs:list, budget:int, desc:str)->list: # of (log-prob of a, log-prob of b), nats
@@ -107,7 +109,7 @@ def score(model, tokenizer, pairs:list, recipe:Recipe, out)->list: # of Score
     "Score `pairs` (their `reference_logps` filled in) with every reward model of the recipe; writes `out` row by row."
     journal, sizes = Journal(out, Score), [2 * (len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)) for p in pairs]
     lacking = lambda rows: {pairs[i].id for i in rows} - journal.done
-    def read(rows): return list(_rows(View(model, tokenizer, [pairs[i] for i in rows], recipe))) if lacking(rows) else []
+    def read(rows): return list(_rows(View(model, tokenizer, [pairs[i] for i in rows], recipe))) if lacking(rows) or sharded() else []
     with tqdm(total=len(pairs), initial=len(journal.done), desc="judged", unit="pair", disable=rank() > 0) as bar:
         for rows, scores in _together(pairs, sizes, recipe.judge.batch_tokens, read):  # whole batches also after a kill, so that their sums are the same
             for row in scores:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECRETS', 'Row', 'Prompt', 'LabelledPair', 'Response', 'Score', 'ResponseReward', 'Vote', 'atomic_path', 'flush',
            'write_text', 'hide_secrets', 'write_json', 'read_json', 'write_rows', 'read_rows', 'unfinished',
-           'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'share', 'meet', 'exchange', 'Journal',
-           'digest', 'row_seed', 'hash_path']
+           'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'sharded', 'share', 'meet', 'exchange',
+           'Journal', 'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
 import hashlib, json, os, re
@@ -166,6 +166,10 @@ def rank()->int:
 def processes()->int:
     "How many processes do this together."
     return int(os.environ.get("WORLD_SIZE", 1))
+
+def sharded()->bool:
+    "Whether the processes keep the weights of a model's layers in parts (FSDP2), so that its forward is a thing they do together."
+    return processes() > 1 and os.environ.get("SCIR_SHARD") == "1"
 
 def share(items:list)->list:
     "What of `items` is this process's to do."
