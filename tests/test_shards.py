@@ -13,17 +13,17 @@ from test_processes import ENVIRONMENT, ROOT, difference, together
 
 SCRIPT = '''
 import sys, torch
-from functools import partial
 from pathlib import Path
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from conftest import TEXTS
-from scir.model import for_sampling, for_scoring, for_training, load_base, load_tokenizer, new_adapter
+from scir.engines import open_engine
+from scir.model import for_scoring, for_training, load_base, load_tokenizer, new_adapter
 from scir.optimise import pair_loss
 from scir.pipeline import join_others
 from scir.recipe import parse_recipe
 from scir.rewards import text_pair
-from scir.sample import generate, sample
+from scir.sample import sample
 from scir.score import score, set_reference
 from scir.store import Prompt, exchange, rank, unfinished, write_rows
 from scir.trainer import PairTrainer, arguments, save_adapter
@@ -68,7 +68,7 @@ if not rank(): write_rows(unfinished(folder / "again.jsonl"), whole[:3])  # of a
 exchange(None)
 assert len(score(judge, tokenizer, rows, recipe, folder / "again.jsonl")) == len(rows)
 prompts = [Prompt(id=str(i), prompt=t[0]) for i, t in enumerate(TEXTS[:7])]
-sample(partial(generate, for_sampling(recipe.model, folder / "adapter"), tokenizer), tokenizer, prompts, recipe.sampling, folder / "responses.jsonl", 1)
+with open_engine(recipe, tokenizer, folder / "adapter") as engine: sample(engine, tokenizer, prompts, recipe.sampling, folder / "responses.jsonl", 1)
 '''
 
 
