@@ -7,6 +7,7 @@ import yaml
 
 from build import ROOT, definitions, guides, library, module_of, plain
 sys.path.insert(0, str(ROOT))
+from scir import planner
 from scir.recipe import ARMS, Recipe, field_names, load_recipe
 
 KEPT = ROOT/"docs"/"results"
@@ -104,62 +105,30 @@ def arms() -> str:
     return table(["arm", "what it changes in `train`"], [(f"`{a}`", shown(c)) for a, c in ARMS.items()])
 
 
-# What the large recipe should need: arithmetic on its fields
+# What the large recipe should need: shapes by the planner, rates assumed
 
-SHAPE = {"layers": 32, "width": 4096, "key_value": 1024, "inner": 14336, "vocabulary": 32000}  # Mistral-7B, as its paper gives it (arXiv:2310.06825)
-ASSUMED = {"prompt": 150, "response": 256, "frame": 40, "decoded": 500, "read": 6000, "trained": 1500, "seed pairs": 1400}
-
-
-def linears(s: dict) -> list:
-    """Sizes in and out of the linear maps of one layer."""
-    w, kv, inner = s["width"], s["key_value"], s["inner"]
-    return [(w, w), (w, kv), (w, kv), (w, w), (w, inner), (w, inner), (inner, w)]
+ASSUMED_RATES = {"decoded": 500, "read": 6000, "trained": 1500}  # tokens a second on a data-centre GPU (A100 or H100)
 
 
-def memory(r: Recipe, s: dict) -> list:  # (what, arithmetic, GB)
-    """Memory of each part, GB."""
-    weights = s["layers"] * sum(i * o for i, o in linears(s))
-    lora = s["layers"] * sum(r.lora.r * (i + o) for i, o in linears(s))
-    whole, longest = r.data.max_prompt_tokens + r.sampling.max_new_tokens, r.data.max_prompt_tokens + 2 * r.sampling.max_new_tokens + ASSUMED["frame"]
-    tokens = 2 * r.train.batch_size * (whole + longest)
-    cached, inside = r.sampling.batch_size * whole, 2 * (8 * s["width"] + 4 * s["inner"]) + 4 * (6 * s["width"] + s["inner"])
-    return [("weights in nf4", f"{weights / 1e9:.2f} billion in linear maps x 4.13 bits", weights * 4.13 / 8),
-            ("embedding and head, bfloat16", f"2 x {s['vocabulary']} x {s['width']} x 2 bytes", 4 * s["vocabulary"] * s["width"]),
-            ("adapter, its gradient, AdamW's two moments, float32", f"{lora / 1e6:.0f} million x 16 bytes", lora * 16),
-            ("kept activations (one hidden state a layer)", f"{tokens} tokens x {s['layers']} layers x {s['width']} x 2 bytes", tokens * s["layers"] * s["width"] * 2),
-            ("one layer computed again", f"{2 * r.train.batch_size * longest} tokens x {inside / 1e3:.0f} kB", 2 * r.train.batch_size * longest * inside),
-            ("keys and values while sampling", f"{cached} tokens x {s['layers']} layers x 2 x {s['key_value']} x 2 bytes", cached * s["layers"] * 4 * s["key_value"])]
-
-
-def effort(r: Recipe) -> list:  # (stage, arithmetic, million tokens, tokens/s)
-    """Tokens by stage."""
-    a, prompts, n = ASSUMED, r.data.prompt_limit, r.sampling.candidates
-    pairs, both, orders = prompts * (r.sampling.pairs_per_prompt or n * (n - 1) // 2), 2 * (a["prompt"] + a["response"]), 2 * (a["prompt"] + 2 * a["response"] + a["frame"])
-    own = sum(x != "sft" for x in r.arms)
-    models, rounds = 1 + own * (r.iterations - 1), r.iterations
-    tested = 2 + own * rounds
-    return [("warm start", f"{a['seed pairs']} pairs x ({both} + {orders})", a["seed pairs"] * (both + orders), a["trained"]),
-            ("sample", f"{models} models x {prompts} prompts x {n} answers x {a['response']}", models * prompts * n * a["response"], a["decoded"]),
-            ("judge", f"{models} models x ({pairs} pairs x {orders} + {prompts * n} answers x {both // 2} x 2)", models * (pairs * orders + prompts * n * both), a["read"]),
-            ("optimise, scir", f"{rounds} rounds x {pairs} pairs x ({both} + {orders})", rounds * pairs * (both + orders), a["trained"]),
-            ("optimise, srlm", f"{rounds} rounds x {prompts} pairs x {both}", rounds * prompts * both, a["trained"]),
-            ("evaluate: answers", f"{tested} models x {r.data.held_out_prompts} prompts x 2 x {a['response']}", tested * r.data.held_out_prompts * 2 * a["response"], a["decoded"]),
-            ("evaluate: pairs", f"{tested} models x {2 * r.data.test_limit + r.data.held_out_prompts} pairs x ({both} + {orders})", tested * (2 * r.data.test_limit + r.data.held_out_prompts) * (both + orders), a["read"])]
-
-
-def plan() -> str:
-    """Memory and hours of recipes/mistral-7b.yaml, with the arithmetic."""
+def memory() -> str:
+    """Peak memory of every stage of recipes/mistral-7b.yaml on a GPU."""
     r = load_recipe(ROOT/"recipes"/"mistral-7b.yaml")
-    parts = [(w, how, b / 1e9) for w, how, b in memory(r, SHAPE)]
-    train, sample = sum(g for *_, g in parts[:5]), parts[0][2] + parts[1][2] + parts[2][2] / 4 + parts[5][2]
-    work, a = effort(r), ASSUMED
-    total = sum(t / rate for *_, t, rate in work) / 3600
+    wider = r.model_copy(update={"model": r.model.model_copy(update={"gradient_checkpointing": False})})
+    whole = r.model_copy(update={"model": r.model.model_copy(update={"quantize": None})})
+    columns = {"as it is": r, "without checkpointing": wider, "bfloat16 weights": whole}
+    rows = [[f"`{s}`", *(f"{planner.peak(s, x, planner.assumed_sizes(x), 'cuda') / 1e9:.1f}" for x in columns.values())] for s in planner.MEASURED]
+    return table(["GB at most", *columns], rows)
+
+
+def effort() -> str:
+    """Tokens and hours by stage of recipes/mistral-7b.yaml."""
+    r = load_recipe(ROOT/"recipes"/"mistral-7b.yaml")
+    todo = planner.work(r, planner.assumed_sizes(r))
+    rows = [(f"`{w.stage}`", w.kind, f"{w.rows:,.0f}", f"{w.tokens / 1e6:.1f}", ASSUMED_RATES[w.kind], f"{w.tokens / ASSUMED_RATES[w.kind] / 3600:.1f}") for w in todo]
+    total, assumed = sum(w.tokens / ASSUMED_RATES[w.kind] for w in todo) / 3600, planner.assumed_sizes(r)
     return "\n\n".join([
-        table(["memory", "arithmetic", "GB"], [(w, how, f"{g:.1f}") for w, how, g in parts]),
-        f"Together {train:.0f} GB while training (all but the last line) and {sample:.0f} GB while sampling (weights, adapter, keys and values), and beside it what the driver, the allocator and a head's chunk of logits take: 2 to 4 GB, a guess.",
-        f"Assumed, not measured: prompts of {a['prompt']} tokens, answers of {a['response']} (half of the limit), {a['frame']} for the judge's frame, {a['seed pairs']} seed pairs; on a data-centre GPU (A100 or H100) {a['decoded']} tokens/s decoded, {a['read']} read, {a['trained']} trained (forward twice and backward).",
-        table(["stage", "arithmetic", "million tokens", "tokens/s, assumed", "hours"], [(w, how, f"{t / 1e6:.1f}", rate, f"{t / rate / 3600:.1f}") for w, how, t, rate in work]),
-        f"Together {total:.0f} hours. Half the rates double it; answers that fill the limit nearly do."])
+        table(["stage", "kind", "rows", "million tokens", "tokens/s, assumed", "hours"], rows),
+        f"Together {total:.0f} hours, with prompts of {assumed.prompts[0]} tokens, answers of {assumed.answer:.0f} (half of the limit), {len(assumed.seeds)} seed pairs and these rates, none of them measured. Half the rates double it; answers that fill the limit nearly do."])
 
 
 # Names
@@ -197,5 +166,5 @@ def extra() -> dict:  # page -> text
     return {f"results/{run}.md": report(run) for run in ("smol-full", "smol")} | ({"changelog.md": log.read_text()} if log.exists() else {})
 
 
-MADE = {f.__name__: f for f in (result_table, verdicts, measured, stages, recipe, standing, arms, plan, api, picture, howtos)}
+MADE = {f.__name__: f for f in (result_table, verdicts, measured, stages, recipe, standing, arms, memory, effort, api, picture, howtos)}
 MADE |= {"guides": lambda: "\n".join(f.stem for f in guides()), "changelog": lambda: "changelog" if (ROOT/"CHANGELOG.md").exists() else ""}

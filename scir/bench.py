@@ -11,7 +11,7 @@ __all__ = ['TARGETS', 'SMALL', 'LARGE', 'GROUPS', 'met', 'figure', 'alternate', 
 # %% ../nbs/22_bench.ipynb #7d189168
 import gc, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -287,7 +287,7 @@ def growth(w:Work, n:int)->list: # seconds
     if len(prompts) != n: raise ValueError(f"bench: {len(w.prompts)} prompts, {LARGE} are needed")
     def run():
         with tempfile.TemporaryDirectory() as d:
-            sample(model, w.tokenizer, prompts, spec, Path(d)/"responses.jsonl")
+            sample(partial(generate, model, w.tokenizer), w.tokenizer, prompts, spec, Path(d)/"responses.jsonl")
             pairs, _ = candidate_pairs(w.tokenizer, read_rows(Path(d)/"responses.jsonl", Response))
             set_reference(model, pairs, 1024)
             score(model, w.tokenizer, pairs, w.recipe.model_copy(update={"judge": w.recipe.judge.model_copy(update={"batch_tokens": 1024})}), Path(d)/"scores.jsonl")

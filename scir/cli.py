@@ -393,7 +393,7 @@ def sample(model: Annotated[str, typer.Option(help=MODEL)],
     An interrupted try goes on with the same command."""
     from scir.evaluate import resolve
     from scir.pipeline import quiet, say_shipped
-    from scir.sample import sample_file
+    from scir.engines import sample_file
     with aside(json):
         quiet()
         say_shipped([prompts])
@@ -474,17 +474,21 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
 # %% ../nbs/24_cli.ipynb #775cf194
 @app.command(epilog="""Examples:
   scir doctor
-  scir doctor --recipe recipes/smol.yaml --json""")
+  scir doctor --recipe recipes/smol.yaml --json
+  scir doctor --recipe recipes/mistral-7b.yaml --gpu 24""")
 def doctor(recipe: Annotated[Path | None, typer.Option(help="ask too whether this recipe can run here")] = None,
-           setting: Settings = [], json: Json = False, debug: Debug = False):
+           setting: Settings = [],
+           gpu: Annotated[float | None, typer.Option(metavar="GB", help="plan the recipe's memory for a GPU of so many GB that is not here", min=1)] = None,
+           probe: Annotated[bool, typer.Option(help="time the recipe's work for half a minute, for its hours")] = True,
+           json: Json = False, debug: Debug = False):
     """Say what this machine is, how scir runs on it, and what is missing or wrong.
 
-    Each with the command that mends it. Exit code 1 when there is a fault; a warning is none."""
+    Each with the command that mends it. With a recipe, also the memory of every stage and the hours of all. Exit code 1 when there is a fault; a warning is none."""
     from scir.doctor import examine, lines, summary
-    if setting and not recipe: raise UsageError("--set changes a recipe; name one with --recipe")
+    if (setting or gpu) and not recipe: raise UsageError("--set and --gpu are about a recipe; name one with --recipe")
     found, heading = [], ""
     with aside(json):
-        for group, f in examine(recipe, tuple(setting)):
+        for group, f in examine(recipe, tuple(setting), gpu, probe):
             found.append((group, f))
             if json: continue
             typer.echo("" if group == heading else f"{group}\n", nl=False)

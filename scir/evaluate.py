@@ -13,7 +13,8 @@ from scipy.special import expit
 
 from .consistency import frame, metrics
 from .data import evaluation_rows, load_pairs, prompt_pool, read_source, split_of
-from .model import for_sampling, for_scoring, load_tokenizer, model_path
+from .engines import open_engine
+from .model import for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node, run_of
 from .sample import sample
 from .score import candidate_pairs, drawn_side, labelled_pairs, score, set_reference
@@ -38,8 +39,8 @@ def adapters(recipe:Recipe, run, node:str)->tuple: # adapter folder or None, ref
 def answer(recipe:Recipe, run, node:str, tokenizer)->dict: # summary of the answers
     "The model's answers to the held-out prompts."
     _, held_out, _ = prompt_pool(recipe.data)
-    model = for_sampling(recipe.model, adapters(recipe, run, node)[0])
-    return sample(model, tokenizer, held_out, recipe.sampling, Path(run)/node/"evaluation"/"responses.jsonl", node_parts(node)[0], recipe.data.max_prompt_tokens)
+    with open_engine(recipe, tokenizer, adapters(recipe, run, node)[0]) as engine:
+        return sample(engine, tokenizer, held_out, recipe.sampling, Path(run)/node/"evaluation"/"responses.jsonl", node_parts(node)[0], recipe.data.max_prompt_tokens)
 
 def borrow_reference(pairs:list, file:Path)->None:
     "Take `reference_logps` over from rows of another model's evaluation of the same pairs: M_0's log-probs do not change."

@@ -24,8 +24,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from .logprobs import PLAIN_TEMPLATE, encode_turns
+from .engines import open_engine, room
 from .recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node, run_of
-from .sample import room
 from .store import Response, Score, digest, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
 # %% ../nbs/17_exports.ipynb #4c5949fa
@@ -62,29 +62,31 @@ def mt_bench(questions:list, # rows of FastChat's question.jsonl
             for k in sorted(q["question_id"] for q in questions)]
 
 # %% ../nbs/17_exports.ipynb #2c055be3
-def answer_questions(model, tokenizer,
+def answer_questions(engine, # what decodes: (jobs, spec) -> rows
+                     tokenizer,
                      questions:list, # rows of question.jsonl
                      spec, # a recipe's sampling section
+                     longest:float=float("inf"), # prompt that is answered, tokens
                      seed:int=0, # every answer draws from its own: this, question_id and turn
                     )->tuple: # question_id -> answers, one per turn; drops by reason
     "Answer every turn after the model's own answers to those before."
-    answers, longest = {q["question_id"]: [] for q in questions}, room(model, spec)
+    answers = {q["question_id"]: [] for q in questions}
     for turn in range(max(len(q["turns"]) for q in questions)):
         asked = {q["question_id"]: encode_turns(tokenizer, _said(q["turns"][:turn + 1], answers[q["question_id"]]))
                  for q in questions if q["question_id"] in answers and len(q["turns"]) > turn}
         for k in [k for k, ids in asked.items() if len(ids) > longest]: del asked[k], answers[k]
-        for k, text in _replies(model, tokenizer, asked, spec, seed, turn): answers[k].append(text)
+        for k, text in _replies(engine, tokenizer, asked, spec, seed, turn): answers[k].append(text)
     return answers, {"prompt too long": len(questions) - len(answers)}
 
 def _said(turns, answers):
     "Turns and answers as they alternate."
     return [t for both in zip(turns, answers) for t in both] + turns[len(answers):]
 
-def _replies(model, tokenizer, asked, spec, seed, turn): # yields (question_id, text)
+def _replies(engine, tokenizer, asked, spec, seed, turn): # yields (question_id, text)
     "One answer to each prompt."
-    from scir.sample import generate, text_of
+    from scir.sample import text_of
     jobs = [(k, ids, row_seed(seed, k, turn)) for k, ids in asked.items()]
-    for k, ids, finished in tqdm(generate(model, tokenizer, jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"): yield k, text_of(tokenizer, ids, finished)
+    for k, ids, finished in tqdm(engine(jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"): yield k, text_of(tokenizer, ids, finished)
 
 # %% ../nbs/17_exports.ipynb #078498f7
 SECTIONS = {
@@ -128,13 +130,13 @@ def _name(model):
     "A model's name for others; an adapter is called like the run's model that it belongs to."
     return model.rstrip("/").removesuffix("/adapter")
 
-def _sampler(model, recipe): # Recipe, model, tokenizer, digest of all that an answer depends on
-    "The resolved model, ready to answer."
+def _sampler(model, recipe): # Recipe, adapter, tokenizer, digest of all that an answer depends on
+    "The resolved model."
     from scir.evaluate import resolve
-    from scir.model import for_sampling, load_tokenizer, model_path
+    from scir.model import load_tokenizer, model_path
     recipe, adapter = resolve(model, recipe)
     known = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter))
-    return recipe, for_sampling(recipe.model, adapter), load_tokenizer(recipe.model), known
+    return recipe, adapter, load_tokenizer(recipe.model), known
 
 def _counted(*drops):
     "Drops by reason, added up, reasons without any left out."
@@ -147,9 +149,10 @@ def export_alpaca(model:str, source:str, out, recipe, limit:int|None=None)->dict
     from scir.sample import sample
     sets = {r["instruction"]: r.get("dataset") for r in benchmark_rows(source, "alpaca_eval")}
     prompts, dropped = load_prompts(source)
-    recipe, policy, tokenizer, known = _sampler(model, recipe)
+    recipe, adapter, tokenizer, known = _sampler(model, recipe)
     spec, part = recipe.sampling.model_copy(update={"candidates": 1}), Path(out).with_name(f".{Path(out).stem}.{digest(known, hash_path(locate(source)), source, limit)}.jsonl")
-    found = sample(policy, tokenizer, prompts[:limit], spec, part, max_prompt_tokens=room(policy, spec))
+    longest = room(recipe.model, spec)
+    with open_engine(recipe, tokenizer, adapter) as engine: found = sample(engine, tokenizer, prompts[:limit], spec, part, max_prompt_tokens=longest)
     outputs = alpaca_eval(read_rows(part, Response), _name(model))
     write_json(out, [o | {"dataset": sets.get(o["instruction"]) or o["dataset"]} for o in outputs])
     part.unlink()
@@ -168,8 +171,9 @@ def usable_questions(rows:list)->tuple: # questions, drops by reason
 def export_mt_bench(model:str, source:str, out, recipe, limit:int|None=None)->dict: # counts
     "Answer FastChat's questions; writes its model answers to `out`, the model's name being the file's."
     questions, dropped = usable_questions(benchmark_rows(source, "mt_bench"))
-    recipe, policy, tokenizer, _ = _sampler(model, recipe)
-    answers, too_long = answer_questions(policy, tokenizer, questions[:limit], recipe.sampling)
+    recipe, adapter, tokenizer, _ = _sampler(model, recipe)
+    longest = room(recipe.model, recipe.sampling)
+    with open_engine(recipe, tokenizer, adapter) as engine: answers, too_long = answer_questions(engine, tokenizer, questions[:limit], recipe.sampling, longest)
     if not answers: raise ValueError(f"mt_bench {source}: no question leaves room for an answer of {recipe.sampling.max_new_tokens} tokens; lower sampling.max_new_tokens")
     write_rows(out, mt_bench([q for q in questions if q["question_id"] in answers], answers, Path(out).stem))
     said = [t for turns in answers.values() for t in turns]

@@ -96,18 +96,19 @@ def parse_vote(text:str)->float|None:
     return float(points) if 0 <= float(points) <= 5 and scale in ("", "5") else None
 
 # %% ../nbs/12_labels.ipynb #764d0499
-def vote(model, tokenizer, responses:list, spec:LabelSpec, judge_system:str|None, batch_size:int, out, seed:int=0)->dict: # response id -> mean points, or None
+def vote(engine, # what decodes: (jobs, spec) -> rows
+         tokenizer, responses:list, spec:LabelSpec, judge_system:str|None, batch_size:int, out, seed:int=0)->dict: # response id -> mean points, or None
     "`spec.votes` sampled votes on every response; `out` keeps their texts and is continued after a kill."
     from scir.logprobs import encode_chat
     from scir.recipe import SamplingSpec
-    from scir.sample import generate, text_of
+    from scir.sample import text_of
     from tqdm.auto import tqdm
     journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
     jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": r.prompt, "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
     left = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
     todo = share(left)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="votes", unit="vote", disable=rank() > 0) as bar:
-        for key, ids, finished in generate(model, tokenizer, todo, how):
+        for key, ids, finished in engine(todo, how):
             text = text_of(tokenizer, ids, finished)
             journal.add(Vote(id=key, text=text, points=parse_vote(text)))
             bar.update(min(processes(), bar.total - bar.n))

@@ -155,7 +155,7 @@ def tree_mask(rows:list, # B trees
 def pad_right(seqs:list, pad:int=0, device="cpu")->tuple: # (B, T) ids, (B,) lengths
     "Pad lists of ids on the right."
     lengths = torch.tensor([len(s) for s in seqs], device=device)
-    ids = torch.full((len(seqs), int(lengths.max())), pad, dtype=torch.long)
+    ids = torch.full((len(seqs), max(map(len, seqs))), pad, dtype=torch.long)
     for i, s in enumerate(seqs): ids[i, :len(s)] = torch.tensor(s)
     return ids.to(device), lengths
 

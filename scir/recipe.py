@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADDITIVE', 'OneOrMore', 'Sources', 'DPO', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MOST', 'spec', 'Section',
-           'ModelSpec', 'LoraSpec', 'DataSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec', 'LabelSpec',
+           'no_secret', 'ModelSpec', 'LoraSpec', 'DataSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec', 'LabelSpec',
            'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'RecipeError', 'field_names', 'parse_recipe', 'read_yaml',
            'override', 'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe', 'run_of', 'node_name',
            'node_parts', 'parent_node', 'all_nodes']
@@ -32,6 +32,12 @@ ADDITIVE = ("Give the answer points, starting from 0, one for each of these that
 class Section(BaseModel):
     "A part of a recipe: unknown fields are errors, values do not change after loading."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+def no_secret(address:str|None)->str|None:
+    "A recipe is copied into manifests and reports: raise ValueError for a server's address that may hold a key."
+    parts = urlsplit(address or "")
+    if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query or parts.fragment): raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
+    return address
 
 OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OneOrMore, Field(min_length=1)]
@@ -95,12 +101,20 @@ class WarmStartSpec(Section):
 
 class SamplingSpec(Section):
     "Responses of M_t to the prompt pool."
+    engine: str = spec("transformers", "what decodes: `transformers`, in this process; `vllm`; or the URL (http...) of an OpenAI-compatible server that returns token ids and loads adapters (vLLM's)")
     candidates: int = spec(4, "responses per prompt (Self-Rewarding LMs: 4)", "S", "responses", ge=2)
     temperature: float = spec(0.7, "softmax temperature (Self-Rewarding LMs: 0.7)", "S", gt=0)
     top_p: float = spec(0.9, "nucleus (Self-Rewarding LMs: 0.9)", "S", gt=0, le=1)
     max_new_tokens: int = spec(256, "a response is cut here and marked so", "D", "tokens", ge=1)
     batch_size: int = spec(64, "responses decoded together", "D", "responses", ge=1)
     pairs_per_prompt: int | None = spec(None, "candidate pairs judged per prompt; none is all of them", "D", "pairs", ge=1)
+
+    @field_validator("engine")
+    @classmethod
+    def known(cls, engine):
+        "A name or an address."
+        if engine not in ("transformers", "vllm") and urlsplit(engine).scheme not in ("http", "https"): raise ValueError("transformers, vllm, or a server's URL (http...) is needed")
+        return no_secret(engine)
 
 class JudgeSpec(Section):
     "The generative reward model's question."
@@ -137,11 +151,9 @@ class AlignmentSpec(Section):
 
     @field_validator("judge")
     @classmethod
-    def no_secret(cls, judge):
-        "A recipe is copied into manifests and reports, so no key may stand in it."
-        parts = urlsplit(judge or "")
-        if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query or parts.fragment): raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
-        return judge
+    def public(cls, judge):
+        "No key may stand in it."
+        return no_secret(judge)
 
 # %% ../nbs/00_recipe.ipynb #ae8c5047
 class TrainSpec(Section):

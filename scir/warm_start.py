@@ -30,8 +30,7 @@ def warm_start_loss(view:View, spec:WarmStartSpec, instructions:dict|None=None)-
 
 def _sft(view, target):
     "Negative log-likelihood per token of the chosen sides."
-    chosen = target[:, None] == torch.tensor([1.0, 0.0], device=target.device)
-    return -(view.logps[chosen] / view.lengths[chosen]).mean()
+    return -(view.logps / view.lengths).gather(1, 1 - target.long()[:, None]).mean()
 
 def _sft_on(view, instructions):
     rows = [instructions[p.id] for p in view.pairs]

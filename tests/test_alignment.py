@@ -8,6 +8,7 @@ import numpy as np
 import pytest, torch
 
 import scir.alignment as alignment
+import scir.engines as engines
 from scir.alignment import Duel, duels, endpoint_judge, length_controlled, local_judge, parse_verdict, reward_judge, reward_scores, summarise, win_rate
 from scir.consistency import rate
 from scir.model import tiny_model
@@ -232,7 +233,7 @@ def said(text): return json.dumps({"id": "x", "object": "chat.completion", "crea
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(alignment, "RETRIES", 0)
+    monkeypatch.setattr(engines, "RETRIES", 0)
     monkeypatch.setattr(alignment, "TIMEOUT", .3)
     for k in list(os.environ):
         if k.lower() in ("http_proxy", "https_proxy", "all_proxy"): monkeypatch.delenv(k)
@@ -283,14 +284,14 @@ def test_a_failure_is_counted_and_asked_again(quick, tmp_path, fault, reason):
         assert [d.preference for d in duels(PAIRS[:2], ask)] == [.5, .5] and len(seen) == 8
 
 def test_the_client_retries_before_giving_up(quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(alignment, "RETRIES", 2)
+    monkeypatch.setattr(engines, "RETRIES", 2)
     monkeypatch.setattr(alignment, "AT_ONCE", 1)
     with server(lambda n, *_: (503, "{}", 0) if n <= 2 else (200, said("B"), 0)) as (url, seen):
         ask = endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")
         assert ask([("q", "a", "b")]) == [0.0] and len(seen) == 3 and not ask.failures
 
 def test_a_garbled_reply_is_asked_for_again_after_a_pause(quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(alignment, "RETRIES", 2)
+    monkeypatch.setattr(engines, "RETRIES", 2)
     with server(lambda n, *_: (200, "<html>busy</html>", 0) if n <= 2 else (200, said("B"), 0)) as (url, seen):
         started, ask = time.time(), endpoint_judge(url, "m", JUDGE, tmp_path/"c.jsonl")
         assert ask([("q", "a", "b")]) == [0.0] and len(seen) == 3 and not ask.failures and time.time() - started > 1

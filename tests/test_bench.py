@@ -54,7 +54,7 @@ def test_what_a_child_says_last_is_in_the_error(work):
 def test_both_samplers_do_the_same(policy, tokenizer, work):
     prompts, spec = [encode_prompt(tokenizer, t) for t in ("Hi", "A longer prompt", "Why?")], work.spec.model_copy(update={"temperature": 1e-4, "top_p": 1.0, "max_new_tokens": 9})
     ours = {key: ids for key, ids, _ in generate(policy, tokenizer, [(i, p, i) for i, p in enumerate(prompts)], spec)}
-    assert end_ids(policy, tokenizer) == {tokenizer.eos_token_id} and library_generate(policy, tokenizer, prompts, spec) == [ours[i] for i in range(3)]
+    assert end_ids(policy.generation_config, tokenizer) == {tokenizer.eos_token_id} and library_generate(policy, tokenizer, prompts, spec) == [ours[i] for i in range(3)]
 
 def test_floors_by_hand():
     from scir.model import tiny_model

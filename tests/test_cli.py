@@ -412,7 +412,7 @@ def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
     (("--version",), 0, (f"scir {__version__}",)), (("--help",), 0, ("Exit codes", "130")), ((), 2, ("Usage: scir",)),
     (("jugde",), 2, ("'judge'", "scir --help")), (("--nothing",), 2, ("--nothing", "scir --help")), (("judge",), 2, ("--model", "scir judge --help")),
     (("judge", "--limit", "x"), 2, ("--limit", "scir judge --help")), (("sample", "--model", TINY, "--prompts", "p.jsonl", "--candidates", "0"), 2, ("--candidates",)),
-    (("doctor", "--set", "train.beta=1"), 2, ("--recipe",)), (("status", "data/absent"), 1, ("not a run directory", "scir run")), (("run", "recipes/absent.yaml"), 1, ("recipes/",)),
+    (("doctor", "--set", "train.beta=1"), 2, ("--recipe",)), (("doctor", "--gpu", "24"), 2, ("--recipe",)), (("status", "data/absent"), 1, ("not a run directory", "scir run")), (("run", "recipes/absent.yaml"), 1, ("recipes/",)),
 ])
 def test_exit_codes(args, code, words):
     done = CliRunner().invoke(app, args, prog_name="scir")

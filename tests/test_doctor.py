@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from scir import doctor
 from scir.cli import app
-from scir.doctor import (Finding, weights, adapter_bytes, answered, ask, context, cores, data, disk, examine, fits, four_bits, from_hub, hub_token, kernel, lines, memory, model_folder, model_found, models,
+from scir.doctor import (Finding, adapter_bytes, answered, ask, context, cores, data, disk, examine, fits, four_bits, from_hub, hub_token, kernel, lines, memory, model_found, models,
                          no_gpu, open_recipe, optimizer, package, packages, precision, constrained, python, room_on_disk, row_bytes, summary, text_encoding, threads, verdicts)
-from scir.model import save_tiny
+from scir.model import model_folder, save_tiny
 from scir.recipe import ModelSpec, load_recipe, parse_recipe
 from scir.store import write_rows
 
@@ -189,13 +189,6 @@ def test_what_mends_the_context_does(longest):
     left = int(warned.mend.split("max_prompt_tokens=")[1].split()[0])
     assert warned.state == "warn" and fits(1024, 40, left, left).state == "ok" and fits(1024, 40, left + 1, left + 1).state == "warn"
 
-def test_weights_are_compared_with_free_memory(monkeypatch):
-    from safetensors.torch import load_file
-    assert doctor.parameters([Path("data/models/tiny-random/model.safetensors")]) == sum(v.numel() for v in load_file("data/models/tiny-random/model.safetensors").values())
-    assert weights(made()).state == "ok" and weights(parse_recipe({"model": {"name": "someone/some-model"}})) is None
-    monkeypatch.setattr(doctor, "memory", lambda: (1e5, 1e9))
-    assert weights(made()).state == "fault" and "100.0 KB" not in weights(made()).mend
-
 def test_a_fault_hides_no_other_and_is_told_once():
     found = [f for group, f in examine("recipes/tiny.yaml", ("report_to=wandb", "data.prompts=nope.jsonl")) if group == "recipe"]
     assert [(f.what, f.mend.split()[0]) for f in found if f.state == "fault"] == [("recipe", "pip"), ("data", "add")]
@@ -234,11 +227,11 @@ def test_the_command(monkeypatch):
     ask = lambda *args: subprocess.run([SCIR, "doctor", *args], cwd=ROOT/"tests", env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}, capture_output=True, text=True)
     well = ask("--recipe", "../recipes/tiny.yaml")
     assert well.returncode == 0 and well.stderr == "" and well.stdout.splitlines()[-1].startswith("0 faults, ")
-    assert [l for l in well.stdout.splitlines() if not l.startswith(" ")][:-1] == ["machine", "python", "scir here", "recipe"]
-    assert all(f" {what} " in well.stdout for what in ("cores", "memory", "precision", "attention", "4 bits", "threads", "kernels", "verdicts", "context", "disk"))
+    assert [l for l in well.stdout.splitlines() if not l.startswith(" ")][:-1] == ["machine", "python", "scir here", "recipe", "plan"]
+    assert all(f" {what} " in well.stdout for what in ("cores", "memory", "precision", "attention", "4 bits", "threads", "kernels", "verdicts", "context", "disk", "warm_start", "hours"))
 
 def test_the_command_at_fault(monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda path, settings: iter([("machine", Finding("a", "b", "fault", "c")), ("machine", Finding("d", "e"))]))
+    monkeypatch.setattr(doctor, "examine", lambda path, settings, gpu, probed: iter([("machine", Finding("a", "b", "fault", "c")), ("machine", Finding("d", "e"))]))
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 1 and json.loads(done.stdout) == {"findings": [{"group": "machine", "what": "a", "finding": "b", "state": "fault", "mend": "c"}, {"group": "machine", "what": "d", "finding": "e", "state": "ok", "mend": ""}]}
     assert CliRunner().invoke(app, ["doctor"]).stdout.splitlines() == ["machine", "  fault a           b", " " * 20 + "mend: c", "  ok    d           e", "1 fault, 0 warnings, 1 ok"]

@@ -1,5 +1,6 @@
 "Who labels what: by hand, against brute force, and against what models really write."
 import itertools, json, math, random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from scir.consistency import preferences
 from scir.labels import agreed, best_against_worst, candidates, gather, labels, length_gap, needed_rewards, parse_vote, previous_rewards, ranking_consistency, standings, vote, without_length
 from scir.optimise import optimise, own_share, preference_rows, replayed, training_pairs
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
+from scir.sample import generate
 from scir.store import Response, Score, read_rows, write_rows
 
 def made(pair, generative, implicit=None, lengths=(1, 1), prompt="p", a=None, b=None):
@@ -113,14 +115,14 @@ def test_votes_in_words(text, points): assert parse_vote(text) == points
 
 def test_votes_are_kept_with_their_texts_and_continued(policy, tokenizer, recipe, tmp_path):
     rows = [Response(id=f"p/{c}", prompt_id="p", prompt="Q", candidate=c, response=f"text {c}", response_ids=[1], finished=True, seed=0) for c in range(3)]
-    spec = LabelSpec(votes=2, vote_tokens=4)
-    whole = vote(policy, tokenizer, rows, spec, None, 4, tmp_path/"votes.jsonl")
+    spec, engine = LabelSpec(votes=2, vote_tokens=4), partial(generate, policy, tokenizer)
+    whole = vote(engine, tokenizer, rows, spec, None, 4, tmp_path/"votes.jsonl")
     said = (tmp_path/"votes.jsonl").read_text()
     assert set(whole) == {"p/0", "p/1", "p/2"} and len(said.splitlines()) == 6
     fixed = [json.loads(l) for l in said.splitlines()]
     for row, points in zip(fixed, (2., None, None, None, 4., 1.)): row["points"] = points
     (tmp_path/"votes.partial.jsonl").write_text("".join(json.dumps(r) + "\n" for r in fixed) + '{"id": "p/')
-    assert vote(policy, tokenizer, rows, spec, None, 4, tmp_path/"votes.jsonl") == {"p/0": 2.0, "p/1": None, "p/2": 2.5}
+    assert vote(engine, tokenizer, rows, spec, None, 4, tmp_path/"votes.jsonl") == {"p/0": 2.0, "p/1": None, "p/2": 2.5}
 
 # what an arm needs, and what it does with nothing -------------------------
 

@@ -45,7 +45,7 @@ trainer.current_gradient_accumulation_steps = 1
 wrapped = trainer.accelerator.prepare(trainer.model)
 loss = trainer.training_step(wrapped, {"pairs": rows})
 if not rank(): save_file({n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, folder / f"{out}.safetensors")
-print(rank(), read, flush=True)
+sys.stdout.write(f"{rank()} {read}\\n")  # at once, not in pieces between another's
 '''
 
 

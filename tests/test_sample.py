@@ -1,10 +1,10 @@
 from collections import Counter
+from functools import partial
 
 import pytest, torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from scipy.stats import chisquare
 
-from scir import sample as module
 from scir.logprobs import encode_prompt
 from scir.sample import Pool, distinct, draw, end_ids, generate, sample, summarise
 from scir.score import candidate_pairs, score, set_reference
@@ -13,7 +13,7 @@ from scir.store import Prompt, Response, read_rows, row_seed
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]
 
 def drawn(policy, tokenizer, recipe, folder, prompts=PROMPTS, seed=0, **spec):
-    sample(policy, tokenizer, prompts, recipe.sampling.model_copy(update=spec), folder/"responses.jsonl", seed)
+    sample(partial(generate, policy, tokenizer), tokenizer, prompts, recipe.sampling.model_copy(update=spec), folder/"responses.jsonl", seed)
     return read_rows(folder/"responses.jsonl", Response)
 
 def ending(policy, tokenizer, monkeypatch):
@@ -78,8 +78,8 @@ def test_the_likeliest_tokens_are_those_of_transformers(policy, tokenizer, recip
     ours = {key: (ids, finished) for key, ids, finished in generate(policy, tokenizer, [((i, c), p, c) for i, p in enumerate(prompts) for c in range(2)], spec)}
     lengths = set()
     for i, p in enumerate(prompts):
-        theirs = policy.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=40, eos_token_id=sorted(end_ids(policy, tokenizer)), pad_token_id=tokenizer.pad_token_id)[0, len(p):].tolist()
-        for c in range(2): assert ours[i, c] == (theirs, theirs[-1] in end_ids(policy, tokenizer))
+        theirs = policy.generate(input_ids=torch.tensor([p]), do_sample=False, max_new_tokens=40, eos_token_id=sorted(end_ids(policy.generation_config, tokenizer)), pad_token_id=tokenizer.pad_token_id)[0, len(p):].tolist()
+        for c in range(2): assert ours[i, c] == (theirs, theirs[-1] in end_ids(policy.generation_config, tokenizer))
         lengths.add(len(theirs))
     assert len(lengths) > 2
 
@@ -145,7 +145,7 @@ def test_generation_config_of_the_model_does_not_bend_the_draw(policy, tokenizer
 
 def test_nothing_after_the_end_is_kept(policy, tokenizer, recipe, tmp_path, monkeypatch):
     ending(policy, tokenizer, monkeypatch)
-    rows, ends = drawn(policy, tokenizer, recipe, tmp_path), end_ids(policy, tokenizer)
+    rows, ends = drawn(policy, tokenizer, recipe, tmp_path), end_ids(policy.generation_config, tokenizer)
     assert {r.finished for r in rows} == {True, False} and len({len(r.response_ids) for r in rows}) > 2
     for r in rows:
         assert not set(r.response_ids[:-1]) & ends and (r.response_ids[-1] in ends) == r.finished
@@ -163,23 +163,25 @@ def test_sampled_ids_are_the_scored_ids(policy, tokenizer, recipe, tmp_path, mon
         a, b = s.id.removeprefix(s.prompt_id + "/").split("-")
         for ids, scored, c in ((p.ids_a, s.ids_a, a), (p.ids_b, s.ids_b, b)): assert ids == scored == rows[f"{s.prompt_id}/{c}"].response_ids
 
-def test_interrupted_sampling_goes_on(policy, tokenizer, recipe, tmp_path, monkeypatch):
+def test_interrupted_sampling_goes_on(policy, tokenizer, recipe, tmp_path):
     whole, asked = drawn(policy, tokenizer, recipe, tmp_path), []
-    def dying(model, tokenizer, jobs, spec):
+    def dying(jobs, spec):
         asked.append(len(jobs))
-        for n, row in enumerate(generate(model, tokenizer, jobs, spec)):
+        for n, row in enumerate(generate(policy, tokenizer, jobs, spec)):
             if len(asked) == 1 and n == 7: raise KeyboardInterrupt
             yield row
-    monkeypatch.setattr(module, "generate", dying)
-    with pytest.raises(KeyboardInterrupt): drawn(policy, tokenizer, recipe, tmp_path/"cut")
-    assert not (tmp_path/"cut/responses.jsonl").exists()
-    assert drawn(policy, tokenizer, recipe, tmp_path/"cut") == whole and asked == [15, 8]
+    out = tmp_path/"cut/responses.jsonl"
+    with pytest.raises(KeyboardInterrupt): sample(dying, tokenizer, PROMPTS, recipe.sampling, out)
+    assert not out.exists()
+    sample(dying, tokenizer, PROMPTS, recipe.sampling, out)
+    assert read_rows(out, Response) == whole and asked == [15, 8]
 
 def test_long_prompts_are_dropped_and_counted(policy, tokenizer, recipe, tmp_path):
     length = len(encode_prompt(tokenizer, PROMPTS[1].prompt))
-    summary = sample(policy, tokenizer, PROMPTS, recipe.sampling, tmp_path/"r.jsonl", 0, length - 1)
+    engine = partial(generate, policy, tokenizer)
+    summary = sample(engine, tokenizer, PROMPTS, recipe.sampling, tmp_path/"r.jsonl", 0, length - 1)
     assert summary["dropped"] == {"prompt too long": 1} and summary["responses"] == 12
-    with pytest.raises(ValueError, match="max_prompt_tokens") as e: sample(policy, tokenizer, PROMPTS, recipe.sampling, tmp_path/"r.jsonl", 0, 2)
+    with pytest.raises(ValueError, match="max_prompt_tokens") as e: sample(engine, tokenizer, PROMPTS, recipe.sampling, tmp_path/"r.jsonl", 0, 2)
     assert "\n" not in str(e.value)
 
 def test_summary_by_hand():

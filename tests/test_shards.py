@@ -17,7 +17,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from conftest import TEXTS
-from scir.model import for_sampling, for_scoring, for_training, load_base, load_tokenizer, new_adapter
+from scir.engines import open_engine
+from scir.model import for_scoring, for_training, load_base, load_tokenizer, new_adapter
 from scir.optimise import pair_loss
 from scir.pipeline import join_others
 from scir.recipe import parse_recipe
@@ -67,7 +68,7 @@ if not rank(): write_rows(unfinished(folder / "again.jsonl"), whole[:3])  # of a
 exchange(None)
 assert len(score(judge, tokenizer, rows, recipe, folder / "again.jsonl")) == len(rows)
 prompts = [Prompt(id=str(i), prompt=t[0]) for i, t in enumerate(TEXTS[:7])]
-sample(for_sampling(recipe.model, folder / "adapter"), tokenizer, prompts, recipe.sampling, folder / "responses.jsonl", 1)
+with open_engine(recipe, tokenizer, folder / "adapter") as engine: sample(engine, tokenizer, prompts, recipe.sampling, folder / "responses.jsonl", 1)
 '''
 
 

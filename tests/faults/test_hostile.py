@@ -1,5 +1,6 @@
 """Texts, files and recipes that mean harm. Each is read, or refused in one line; what is dropped is counted; none gets a word in where only the judge's frame speaks."""
 import csv, io, json, string
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -10,7 +11,7 @@ from scir.judge import judge_ids
 from scir.labels import parse_vote
 from scir.logprobs import encode_chat, encode_prompt, encode_response, encode_turns, render_chat
 from scir.recipe import JudgeSpec, Recipe, RecipeError, dump_recipe, load_recipe, override, parse_recipe
-from scir.sample import sample
+from scir.sample import generate, sample
 from scir.store import Prompt, Response, read_rows
 
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -188,7 +189,7 @@ def test_hostile_rows_are_judged_or_counted(tmp_path):
 def test_hostile_prompts_are_answered_or_counted(policy, tokenizer, recipe, tmp_path):
     prompts = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(c for c in CORPUS if c.strip())] + [Prompt(id="long", prompt="x" * 100_000)]
     tried(len(prompts))
-    found = sample(policy, tokenizer, prompts, recipe.sampling, tmp_path/"r.jsonl", 0, 3000)
+    found = sample(partial(generate, policy, tokenizer), tokenizer, prompts, recipe.sampling, tmp_path/"r.jsonl", 0, 3000)
     rows = read_rows(tmp_path/"r.jsonl", Response)
     lost = len(prompts) * recipe.sampling.candidates - len(rows) - found["dropped"]["prompt too long"] * recipe.sampling.candidates
     TALLY["rows lost"] += lost

@@ -10,7 +10,8 @@ import json, sys
 from scir.data import load_prompts
 from scir.model import for_sampling, load_tokenizer
 from scir.recipe import ModelSpec, SamplingSpec
-from scir.sample import sample
+from scir.sample import generate, sample
+from functools import partial
 from pathlib import Path
 import torch
 dtype, batch, order, part, threads, out = sys.argv[1:]
@@ -18,7 +19,8 @@ torch.set_num_threads(int(threads))
 spec = ModelSpec(name="smollm2-135m-instruct", dtype=dtype)
 prompts = load_prompts("data/prompts.jsonl")[0][:16]
 prompts = {"first": prompts[:8], "second": prompts[8:], "all": prompts}[part][::int(order)]
-sample(for_sampling(spec), load_tokenizer(spec), prompts, SamplingSpec(candidates=2, max_new_tokens=48, temperature=1.0, top_p=.95, batch_size=int(batch)), Path(out)/"responses.jsonl", 0)
+tokenizer = load_tokenizer(spec)
+sample(partial(generate, for_sampling(spec), tokenizer), tokenizer, prompts, SamplingSpec(candidates=2, max_new_tokens=48, temperature=1.0, top_p=.95, batch_size=int(batch)), Path(out)/"responses.jsonl", 0)
 """
 
 def sampled(folder, dtype, batch=32, order=1, part="all", threads=1):

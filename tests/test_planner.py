@@ -1,0 +1,219 @@
+"""What the planner says against what really happens: tensors, a process's memory, rows of a run."""
+import json, os, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, torch
+from torch.profiler import ProfilerActivity, profile
+
+from scir import doctor, planner
+from scir.model import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
+from scir.optimise import pair_loss
+from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Work, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, largest_batch, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, peak,
+                          probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
+from scir.recipe import load_recipe, parse_recipe
+from scir.rewards import View, margins
+from scir.sample import generate
+from scir.store import Response, read_json, read_rows, write_rows
+from scir.warm_start import warm_start_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    save_tiny()
+
+def the_work(stage, recipe, sizes):
+    "A stage's largest piece of work with a real model: () -> None."
+    known, sampled, prompts = longest_rows(recipe, sizes)
+    tokenizer, letters = tiny_tokenizer(), lettered(recipe, sizes)
+    if stage == "judge":
+        model, pairs = new_adapter(load_base(recipe.model), recipe.lora).eval(), letter_pairs(largest_batch(recipe, sampled + known))
+        return torch.no_grad()(lambda: margins(View(model, tokenizer, pairs, letters)))
+    if stage == "sample":
+        model, rows = for_sampling(recipe.model), sampled_rows(recipe, prompts)
+        if model.dtype == torch.bfloat16: model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
+        model.generation_config.eos_token_id = None  # all answers as long as they may be
+        return lambda: list(generate(model, SimpleNamespace(eos_token_id=-1), [(i, ids, i) for i, ids in enumerate(rows)], recipe.sampling))
+    model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    first = stage == "warm_start"
+    pairs = letter_pairs((known if first else sorted(sampled, key=sum, reverse=True))[:recipe.warm_start.batch_size if first else recipe.train.batch_size])
+    def step():
+        view = View(model, tokenizer, pairs, letters)
+        (warm_start_loss(view, recipe.warm_start) if first else pair_loss(view, recipe.arm("scir")))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+def allocated(run):
+    "Most bytes of tensors that a call has beside what was there, as PyTorch's own allocator reports them."
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: run()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]": most = max(most, now := now + event.nbytes())
+    return most
+
+# memory ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", MEASURED)
+@pytest.mark.parametrize("settings", [("model.dtype=float32",), ("model.dtype=bfloat16", "model.gradient_checkpointing=true"), ("model.dtype=float32", "model.gradient_checkpointing=sequences", "lora.last_layers=1")])
+def test_tensors_of_a_stage_are_those_that_the_allocator_hands_out(monkeypatch, stage, settings):
+    monkeypatch.setattr(planner, "GAPS", {"cpu": .05})
+    recipe = load_recipe("recipes/tiny.yaml", LONG + settings)
+    sizes = counted_sizes(recipe)
+    weights = sum(p.nbytes for p in skeleton(recipe, "cpu").parameters())
+    real = allocated(the_work(stage, recipe, sizes))
+    assert abs(peak(stage, recipe, sizes, "cpu") - weights - real) < .15 * real
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    "Peak memory of processes that do the stages' work with a model of 38 million parameters: stage -> (measured, planned)."
+    done = subprocess.run([sys.executable, str(Path(__file__)), str(tmp_path_factory.mktemp("model"))], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are read from Linux")
+@pytest.mark.parametrize("stage", MEASURED)
+def test_a_process_takes_what_was_planned_within_15_percent(processes, stage):
+    measured, planned, start = processes[stage]
+    print(f"{stage}: measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB, before the work {start / 1e6:.0f} MB")
+    assert measured > 1.3 * start and abs(planned - measured) < .15 * measured
+
+def measure(folder):
+    "In a process of its own: every stage in a fork, whose peak begins anew."
+    import psutil
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(vocab_size=20_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    recipe = load_recipe("recipes/tiny.yaml", (f"model.name={folder}", "sampling.max_new_tokens=100", "sampling.candidates=4", "sampling.batch_size=48", "train.batch_size=4", "judge.batch_tokens=8192"))
+    sizes, found = counted_sizes(recipe), {}
+    for stage in MEASURED:
+        planned = peak(stage, recipe, sizes, "cpu")
+        start, (read, write) = psutil.Process().memory_info().rss, os.pipe()
+        if not os.fork():
+            Path("/proc/self/clear_refs").write_text("5")
+            run = the_work(stage, recipe, sizes)
+            for _ in range(1 if stage == 'sample' else 2): run()
+            os.write(write, next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")).encode())
+            os._exit(0)
+        os.wait()
+        found[stage] = 1024 * int(os.read(read, 99)), start + planned, start
+    print(json.dumps(found))
+
+def test_nothing_is_left_behind_by_planning():
+    "Patches are taken back, random numbers go on, and what is planned twice comes out the same."
+    recipe, before = load_recipe("recipes/tiny.yaml"), torch.nn.functional.scaled_dot_product_attention
+    sizes, state = counted_sizes(recipe), torch.random.get_rng_state()
+    assert peak("optimise", recipe, sizes, "cpu") == peak("optimise", recipe, sizes, "cpu")
+    assert torch.nn.functional.scaled_dot_product_attention is before and torch.equal(torch.random.get_rng_state(), state)
+
+def test_what_takes_more_is_planned_as_more():
+    recipe = load_recipe("recipes/tiny.yaml", LONG)
+    sizes, of = counted_sizes(recipe), lambda stage, *settings, kind="cpu": peak(stage, load_recipe("recipes/tiny.yaml", LONG + settings), counted_sizes(recipe), kind)
+    assert of("optimise", "train.batch_size=2") < of("optimise", "model.gradient_checkpointing=true") < of("optimise")
+    assert of("sample", "sampling.batch_size=4") < of("sample") and of("judge", "judge.batch_tokens=1024") < of("judge")
+    assert of("optimise", kind="cuda") != of("optimise")
+
+def test_four_bits_are_counted_as_they_are_stored():
+    recipe = load_recipe("recipes/mistral-7b.yaml")
+    sizes = assumed_sizes(recipe)
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": None})})
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    saved = peak("judge", plain, sizes, "cuda") - peak("judge", recipe, sizes, "cuda")
+    assert saved == round(linear * (2 - .5 - 1 / 64 - 4 / (64 * 256)) - 4096 * 14336 * 2)
+
+# rows and hours -------------------------------------------------------------
+
+def test_letters_have_the_lengths_that_are_asked_for():
+    pairs = letter_pairs([(60, 20, 30), (90, 1, 2)])
+    assert [(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs] == [(60, 20, 30), (90, 2, 2)]
+    from scir.judge import judge_ids
+    judge = load_recipe("recipes/smol.yaml").judge
+    assert len(judge_ids(tiny_tokenizer(), letter_judge(judge, 100), "", "", "")) == 100
+
+def test_the_work_is_that_of_the_run(tiny_run):
+    "Rows as the run's files have them."
+    recipe = load_recipe(tiny_run/"recipe.yaml")
+    rows = {(w.stage, w.kind): w for w in work(recipe, counted_sizes(recipe))}
+    steps = read_json(tiny_run/"manifest.json")["steps"]
+    total = lambda stage, field: sum(s["summary"][field] for k, s in steps.items() if k.split(":")[0] == stage)
+    assert rows["sample", "decoded"].rows == total("sample", "responses") and rows["evaluate", "decoded"].rows == total("evaluate", "responses")
+    assert rows["warm_start", "trained"].rows == total("warm_start", "pairs")
+    assert total("judge", "pairs") <= rows["judge", "read"].rows / 2 <= 1.2 * total("judge", "pairs")  # equal responses fall out
+
+def test_answers_are_as_long_as_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("scir.pipeline.root", lambda: tmp_path)
+    recipe = load_recipe("recipes/tiny.yaml")
+    assert answer_tokens(recipe) == ASSUMED["answer"] * 12
+    row = lambda n: Response(id=f"p/{n}", prompt_id="p", prompt="p", candidate=n, response="x", response_ids=[1] * n, finished=True, seed=0)
+    (tmp_path/"data/runs/tiny/seed0/scir/m2").mkdir(parents=True)
+    write_rows(tmp_path/"data/runs/tiny/seed0/scir/m2/responses.jsonl", [row(3), row(4)])
+    assert answer_tokens(recipe) == 3.5
+
+def test_arms_do_the_work_that_they_do():
+    "SCIR trains on all pairs and asks the judge, self-rewarding training on one pair of a prompt; replay adds seed pairs."
+    def trained(arm, *settings):
+        recipe = load_recipe("recipes/tiny.yaml", (f"arms=[{arm}]", "iterations=1", "sampling.candidates=4", *settings))
+        return next(w for w in work(recipe, counted_sizes(recipe)) if (w.stage, w.kind) == ("optimise", "trained"))
+    assert trained("scir").rows == 6 * trained("srlm").rows == 48 and trained("scir").tokens > 6 * trained("srlm").tokens
+    assert trained("scir", "train.replay=0.2").rows == 60 and trained("scir", "train.epochs=2").rows == 96
+
+def test_a_line_through_two_depths():
+    assert line([1.0, 1.5], 30) == 1.5 + .25 * 26 and line([2.0, 1.9], 30) == 1.9 and line([3.0], 2) == 3.0
+    assert hours([Work("judge", "read", 1, 7200), Work("judge", "decoded", 1, 3600)], {"read": 1, "decoded": .5}) == {"judge": 2.5}
+
+def test_batches_grow_while_time_is_left(monkeypatch):
+    monkeypatch.setattr(planner, "_timed", lambda run, n: .1 * n)
+    assert seconds_of(None, 64, 100)[1] == 64 and seconds_of(None, 64, 1)[1] < 16 and seconds_of(None, 1, 100) == (.1, 1)
+
+def test_a_probe_of_a_deeper_model(tmp_path):
+    "Two shallow models stand for one of six layers; all three kinds are timed and the recipe's own name is left alone."
+    recipe = load_recipe("recipes/tiny.yaml", ("lora.last_layers=3", "sampling.max_new_tokens=4"))
+    config = config_of(recipe.model)
+    config.num_hidden_layers, config.layer_types = 6, None
+    config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    deep = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(tmp_path)})})
+    few = shallow(deep, 2, tmp_path/"few")
+    assert config_of(few.model).num_hidden_layers == 2 and few.lora.last_layers == 1
+    rates = probe(deep, counted_sizes(recipe), 1)
+    assert set(rates) == {"trained", "read", "decoded"} and all(r > 0 for r in rates.values())
+
+# in the doctor --------------------------------------------------------------
+
+def findings(monkeypatch, *settings, **kw):
+    monkeypatch.setattr(planner, "probe", lambda *a: {"trained": 1e-3, "read": 1e-4, "decoded": 1e-2})
+    return {f.what: f for f in doctor.memory_and_hours(load_recipe("recipes/tiny.yaml", settings), **kw)}
+
+def test_the_doctor_says_memory_and_hours(monkeypatch):
+    found = findings(monkeypatch)
+    assert {*MEASURED, "lengths", "hours"} == set(found) and all(f.state == "ok" for f in found.values())
+    assert "100" in found["hours"].finding and "counted" in found["lengths"].finding
+    assert "not estimated" in findings(monkeypatch, probed=False)["hours"].finding
+
+def test_what_does_not_fit_is_a_fault_with_settings_that_fit(monkeypatch):
+    monkeypatch.setattr(doctor, "CONTEXT", 0)
+    need = peak("sample", load_recipe("recipes/tiny.yaml"), counted_sizes(load_recipe("recipes/tiny.yaml")), "cuda")
+    found = findings(monkeypatch, gpu=.8 * need / 1e9)["sample"]
+    assert found.state == "fault"
+    settings = tuple(s for s in found.mend.replace("add ", "").split() if s != "--set")
+    assert findings(monkeypatch, *settings, gpu=.8 * need / 1e9)["sample"].state == "ok"
+    assert "not estimated" in findings(monkeypatch, gpu=24)["hours"].finding
+
+def test_a_model_that_is_nowhere_is_no_plan(monkeypatch):
+    found = findings(monkeypatch, "model.name=somebody/some-model")
+    assert set(found) == {"plan"} and found["plan"].state == "warn" and "hf download somebody/some-model" in found["plan"].mend
+
+@pytest.mark.parametrize("name", ["mistral-7b", "smol", "smol-full", "tiny", "tiny-arms"])
+def test_every_recipe_has_a_plan(monkeypatch, name):
+    monkeypatch.setattr(planner, "probe", lambda *a: {"trained": 1e-3, "read": 1e-4, "decoded": 1e-2})
+    if name.startswith(("smol", "mistral")): monkeypatch.setattr(planner, "peak", lambda *a: 1)  # taken for real by the tests above
+    monkeypatch.setattr("scir.planner.counted_sizes", assumed_sizes)
+    found = doctor.memory_and_hours(load_recipe(f"recipes/{name}.yaml"))
+    assert {*MEASURED, "lengths", "hours"} == {f.what for f in found}
+
+if __name__ == "__main__": measure(sys.argv[1])
