@@ -477,14 +477,11 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
             with whole_folder(tmp_path/taken): pass
     assert (tmp_path/"file").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == ["empty", "file", "new"]
 
-def test_the_current_folder_is_filled(tiny_run, tmp_path, monkeypatch):
-    (tmp_path/"here").mkdir()
-    monkeypatch.chdir(tmp_path/"here")
-    same = (tmp_path/"here").stat().st_ino
-    export_dataset(str(tiny_run/NODE), ".")
-    assert (tmp_path/"here").stat().st_ino == same == Path.cwd().stat().st_ino and sorted(f.name for f in Path(".").iterdir()) == ["README.md", "data"] and 'load_dataset("here"' in Path("README.md").read_text()
-    assert [f.name for f in tmp_path.iterdir()] == ["here"]
-    with pytest.raises(ValueError, match="name a new or an empty folder"): export_dataset(str(tiny_run/NODE), ".")
+def test_the_current_folder_is_refused(tiny_run, tmp_path, monkeypatch):
+    "A built-in base would be made below it, and pushed."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name a new folder in it"): export_dataset(str(tiny_run/NODE), ".")
+    assert not list(tmp_path.iterdir())
 
 def test_what_cannot_be_exported(tiny_run, tmp_path, at_root):
     (tmp_path/"adapter").mkdir()

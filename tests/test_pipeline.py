@@ -297,3 +297,15 @@ def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_pa
     assert recipe.model.dtype == dtype and load_recipe(run / "recipe.yaml").model.dtype == dtype and json.loads((run / "manifest.json").read_text())["model"]["dtype"] == dtype
     for name in ("avx512_bf16", "amx_tile"): monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: dtype == "float32")  # another machine
     assert open_run(tmp_path / "auto.yaml", tmp_path / "run")[0].model.dtype == dtype
+
+@pytest.mark.parametrize("message, tries", [("Kernel died before replying to kernel_info", 3), ("Kernel died", 1)])
+def test_a_kernel_that_never_began_is_started_again(monkeypatch, message, tries):
+    import papermill
+    from scir.pipeline import in_a_kernel
+    asked = []
+    def dies(*args):
+        asked.append(args)
+        raise RuntimeError(message)
+    monkeypatch.setattr(papermill, "execute_notebook", dies)
+    with pytest.raises(RuntimeError, match=message): in_a_kernel("a notebook")
+    assert asked == [("a notebook",)] * tries
