@@ -6,10 +6,10 @@
 __all__ = ['TARGETS', 'SMALL', 'LARGE', 'GROUPS', 'met', 'figure', 'alternate', 'timed', 'median_ratio', 'Work', 'moved',
            'library_generate', 'judge_figures', 'judge_steps', 'judge_gradient_figures', 'trl_step', 'our_step',
            'training_figures', 'machine_limits', 'floor_seconds', 'continuous', 'sampling_figures', 'growth',
-           'peak_bytes', 'in_child', 'child', 'growth_figures', 'machine', 'plot', 'table', 'bench', 'main']
+           'in_child', 'child', 'growth_figures', 'machine', 'plot', 'table', 'bench', 'main']
 
 # %% ../nbs/23_bench.ipynb #7d189168
-import gc, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
+import gc, json, os, platform, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .recipe import Recipe, SamplingSpec, load_recipe
 from .rewards import View
 from .sample import generate, sample
 from .score import candidate_pairs, labelled_pairs, score, set_reference
-from .store import Prompt, Response, read_rows, row_seed, write_json
+from .store import Prompt, Response, peak_bytes, read_rows, row_seed, write_json
 
 # %% ../nbs/23_bench.ipynb #80d4f729
 TARGETS = {
@@ -292,13 +292,6 @@ def growth(w:Work, n:int)->list: # seconds
             set_reference(model, pairs, 1024)
             score(model, w.tokenizer, pairs, w.recipe.model_copy(update={"judge": w.recipe.judge.model_copy(update={"batch_tokens": 1024})}), Path(d)/"scores.jsonl")
     return alternate({"run": run}, w.repeats)["run"]
-
-def peak_bytes()->int:
-    "Of this process. Linux's `ru_maxrss` would be the parent's where that was larger, so VmHWM is read there."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")
-    if status.exists(): return 1024 * int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith("VmHWM")))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def in_child(w:Work, name:str)->dict: # what a child process prints
     "Do one thing and say how much memory it took."

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 import scir
 from .recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, own_recipe, parent_node
-from .store import digest, exchange, hash_path, hide_secrets, processes, rank, read_json, remove, sharded, unfinished, unfinished_parts, write_json, write_text
+from .store import digest, exchange, hash_path, hide_secrets, peak_bytes, processes, rank, read_json, remove, sharded, unfinished, unfinished_parts, write_json, write_text
 
 # %% ../nbs/21_pipeline.ipynb #7299161b
 def _warm_start(recipe, run, node):
@@ -372,9 +372,9 @@ def _version(package):
     except metadata.PackageNotFoundError: return None
 
 def provenance()->dict:
-    "Versions, commit and machine of this process, kept with every step it makes."
+    "Versions, commit, machine and most memory of this process, kept with every step it makes."
     gpu = sys.modules["torch"].cuda.get_device_name() if "torch" in sys.modules and sys.modules["torch"].cuda.is_available() else None
-    return {"versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}, "commit": _commit(),
+    return {"versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}, "commit": _commit(), "peak_bytes": peak_bytes(),
             "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}}
 
 # %% ../nbs/21_pipeline.ipynb #9c42cdbb

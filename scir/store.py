@@ -6,10 +6,10 @@
 __all__ = ['SECRETS', 'Row', 'Prompt', 'LabelledPair', 'Response', 'Score', 'ResponseReward', 'Vote', 'atomic_path', 'flush',
            'write_text', 'hide_secrets', 'write_json', 'read_json', 'write_rows', 'read_rows', 'unfinished',
            'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'sharded', 'share', 'meet', 'exchange',
-           'Journal', 'digest', 'row_seed', 'hash_path']
+           'peak_bytes', 'Journal', 'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
-import hashlib, json, os, re, shutil
+import hashlib, json, os, re, shutil, sys
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
@@ -186,6 +186,16 @@ def exchange(value)->list: # a value of each process, in order
     values = [None] * processes()
     dist.all_gather_object(values, value)
     return values
+
+# %% ../nbs/01_store.ipynb #f731f3b3
+def peak_bytes()->int:
+    "Most memory that this process took: of its GPU where it used one, else of the machine. Linux's `ru_maxrss` would be the parent's where that was larger, so VmHWM is read there."
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available(): return torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status")
+    if status.exists(): return 1024 * int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith("VmHWM")))
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 # %% ../nbs/01_store.ipynb #a1f4165d
 class Journal:
