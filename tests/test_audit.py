@@ -1,5 +1,5 @@
 """What a run says of itself: states with reasons, locks, failures, checkpoints, verification."""
-import json, shutil, subprocess, sys, time
+import json, os, platform, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -239,6 +239,7 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
 
 def test_an_owner_on_another_machine_is_named_with_it(tmp_path):
     with alone(tmp_path, "run", 0, "x"):
+        assert (tmp_path / ".locks/run.owner").read_text() == f"{os.getpid()} on {platform.node()}"
         (tmp_path / ".locks/run.owner").write_text("7 on elsewhere")
         with pytest.raises(RuntimeError, match="x .process 7 on elsewhere.;"), alone(tmp_path, "run", 0, "x"): pass
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import psutil, pytest, typer
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from scir import cli, pipeline, store
 from scir.pipeline import Step, assist, by_itself, join_others, launch_line, note_failure, noted, reason, run_recipe, start_manifest
@@ -191,9 +192,11 @@ def test_processes_end_with_the_command(tmp_path, sent, code):
     assert not alive and (tmp_path / "err").read_text() == ("scir: interrupted; the same command goes on\n" if sent == signal.SIGINT else "")
 
 
-def test_a_faulty_recipe_is_said_once_and_starts_nothing(tmp_path):
-    done = subprocess.run(scir(tmp_path / "run", "--set", "arms=[external]"), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("scir: arm external: name its reward model") and len(done.stderr.splitlines()) == 1
+def test_a_faulty_recipe_is_said_once_and_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "launch", lambda *a: pytest.fail("started"))
+    done = CliRunner().invoke(cli.app, [*map(str, scir(tmp_path / "run", "--set", "arms=[external]")[1:])])
+    assert done.exit_code == 1 and done.stderr.startswith("scir: arm external: name its reward model") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
