@@ -475,7 +475,7 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
 @app.command(epilog="""Examples:
   scir doctor
   scir doctor --recipe recipes/smol.yaml --json
-  scir doctor --recipe recipes/mistral-7b.yaml --gpu 24""")
+  scir doctor --recipe recipes/smol.yaml --gpu 24""")
 def doctor(recipe: Annotated[Path | None, typer.Option(help="ask too whether this recipe can run here")] = None,
            setting: Settings = [],
            gpu: Annotated[float | None, typer.Option(metavar="GB", help="plan the recipe's memory for a GPU of so many GB that is not here", min=1)] = None,
