@@ -422,7 +422,7 @@ def duration(recipe, sizes, probed:bool)->Finding:
     rates = probe(recipe, sizes)
     by_stage = hours(todo, rates)
     speeds = ", ".join(f"{1 / rate:.3g} {kind}" for kind, rate in rates.items() if rate)
-    return Finding("hours", f"{sum(by_stage.values()):.2g} ({', '.join(f'{s} {h:.2g}' for s, h in by_stage.items())}); {tokens}; tokens a second by a probe: {speeds}")
+    return Finding("hours", f"at least {sum(by_stage.values()):.2g} ({', '.join(f'{s} {h:.2g}' for s, h in by_stage.items())}); {tokens}; tokens a second by a probe: {speeds}")
 
 def memory_and_hours(recipe, gpu:float|None=None, # GB of a GPU that is elsewhere
                      probed:bool=True)->list: # of Finding

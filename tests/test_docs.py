@@ -112,11 +112,12 @@ def test_what_pages_ask_for_is_made():
 
 
 def test_the_estimate_follows_the_recipe():
-    "Numbers that can be counted otherwise: parameters of the 7B shape, and of its adapter by peft's rule r (in + out)."
+    "Numbers that can be counted otherwise: parameters of the 7B shape, answers and their tokens; a row for every stage."
+    from scir.planner import MEASURED, skeleton
     from scir.recipe import load_recipe
-    r = load_recipe(ROOT/"recipes/mistral-7b.yaml")
-    rows = {what: size for what, _, size in pages.memory(r, pages.SHAPE)}
-    assert abs(rows["weights in nf4"] / 4.13 * 8 + rows["embedding and head, bfloat16"] / 2 - 7.24e9) < .01e9
-    assert rows["keys and values while sampling"] == 32 * 1024 * 32 * 2 * 8 * 128 * 2
-    more = {w: t for w, _, t, _ in pages.effort(r.model_copy(update={"iterations": 1}))}
-    assert more["sample"] == 5000 * 4 * 256 and more["optimise, scir"] * 3 == {w: t for w, _, t, _ in pages.effort(r)}["optimise, scir"]
+    shape = skeleton(load_recipe(ROOT/"recipes/mistral-7b.yaml"), "cuda", adapted=False)
+    assert abs(sum(p.numel() for p in shape.parameters()) - 7.24e9) < .01e9
+    assert "| `sample` | decoded | 100,000 | 25.6 |" in pages.effort()  # 5 models x 5000 prompts x 4 answers of 256 tokens
+    sizes = [[float(x) for x in line.split("|")[2:-1]] for line in pages.memory().splitlines()[2:]]
+    assert len(sizes) == len(MEASURED) and all(0 < as_it_is < min(others) for as_it_is, *others in sizes[:1])
+

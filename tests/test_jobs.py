@@ -1,5 +1,5 @@
 """Steps side by side: two arms and two seeds at once are one run with one report, the same as one after another."""
-import os, subprocess, sys, time
+import os, re, subprocess, sys, time
 import multiprocessing
 from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
@@ -34,7 +34,7 @@ def sweep(tmp_path_factory):
 
 def test_a_sweep_is_resumed_and_is_one_run_with_one_report(sweep):
     folder, said = sweep
-    assert "warm_start:seed0/m1: unchanged" in said and said.count(": done") == len(read_json(folder / "manifest.json")["steps"]) - said.count(": unchanged")
+    assert "warm_start:seed0/m1: unchanged" in said and len(re.findall(": done(?!:)", said)) == len(read_json(folder / "manifest.json")["steps"]) - said.count(": unchanged")
     models = pd.read_parquet(folder / "report/models.parquet")
     assert {(s, a) for s, a in zip(models.seed, models.arm)} >= {(s, a) for s in (0, 1) for a in ("srlm", "scir")}
     assert set(pd.read_csv(folder / "report/inconsistency.csv").model) == {"M_0, untrained", "M_1 = sft", "srlm M_2", "scir M_2"}
