@@ -6,7 +6,7 @@
 __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Sizes', 'counted_sizes', 'assumed_sizes',
            'answer_tokens', 'letter_pairs', 'letter_judge', 'lettered', 'Live', 'attention_of', 'as_on', 'config_of',
            'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4', 'peak_of', 'training_peak', 'reading_peak',
-           'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak', 'Work', 'pair_tokens', 'middle',
+           'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak', 'Task', 'pair_tokens', 'middle',
            'work', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe', 'line', 'hours', 'hours_on']
 
 # %% ../nbs/24_planner.ipynb #c036352c
@@ -256,7 +256,7 @@ def peak(stage:str, recipe:Recipe, sizes:Sizes, kind:str)->int: # bytes of tenso
     return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size])
 
 # %% ../nbs/24_planner.ipynb #260a9ffe
-class Work(NamedTuple):
+class Task(NamedTuple):
     "What one stage does in a whole run."
     stage: str
     kind: str # trained, read or decoded
@@ -272,14 +272,14 @@ def middle(rows:list)->tuple:
     "Mean lengths."
     return tuple(map(mean, zip(*rows)))
 
-def work(recipe:Recipe, sizes:Sizes)->list: # of Work, stage by stage
+def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
     "All that the stages of a run do with the model."
     from scir.pipeline import plan
     s, t, steps, frame = recipe.sampling, recipe.train, plan(recipe), sizes.frame
     times, own = {k: sum(x.stage == k for x in steps) for k in ("warm_start", "sample", "evaluate", "label")}, (mean(sizes.prompts), sizes.answer, sizes.answer)
     each = s.pairs_per_prompt or comb(s.candidates, 2)
-    of = lambda stage, kind, rows, lengths, judged: Work(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
-    answers = lambda stage, n, prompts: [Work(stage, "decoded", n * prompts * s.candidates, n * prompts * s.candidates * sizes.answer), Work(stage, "read", n * prompts, n * prompts * own[0])]
+    of = lambda stage, kind, rows, lengths, judged: Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
+    answers = lambda stage, n, prompts: [Task(stage, "decoded", n * prompts * s.candidates, n * prompts * s.candidates * sizes.answer), Task(stage, "read", n * prompts, n * prompts * own[0])]
     seeds, pairs, panel = len(sizes.seeds), len(sizes.prompts) * each, len(sizes.held) * each
     out = [of("warm_start", "trained", times["warm_start"] * seeds * recipe.warm_start.epochs, middle(sizes.seeds), True), of("warm_start", "read", times["warm_start"] * seeds, middle(sizes.seeds), False),
            *answers("sample", times["sample"], len(sizes.prompts)), of("judge", "read", times["sample"] * pairs, own, True), of("judge", "read", times["sample"] * pairs, own, False)]
@@ -291,13 +291,13 @@ def work(recipe:Recipe, sizes:Sizes)->list: # of Work, stage by stage
         out += [of("optimise", "trained", trained * arm.epochs, own, judged), of("optimise", "trained", replayed * arm.epochs, middle(sizes.seeds), judged)]
     out += [*answers("evaluate", times["evaluate"], len(sizes.held)), of("evaluate", "read", times["evaluate"] * panel, own, True), of("evaluate", "read", times["evaluate"] * len(sizes.labelled), middle(sizes.labelled), True)]
     votes = times["label"] * len(sizes.prompts) * s.candidates * recipe.labels.votes if any(recipe.arm(a).label == "votes" for a in recipe.arms if a != "sft") else 0
-    return summed([*out, Work("label", "decoded", votes, votes * recipe.labels.vote_tokens)])
+    return summed([*out, Task("label", "decoded", votes, votes * recipe.labels.vote_tokens)])
 
-def summed(parts:list)->list: # of Work
+def summed(parts:list)->list: # of Task
     "One line for each stage and kind."
     keys = dict.fromkeys((w.stage, w.kind) for w in parts if w.rows)
     same = lambda k: [w for w in parts if (w.stage, w.kind) == k]
-    return [Work(*k, sum(w.rows for w in same(k)), sum(w.tokens for w in same(k))) for k in keys]
+    return [Task(*k, sum(w.rows for w in same(k)), sum(w.tokens for w in same(k))) for k in keys]
 
 # %% ../nbs/24_planner.ipynb #59facecf
 KINDS, DEPTHS = ("trained", "read", "decoded"), (2, 4)
@@ -369,7 +369,7 @@ def line(found:list, # seconds a token at each of DEPTHS, or at the model's own 
     return b + max(b - a, 0) / (many - few) * (depth - many)
 
 def hours(todo:list, rates:dict)->dict: # stage -> hours
-    "Work at these rates (seconds a token)."
+    "Task at these rates (seconds a token)."
     stages = dict.fromkeys(w.stage for w in todo)
     return {s: sum(w.tokens * rates[w.kind] for w in todo if w.stage == s) / 3600 for s in stages}
 

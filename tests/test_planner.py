@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from scir import doctor, planner
 from scir.model import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
 from scir.optimise import pair_loss
-from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Work, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, largest_batch, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, peak,
+from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, largest_batch, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, peak,
                           probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
 from scir.recipe import load_recipe, parse_recipe
 from scir.rewards import View, margins
@@ -165,7 +165,7 @@ def test_arms_do_the_work_that_they_do():
 
 def test_a_line_through_two_depths():
     assert line([1.0, 1.5], 30) == 1.5 + .25 * 26 and line([2.0, 1.9], 30) == 1.9 and line([3.0], 2) == 3.0
-    assert hours([Work("judge", "read", 1, 7200), Work("judge", "decoded", 1, 3600)], {"read": 1, "decoded": .5}) == {"judge": 2.5}
+    assert hours([Task("judge", "read", 1, 7200), Task("judge", "decoded", 1, 3600)], {"read": 1, "decoded": .5}) == {"judge": 2.5}
 
 def test_batches_grow_while_time_is_left(monkeypatch):
     monkeypatch.setattr(planner, "_timed", lambda run, n: .1 * n)
