@@ -10,7 +10,7 @@ __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Si
            'work', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe', 'line', 'hours', 'hours_on']
 
 # %% ../nbs/24_planner.ipynb #c036352c
-import random, string, tempfile, time, weakref
+import random, string, tempfile, weakref
 from contextlib import contextmanager
 from math import ceil, comb
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from . import logprobs
+from .bench import timed
 from .judge import judge_ids
 from .logprobs import batches, encode_prompt
 from .model import compute_dtype, device, for_sampling, for_scoring, for_training, load_base, load_tokenizer, model_folder, new_adapter, tiny_tokenizer, use_grouped_attention
@@ -275,7 +276,7 @@ def middle(rows:list)->tuple:
 def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
     "All that the stages of a run do with the model."
     from scir.pipeline import plan
-    s, t, steps, frame = recipe.sampling, recipe.train, plan(recipe), sizes.frame
+    s, steps, frame = recipe.sampling, plan(recipe), sizes.frame
     times, own = {k: sum(x.stage == k for x in steps) for k in ("warm_start", "sample", "evaluate", "label")}, (mean(sizes.prompts), sizes.answer, sizes.answer)
     each = s.pairs_per_prompt or comb(s.candidates, 2)
     of = lambda stage, kind, rows, lengths, judged: Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
@@ -322,13 +323,7 @@ def seconds_of(run, rows:int, limit:float)->tuple: # seconds, rows
         run_time = _timed(run, n)
     return min(run_time, _timed(run, n)), n
 
-def _timed(run, n):
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    started = time.perf_counter()
-    run(n)
-    wait()
-    return time.perf_counter() - started
+def _timed(run, n): return timed(lambda: run(n))
 
 # %% ../nbs/24_planner.ipynb #6abda6fb
 def per_token(recipe:Recipe, sizes:Sizes, kind:str, limit:float)->float: # seconds
