@@ -9,10 +9,10 @@ __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS'
            'inputs', 'fingerprint', 'State', 'state', 'differences', 'file_name', 'busy', 'finished', 'provenance',
            'start_manifest', 'manifest_of', 'write_manifest', 'record', 'note_failure', 'now', 'root',
            'notebook_folder', 'quiet', 'settled', 'open_run', 'check_owner', 'alone', 'begin', 'reason', 'noted',
-           'work', 'do', 'check_words', 'check_recipe', 'notebook_of', 'shown', 'in_a_kernel', 'execute', 'end_with',
-           'gpus', 'Pool', 'executor', 'in_turn', 'hearing_ctrl_c', 'side_by_side', 'make_models', 'recipe_sources',
-           'say_shipped', 'by_itself', 'launch_line', 'check_shards', 'join_others', 'leave_others', 'assist', 'seen',
-           'one_by_one', 'told', 'place', 'ready', 'run_recipe']
+           'work', 'do', 'check_words', 'check_recipe', 'notebook_of', 'shown', 'in_a_kernel', 'asked', 'execute',
+           'end_with', 'gpus', 'Pool', 'executor', 'in_turn', 'hearing_ctrl_c', 'side_by_side', 'make_models',
+           'recipe_sources', 'say_shipped', 'by_itself', 'launch_line', 'check_shards', 'join_others', 'leave_others',
+           'assist', 'seen', 'one_by_one', 'told', 'place', 'ready', 'run_recipe']
 
 # %% ../nbs/21_pipeline.ipynb #1424070f
 import ast, atexit, json, multiprocessing, os, platform, signal, subprocess, sys, threading, time
@@ -599,17 +599,21 @@ def in_a_kernel(*args, **kw)->None:
         except RuntimeError as e:
             if not left or "Kernel died before replying" not in str(e): raise
 
-def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
-    "Execute a step's run notebook in a fresh kernel, its output streamed to the terminal."
+def asked(run:Path, step:Step, notebooks:Path)->tuple: # notebook, its parameters
+    "A step's run notebook and what it is given. Raises FileNotFoundError or ValueError for one that is not there, or takes something else."
     import papermill
-    from nbclient.exceptions import DeadKernelError
-    from scir.kernels import use_warm_kernels
-    use_warm_kernels()
-    source, target = notebooks/f"{STAGES[step.stage].notebook}.ipynb", notebook_of(run, step)
-    parameters = {"recipe": None, "run": str(run)} | ({"node": step.node} if step.node else {})
+    source, parameters = notebooks/f"{STAGES[step.stage].notebook}.ipynb", {"recipe": None, "run": str(run)} | ({"node": step.node} if step.node else {})
     if not source.exists(): raise FileNotFoundError(f"{source}: no such notebook; install scir again, or run it inside a checkout")
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if unknown: raise ValueError(f"{source}: its parameters cell lacks {sorted(unknown)}")
+    return source, parameters
+
+def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
+    "Execute a step's run notebook in a fresh kernel, its output streamed to the terminal."
+    from nbclient.exceptions import DeadKernelError
+    from scir.kernels import use_warm_kernels
+    use_warm_kernels()
+    (source, parameters), target = asked(run, step, notebooks), notebook_of(run, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     literal = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill fills parameters into paths
     try:
