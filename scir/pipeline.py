@@ -515,7 +515,7 @@ def reason(error)->str:
     text = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error.args[0] if isinstance(error, KeyError) else error)
     if isinstance(error, BrokenExecutor): text = "the process of this job, or of one beside it, was killed, most often for want of memory; run again, if need be with fewer --jobs"
     if type(error).__module__.startswith("submitit"): text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
-    if "gloo/transport" in text or "ncclRemoteError" in text: text = "another of the processes that share this step ended; what it said is the reason"
+    if "gloo/transport" in text or "ncclRemoteError" in text: text = "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed, most often for want of memory"
     text = hide_secrets(" ".join(text.split()) or type(error).__name__)
     if any(sign in text for sign in ("No space left", "StorageFull", "Disk quota", "PytorchStreamWriter failed")): return f"{text}; the disk is full: free some of it and run again, what is done is kept"
     if any(sign in text for sign in ("Permission denied", "Read-only file system")): return f"{text}; let this user write there, or name another place with --out"
