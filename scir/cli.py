@@ -248,10 +248,11 @@ def rehearse(recipe, out:Path, words:list, jobs:int, processes:int, json:bool)->
     for key, s in steps: typer.echo(f"{key}: {state(s)}")
     typer.echo("\n" + "\n".join(f"{where}: {line}" for where, line in lines.items()))
 
-def fits_together(jobs:int, cluster:list, processes:int, shard:bool)->None:
+def fits_together(jobs:int, cluster:dict|None, processes:int, shard:bool)->None:
     "Refuse options of a run that make no sense together."
     from scir.store import processes as launched
     if processes > 1 and jobs > 1: raise UsageError("--jobs and --processes: take one of them; steps side by side need no processes that share them")
+    if processes > 1 and launched() > 1: raise UsageError(f"--processes: WORLD_SIZE={launched()} says that a launcher has started several; leave out --processes, or unset WORLD_SIZE")
     if cluster and jobs == 1: raise UsageError("--cluster: say with --jobs how many jobs may be there at once")
     if shard and processes == launched() == 1: raise UsageError("--shard: say with --processes among how many, or start them with torchrun")
 
@@ -259,7 +260,8 @@ def as_settings(cluster:list)->dict|None:
     "KEY=VALUE words as settings, values as YAML; None for none."
     import yaml
     if bad := [c for c in cluster if "=" not in c]: raise UsageError(f"--cluster {bad[0]}: write it as KEY=VALUE")
-    return {k: yaml.safe_load(v) for k, _, v in (c.partition("=") for c in cluster)} or None
+    try: return {k: yaml.safe_load(v) for k, _, v in (c.partition("=") for c in cluster)} or None
+    except yaml.YAMLError as e: raise UsageError(f"--cluster: a value is not YAML: {e}") from None
 
 # %% ../nbs/26_cli.ipynb #a774b18e
 @app.command(epilog="""Examples:
@@ -281,14 +283,14 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
     from scir.pipeline import place, ready, run_recipe
     from scir.recipe import load_recipe
     from scir.store import rank
-    fits_together(jobs, cluster, processes, shard)
+    fits_together(jobs, settings := as_settings(cluster), processes, shard)
     loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
     if dry_run or processes > 1:  # the faults of a recipe are said once, before several processes would
         with aside(json): settled = ready(loaded, folder := place(loaded, out), shard)
         if dry_run: return rehearse(settled, folder, words_again(), jobs, processes, json)
         os.chdir(here)
         return launch(words_again(), processes, debug)
-    with aside(json): folder = run_recipe(loaded, out, jobs, as_settings(cluster), shard)
+    with aside(json): folder = run_recipe(loaded, out, jobs, settings, shard)
     if rank(): return
     folder = from_here(folder, here)
     if json: emit({"run": str(folder), "steps": standing(*opened(folder)), "tables": records(folder/"report")})

@@ -841,14 +841,14 @@ def run_recipe(recipe:Recipe,
     run = place(recipe, run)
     join_others(shard)
     if rank(): return assist(run)
-    if jobs > 1 and processes() > 1: raise ValueError(f"{jobs} jobs in {processes()} processes: take one of them; steps side by side need no processes that share them")
+    if (jobs > 1 or cluster is not None) and processes() > 1: raise ValueError(f"{jobs} jobs in {processes()} processes: take one of them; steps side by side need no processes that share them")
     recipe, steps = ready(recipe, run), plan(recipe)
     with alone(run, "run", 0, "another `scir run` works on it"):
         say_shipped(recipe_sources(recipe))
         start_manifest(recipe, run)
         for step in steps:  # of writes that a kill cut short
             if not busy(run, f"{file_name(step)}.job"): remove((run/"notebooks").glob(f".{file_name(step)}.ipynb.*.tmp"))
-        if jobs > 1:
+        if jobs > 1 or cluster is not None:
             with executor(run, jobs, cluster) as at: side_by_side(recipe, run, steps, at, jobs)
         else: one_by_one(recipe, run, steps)
         for step in steps:

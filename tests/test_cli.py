@@ -413,6 +413,9 @@ def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
     (("jugde",), 2, ("'judge'", "scir --help")), (("--nothing",), 2, ("--nothing", "scir --help")), (("judge",), 2, ("--model", "scir judge --help")),
     (("judge", "--limit", "x"), 2, ("--limit", "scir judge --help")), (("sample", "--model", TINY, "--prompts", "p.jsonl", "--candidates", "0"), 2, ("--candidates",)),
     (("doctor", "--set", "train.beta=1"), 2, ("--recipe",)), (("doctor", "--gpu", "24"), 2, ("--recipe",)), (("status", "data/absent"), 1, ("not a run directory", "scir run")), (("run", "recipes/absent.yaml"), 1, ("recipes/",)),
+    *((("run", "recipes/absent.yaml", *more.split()), 2, (words, "scir run --help")) for more, words in (
+        ("--jobs 2 --processes 2", "take one of them"), ("--cluster cluster=local", "--cluster: say with --jobs"), ("--jobs 2 --cluster slurm --dry-run", "--cluster slurm: write it as KEY=VALUE"),
+        ("--jobs 2 --cluster timeout_min=[", "--cluster: a value is not YAML"), ("--jobs 0", "--jobs"), ("--processes 0", "--processes"))),
 ])
 def test_exit_codes(args, code, words):
     done = CliRunner().invoke(app, args, prog_name="scir")

@@ -2,6 +2,7 @@
 import os, re, subprocess, sys, time
 import multiprocessing
 from concurrent.futures import BrokenExecutor, Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,15 @@ def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
     with pipeline.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at: assert isinstance(at, Executor)
     assert asked == [((tmp_path / "x/.jobs",), {"cluster": "slurm"}), {"name": "scir-x", "timeout_min": 5, "slurm_partition": "gpu"}]
+
+
+def test_a_cluster_is_not_ignored_where_one_job_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = []
+    monkeypatch.setattr(pipeline, "executor", lambda *a: asked.append(a) or nullcontext())
+    monkeypatch.setattr(pipeline, "side_by_side", lambda *a: None)
+    pipeline.run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, cluster={"cluster": "slurm"})
+    assert asked == [(tmp_path, 1, {"cluster": "slurm"})]
 
 
 def test_a_job_of_an_earlier_command_is_waited_for(tmp_path, monkeypatch, capsys):

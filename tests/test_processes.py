@@ -259,6 +259,13 @@ def test_a_number_of_processes_that_no_launcher_set_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2 .* unset WORLD_SIZE"): join_others()
 
 
+def test_processes_do_not_start_processes_again(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "launch", lambda *a: pytest.fail("started"))
+    done = CliRunner().invoke(cli.app, ["run", "recipes/absent.yaml", "--processes", "2"])
+    assert done.exit_code == 2 and "WORLD_SIZE=2 says that a launcher has started several" in done.stderr
+
+
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(pipeline, "end_with", lambda owner: None)
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items(): monkeypatch.setenv(k, v)
