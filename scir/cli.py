@@ -237,14 +237,14 @@ def from_here(path:Path, here:Path)->Path:
     os.chdir(here)
     return Path(os.path.relpath(path)) if path.is_relative_to(here) else path
 
-def rehearse(recipe, out:Path, words:list, jobs:int, processes:int, json:bool)->None:
+def rehearse(recipe, out:Path, here:Path, words:list, jobs:int, processes:int, json:bool)->None:
     "Print every step's state, and how to start the run on one machine and, where no steps are side by side, on several."
     from scir.audit import status as ask
     from scir.pipeline import launch_line, seen, told as state
     shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
     steps = [(step.key, seen(recipe, out, step) if s.name == "done" else s) for step, s in ask(recipe, out)]
     lines = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])} | ({"on two, on each": shell(launch_line(words, processes, machines=2))} if jobs == 1 else {})
-    if json: return emit({"run": str(out), "steps": [{"step": key, "state": s.name, "why": s.why} for key, s in steps], "commands": lines})
+    if json: return emit({"run": str(from_here(out, here)), "steps": [{"step": key, "state": s.name, "why": s.why} for key, s in steps], "commands": lines})
     for key, s in steps: typer.echo(f"{key}: {state(s)}")
     typer.echo("\n" + "\n".join(f"{where}: {line}" for where, line in lines.items()))
 
@@ -287,7 +287,7 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
     loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
     if dry_run or processes > 1:  # the faults of a recipe are said once, before several processes would
         with aside(json): settled = ready(loaded, folder := place(loaded, out), shard)
-        if dry_run: return rehearse(settled, folder, words_again(), jobs, processes, json)
+        if dry_run: return rehearse(settled, folder, here, words_again(), jobs, processes, json)
         os.chdir(here)
         return launch(words_again(), processes, debug)
     with aside(json): folder = run_recipe(loaded, out, jobs, settings, shard)

@@ -479,3 +479,8 @@ def test_a_run_tells_where_it_is_from_where_it_was_called(project):
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert Path(told["run"]) == project/"data/runs/tiny" and {s["state"] for s in told["steps"]} == {"done"}
+
+def test_a_rehearsal_tells_where_the_run_is_from_where_it_was_called(project, monkeypatch):
+    monkeypatch.chdir(project/"data")
+    done = CliRunner().invoke(app, ["run", "../recipes/tiny.yaml", "--dry-run", "--json"])
+    assert json.loads(done.stdout)["run"] == "runs/tiny"
