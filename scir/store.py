@@ -189,13 +189,12 @@ def exchange(value)->list: # a value of each process, in order
 
 # %% ../nbs/01_store.ipynb #f731f3b3
 def peak_bytes()->int:
-    "Most memory that this process took: of its GPU where it used one, else of the machine. Linux's `ru_maxrss` would be the parent's where that was larger, so VmHWM is read there."
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available(): return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")
-    if status.exists(): return 1024 * int(next(l.split()[1] for l in status.read_text().splitlines() if l.startswith("VmHWM")))
+    "Most memory that this process took: of its GPU where it used one, else of the machine. Linux's `ru_maxrss` would be the parent's where that was larger, so VmHWM is read where there is one."
+    torch, status = sys.modules.get("torch"), Path("/proc/self/status")
+    if torch and torch.cuda.is_available() and (taken := torch.cuda.max_memory_reserved()): return taken
+    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else ""): return 1024 * int(found[1])
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/01_store.ipynb #a1f4165d
 class Journal:

@@ -1,10 +1,13 @@
 """Out of memory: batches are halved, it is said, and what comes out is the same."""
+from pathlib import Path
+
 import pytest, torch
 
 from scir import alignment, sample as sampling
 from scir.logprobs import batches, in_batches
 from scir.model import out_of_memory
 from scir.score import score, set_reference
+from scir.store import peak_bytes
 from scir.trainer import arguments, fit
 from test_sample import drawn
 from test_train import adapter, close, lines
@@ -110,3 +113,13 @@ def test_rewards_are_the_same_in_little_memory(tmp_path, monkeypatch):
         return plain(self, input_ids=input_ids, **kw)
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", forward)
     assert alignment.reward_scores(folder, rows, dtype="float32") == pytest.approx(whole, abs=1e-5)
+
+def test_the_peak_is_the_gpus_where_one_was_used_else_the_machines(monkeypatch):
+    "A stage without a model leaves a GPU alone; some systems, gVisor among them, have no VmHWM."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    assert peak_bytes() == 7
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
+    machine = peak_bytes()
+    monkeypatch.setattr(Path, "read_text", lambda *a, **kw: "VmRSS:\t1 kB\n")
+    assert 1e8 < machine <= 1.1 * peak_bytes()
