@@ -16,7 +16,7 @@ __all__ = ['LABELLED', 'POOL', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 'IMPORTS'
 
 # %% ../nbs/21_pipeline.ipynb #1424070f
 import ast, atexit, json, multiprocessing, os, platform, signal, subprocess, sys, threading, time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module, metadata
 from itertools import chain
@@ -667,15 +667,21 @@ class Pool:
     def __init__(self, jobs:int):
         context, devices = multiprocessing.get_context("spawn"), gpus()
         self.make = lambda: ProcessPoolExecutor(jobs, context, _job, (devices, context.Value("i", 0), os.getpid()))
-        self.pool = self.make()
+        self.pool, self.jobs = self.make(), []
 
     def submit(self, *job):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that is started here hears Ctrl-C when it has a job, not in the midst of its imports
-        try: return self.pool.submit(*job)
+        try: self.jobs.append(self.pool.submit(*job))
         except BrokenExecutor:
             self.pool = self.make()
-            return self.pool.submit(*job)
+            self.jobs.append(self.pool.submit(*job))
         finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self.jobs[-1]
+
+    def interrupt(self):
+        "Ctrl-C for the jobs that did not hear it with this process, as in a terminal they do."
+        wait(self.jobs, 5)
+        for worker in multiprocessing.active_children(): os.kill(worker.pid, signal.SIGINT)
 
 @contextmanager
 def executor(run:Path, jobs:int, cluster:dict|None=None): # has submit(function, ...) -> something with done() and result()
@@ -689,6 +695,9 @@ def executor(run:Path, jobs:int, cluster:dict|None=None): # has submit(function,
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     pool = Pool(jobs)
     try: yield pool
+    except KeyboardInterrupt:
+        pool.interrupt()
+        raise
     finally: pool.pool.shutdown()
 
 # %% ../nbs/21_pipeline.ipynb #cd97dbaf

@@ -140,6 +140,27 @@ def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt KeyboardInterrupt\n", "")
 
 
+SIGNALLED = """
+import signal, time
+from pathlib import Path
+from scir.pipeline import executor, hearing_ctrl_c
+def sleep():
+    with hearing_ctrl_c(): time.sleep(600)
+if __name__ == "__main__":
+    try:
+        with executor(Path("run"), 1) as at:
+            job = at.submit(sleep)
+            signal.raise_signal(signal.SIGINT)  # to this process alone, as kill -INT does
+    except KeyboardInterrupt: print(type(job.exception()).__name__)
+"""
+
+
+def test_jobs_do_not_outlast_a_command_that_is_interrupted_alone(tmp_path):
+    (tmp_path / "script.py").write_text(SIGNALLED)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert (done.stdout, done.stderr) == ("KeyboardInterrupt\n", "")
+
+
 def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
     asked = []
     class Executor:
