@@ -268,6 +268,7 @@ def test_processes_do_not_start_processes_again(monkeypatch):
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(pipeline, "end_with", lambda owner: None)
+    monkeypatch.setattr("accelerate.PartialState", lambda **kw: pytest.fail("joined"))  # which would wait for the others for days
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"): join_others()
 

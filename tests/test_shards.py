@@ -142,9 +142,9 @@ def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch)
     "accelerate must not do it too, so its variable is gone."
     import accelerate
     monkeypatch.setattr("scir.pipeline.end_with", lambda owner: None)
+    monkeypatch.setattr(accelerate, "PartialState", lambda **kw: None)
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_FSDP": "true", "SCIR_SHARD": "", "FSDP_VERSION": "1"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="FSDP1 is not supported.*--fsdp_version 2"): join_others()
-    monkeypatch.setattr(accelerate, "PartialState", lambda **kw: None)
     for k, v in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items(): monkeypatch.setenv(k, v)
     join_others()
     assert sharded() and "ACCELERATE_USE_FSDP" not in os.environ
