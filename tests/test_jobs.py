@@ -103,13 +103,15 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch):
 
 
 def test_gpus_are_dealt_out_among_the_processes(monkeypatch):
-    monkeypatch.setattr(pipeline, "end_with", lambda owner: None)
+    "And each ends with the process that started it."
+    owners = []
+    monkeypatch.setattr(pipeline, "end_with", owners.append)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     taken, found = multiprocessing.get_context("spawn").Value("i", 0), []
     for _ in range(3):
-        pipeline._job(["2", "5"], taken, 0)
+        pipeline._job(["2", "5"], taken, 7)
         found.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert found == ["2", "5", "2"]
+    assert found == ["2", "5", "2"] and owners == [7] * 3
 
 
 def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
