@@ -6,18 +6,18 @@
 __all__ = ['RETRIES', 'NO_ANSWER', 'RANKS', 'BATCHES', 'PATIENCE', 'ENGINES', 'Garbled', 'connect', 'complete',
            'transformers_engine', 'stop_ids', 'sampling_params', 'checked_row', 'lora_room', 'vllm_model',
            'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'served', 'lends', 'lend', 'server_engine',
-           'check_engine', 'open_engine', 'room', 'sample_file']
+           'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
 
 # %% ../nbs/11_engines.ipynb #35b7861b
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from .recipe import MODELS, ModelSpec, Recipe, RecipeError, SamplingSpec, locate
-from .store import digest, hash_path, processes, read_json
+from .store import digest, hash_path, processes, read_json, sharded
 
 # %% ../nbs/11_engines.ipynb #cd67ef4b
 RETRIES = 4 # of a request
@@ -209,13 +209,20 @@ def check_engine(recipe:Recipe)->None:
     if lacking := [m for m in needed if find_spec(m) is None]: raise RecipeError(f"sampling.engine {name} needs {' and '.join(lacking)}; pip install {extra}")
     if name == "vllm" and processes() > 1: raise RecipeError("sampling.engine vllm works in one process only; leave --processes out, or start a server and name its URL")
 
+@contextmanager
+def when_asked(opened): # engine(jobs, spec)
+    "The engine of a context that is entered when there is something to decode. Processes that share the layers all enter it, since a forward needs them all."
+    with ExitStack() as until:
+        engine = cache(lambda: until.enter_context(opened))
+        yield lambda jobs, spec: engine()(jobs, spec) if jobs or sharded() else iter(())
+
 def open_engine(recipe:Recipe, # model, sampling.engine
                 tokenizer,
                 adapter=None, # its folder; none: M_0
                ): # a context, inside of which there is engine(jobs, spec)
     "What decodes M_t."
     check_engine(recipe)
-    return ENGINES.get(recipe.sampling.engine, server_engine)(recipe, tokenizer, adapter)
+    return when_asked(ENGINES.get(recipe.sampling.engine, server_engine)(recipe, tokenizer, adapter))
 
 # %% ../nbs/11_engines.ipynb #4c8518c6
 def room(model:ModelSpec, spec:SamplingSpec)->int|float: # tokens

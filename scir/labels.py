@@ -106,9 +106,9 @@ def vote(engine, # what decodes: (jobs, spec) -> rows
     journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
     jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": r.prompt, "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
     left = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
-    todo = share(left)
+    rows = engine(share(left), how)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="votes", unit="vote", disable=rank() > 0) as bar:
-        for key, ids, finished in engine(todo, how):
+        for key, ids, finished in rows:
             text = text_of(tokenizer, ids, finished)
             journal.add(Vote(id=key, text=text, points=parse_vote(text)))
             bar.update(min(processes(), bar.total - bar.n))

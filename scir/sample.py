@@ -184,9 +184,9 @@ def sample(engine, # what decodes: (jobs, spec) -> rows, such as `partial(genera
     if not kept: raise ValueError(f"sampling: no prompt of at most {max_prompt_tokens} tokens; raise data.max_prompt_tokens or look at data.prompts")
     jobs = {f"{p.id}/{c}": (p, c, ids, row_seed(seed, p.id, c)) for p, ids in kept for c in range(spec.candidates)}
     left = [(key, ids, s) for key, (_, _, ids, s) in jobs.items() if key not in journal.done]
-    todo = share(left)
+    rows = engine(share(left), spec)  # which may load a model, before the bar's time begins
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="responses", unit="resp", disable=rank() > 0) as bar:
-        for key, ids, finished in engine(todo, spec):
+        for key, ids, finished in rows:
             p, c, _, s = jobs[key]
             journal.add(Response(id=key, prompt_id=p.id, prompt=p.prompt, candidate=c, response=text_of(tokenizer, ids, finished), response_ids=ids, finished=finished, seed=s))
             bar.update(min(processes(), bar.total - bar.n))

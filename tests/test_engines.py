@@ -273,6 +273,16 @@ def test_real_vllm(tmp_path):
     assert sum(a.response_ids[:4] == b.response_ids[:4] for a, b in zip(rows["ours"], rows["theirs"])) > 7
     assert [r.response_ids for r in read_rows(tmp_path/"base/responses.jsonl", Response)] != [r.response_ids for r in rows["theirs"]]
 
+def test_an_engine_is_started_when_there_is_something_to_decode(recipe, tokenizer, vllm, tmp_path, monkeypatch):
+    "Not for rows that an earlier try made; but by all of several processes that share the layers."
+    said(recipe, None, tmp_path)
+    os.replace(tmp_path/"responses.jsonl", tmp_path/"responses.partial.jsonl")
+    said(by(recipe, "vllm"), None, tmp_path)
+    assert not vllm.asked.started and len(read_rows(tmp_path/"responses.jsonl")) == 15
+    monkeypatch.setattr(engines, "sharded", lambda: True)
+    with open_engine(by(recipe, "vllm"), tokenizer) as engine: assert not list(engine([], recipe.sampling)) and not list(engine([], recipe.sampling))
+    assert len(vllm.asked.started) == vllm.asked.ended == 1
+
 # the recipe's engine --------------------------------------------------------------
 
 @pytest.mark.parametrize("value, words", [("vlm", "transformers, vllm, or a server's URL"), ("ftp://x", "server's URL"), ("", "server's URL"), ("http://user:pw@host/v1", "its key belongs in OPENAI_API_KEY"), ("https://host/v1?key=sk-1", "OPENAI_API_KEY")])
