@@ -771,6 +771,8 @@ def launch_line(words:list, processes:int, machines:int=1)->list: # words of a c
 
 def check_shards(recipe:Recipe)->None:
     "Raise RecipeError for what cannot be sharded."
+    import torch
+    if torch.__version__ < (2, 7): raise RecipeError(f"--shard needs torch 2.7 or newer, and {torch.__version__} is installed; pip install -U torch, or leave out --shard")
     if recipe.model.quantize: raise RecipeError("model.quantize: 4-bit weights are not sharded; leave out --shard, or set model.quantize to null")
     if recipe.model.gradient_checkpointing == "sequences": raise RecipeError("model.gradient_checkpointing: with sequences all layers would be gathered at once in backward; set it to true, or leave out --shard")
 

@@ -157,6 +157,13 @@ def test_what_cannot_be_sharded_is_refused(setting, match):
     with pytest.raises(RecipeError, match=match): check_shards(parse_recipe({"model": {"name": "tiny-random"} | setting}))
 
 
+def test_an_older_torch_is_refused(monkeypatch):
+    "Its `fully_shard` knows no `ignored_params`."
+    check_shards(tiny := parse_recipe({"model": {"name": "tiny-random"}}))
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cu124"))
+    with pytest.raises(RecipeError, match=r"needs torch 2.7 or newer, and 2.6.0\+cu124 is installed"): check_shards(tiny)
+
+
 def test_the_command_says_among_whom(monkeypatch):
     monkeypatch.chdir(ROOT)
     alone = CliRunner().invoke(app, ["run", "recipes/tiny.yaml", "--shard"])
