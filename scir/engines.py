@@ -129,8 +129,8 @@ def vllm_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
 PATIENCE = 600.0 # seconds per response, the wait in the server's queue included
 
 def adapter_name(adapter)->str:
-    "An adapter's name, from its content."
-    return f"scir-{hash_path(adapter)}"
+    "An adapter's name, from its content and its place."
+    return f"scir-{digest(hash_path(adapter), str(Path(adapter).resolve()))}"
 
 def serve_line(recipe:Recipe)->str:
     "The command that starts a server for a recipe."

@@ -121,8 +121,11 @@ def test_a_server_that_decodes_as_we_do_makes_the_same_file(ending, adapter, tmp
     assert {r.finished for r in rows} == {True, False} and all((r.response_ids[-1] in {*ENDS, 257}) == r.finished and not set(r.response_ids[:-1]) & {*ENDS, 257} for r in rows)
 
 def test_another_adapter_has_another_name_and_one_that_is_there_is_not_loaded_again(recipe, adapter, make_policy, tmp_path):
+    "A server reads an adapter again from the path that it was given, so the same one elsewhere is another."
+    import shutil
     other = tmp_path/"other"
     make_policy(.3, seed=1).save_pretrained(other)
+    assert adapter_name(shutil.copytree(other, tmp_path/"copy")) != adapter_name(other) == adapter_name(os.path.relpath(other))
     with serving(recipe) as (theirs, at):
         first = said(theirs, adapter, tmp_path/"a")
         assert said(theirs, other, tmp_path/"b") == said(recipe, other, tmp_path/"ours") != first == said(theirs, adapter, tmp_path/"c")
