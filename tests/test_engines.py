@@ -309,6 +309,18 @@ def test_vllm_has_one_process(recipe, vllm, monkeypatch):
     check_engine(by(recipe, "transformers"))
     with pytest.raises(RecipeError, match="one process only; leave --processes out, or start a server"): check_engine(by(recipe, "vllm"))
 
+def test_numbers_that_vllm_has_not_are_refused_before_a_run(recipe, vllm, monkeypatch):
+    check_engine(by(recipe, "vllm"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_engine(by(recipe, "transformers", temperature=.001))
+    with pytest.raises(RecipeError, match="16 bits only, and model.dtype is float32"): check_engine(by(recipe, "vllm"))
+    half = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    check_engine(by(half, "vllm", temperature=2))
+    for value in (.009, 2.1):
+        with pytest.raises(RecipeError, match=rf"^sampling.temperature {value}: .* 0.01 to 2; "): check_engine(by(half, "vllm", temperature=value))
+    hot = half.model_copy(update={"labels": half.labels.model_copy(update={"temperature": 3.})})
+    with pytest.raises(RecipeError, match="^labels.temperature 3: sampling.engine http://a/v1 draws"): check_engine(by(hot, "http://a/v1"))
+
 def test_the_doctor_asks_the_server(recipe):
     assert engine_here(recipe) is None
     with serving(recipe) as (theirs, at):
