@@ -117,10 +117,13 @@ def _vllm_rows(llm, lora, ends, jobs, spec):
 @contextmanager
 def vllm_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
     "M_t in vLLM, started and ended here."
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # CUDA does not begin in a fork of a process that has asked for it
+    from accelerate.utils.memory import clear_device_cache
     from vllm import LLM
     from vllm.lora.request import LoRARequest
     from scir.model import safe_adapter
     lora = LoRARequest(adapter_name(adapter), 1, safe_adapter(adapter)) if adapter else None
+    clear_device_cache(garbage_collection=True)  # what a step before this one has left, since vLLM wants nearly all of the GPU
     llm = LLM(**vllm_model(recipe, adapter))
     try: yield partial(_vllm_rows, llm, lora, stop_ids(recipe.model, tokenizer))
     finally: llm.llm_engine.engine_core.shutdown()  # its GPU memory is needed for judging

@@ -217,6 +217,7 @@ def vllm(monkeypatch):
             return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(ids))]) for ids in rows]
     top.__spec__, top.asked, top.LLM, top.SamplingParams, top.TokensPrompt = ModuleSpec("vllm", None), asked, LLM, dict, dict
     request.LoRARequest = lambda name, number, path: types.SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     for name, module in (("vllm", top), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)): monkeypatch.setitem(sys.modules, name, module)
     return top
 
@@ -238,7 +239,7 @@ def test_vllm_is_given_ids_seeds_ends_and_the_adapter(ending, adapter, vllm, tmp
 def test_vllm_is_ended_when_decoding_fails(recipe, vllm, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm.LLM, "generate", lambda *a, **kw: 1 / 0)
     with pytest.raises(ZeroDivisionError): said(by(recipe, "vllm"), None, tmp_path)
-    assert vllm.asked.ended == 1
+    assert vllm.asked.ended == 1 and os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 def test_rows_that_vllm_gave_before_a_kill_are_kept(recipe, vllm, tmp_path, monkeypatch):
     ours, generate = said(recipe, None, tmp_path/"ours"), vllm.LLM.generate
