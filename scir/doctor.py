@@ -341,10 +341,11 @@ def engine(recipe)->Finding|None:
     name = recipe.sampling.engine
     if name == "vllm" and find_spec("vllm"): return Finding("engine", f"vLLM {metadata.version('vllm')}")
     if not name.startswith("http") or not find_spec("openai"): return None
-    from scir.engines import connect, lends, serve_line, served
+    from scir.engines import assumed, connect, lends, serve_line, served
     with connect(name, 10) as client:
-        try: base, _ = served(client, recipe)
+        try: base, _, named = served(client, recipe)
         except ValueError as e: return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
+        if lends(client) and not named: return Finding("engine", f"{name} serves {base}{assumed(recipe, base)} and loads adapters", "warn", f"look whether it is, and start it with --served-model-name {recipe.model.name}")
         if lends(client): return Finding("engine", f"{name} serves {base} and loads adapters")
     return Finding("engine", f"{name} serves {base}, and does not load adapters", "fault", serve_line(recipe))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RETRIES', 'NO_ANSWER', 'RANKS', 'BATCHES', 'PATIENCE', 'ENGINES', 'TEMPERATURES', 'Garbled', 'connect', 'complete',
            'transformers_engine', 'stop_ids', 'sampling_params', 'checked_row', 'lora_room', 'vllm_model',
-           'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'served', 'lends', 'lend', 'server_engine',
-           'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
+           'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'served', 'assumed', 'lends', 'lend',
+           'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
 
 # %% ../nbs/11_engines.ipynb #35b7861b
 import os
@@ -139,21 +139,27 @@ def serve_line(recipe:Recipe)->str:
     "The command that starts a server for a recipe."
     spec, model = recipe.model, recipe.model.name
     words = ["vllm serve", str(MODELS/model) if (MODELS/model).is_dir() else model, "--enable-lora", "--max-lora-rank", str(lora_room(recipe.lora.r))]
-    words += (["--dtype", spec.dtype] if spec.dtype != "auto" else []) + (["--quantization", "bitsandbytes"] if spec.quantize else [])
+    words += (["--revision", spec.revision] if spec.revision else []) + (["--dtype", spec.dtype] if spec.dtype != "auto" else []) + (["--quantization", "bitsandbytes"] if spec.quantize else [])
+    words += ["--trust-remote-code"] * spec.trust_remote_code
     return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + " ".join(words)
 
 def server_name(recipe:Recipe)->str:
     "What messages call a recipe's server."
     return f"sampling.engine {recipe.sampling.engine}"
 
-def served(client, recipe:Recipe)->tuple: # M_0's name there, all names there
+def served(client, recipe:Recipe)->tuple: # M_0's name there, all names there, whether it is ours by name
     "What a server serves. M_0 is the model of the recipe's name or path, or the only one there. Raises ValueError where neither is, or no answer."
     spec, (cards, reason) = recipe.model, complete(lambda: client.models.list().data, server_name(recipe), "list of models")
     bases = {c.id: getattr(c, "root", None) for c in cards or () if not getattr(c, "parent", None)}
     ours = {spec.name, *(str(p) for folder in (Path(spec.name), MODELS/spec.name) for p in (folder, folder.resolve()))}
-    found = [name for name, root in bases.items() if ours & {name, root}] or list(bases) * (len(bases) == 1)
+    named = [name for name, root in bases.items() if ours & {name, root}]
+    found = named or list(bases) * (len(bases) == 1)
     if not found: raise ValueError(f"{server_name(recipe)}: {reason or f'none of {sorted(bases)} is {spec.name}'}; a server is started like this: {serve_line(recipe)}")
-    return found[0], {c.id for c in cards}
+    return found[0], {c.id for c in cards}, bool(named)
+
+def assumed(recipe:Recipe, base:str)->str:
+    "What is to be said of a model that is taken for ours."
+    return f" (the only model there; taken for {recipe.model.name}, whose name or path {base} is not)"
 
 def lends(client)->bool:
     "Whether a server loads adapters: asked for none, one that does says that a name is lacking."
@@ -197,9 +203,9 @@ def _server_rows(client, who, model, ends, jobs, spec):
 def server_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
     "M_t behind a server."
     with connect(recipe.sampling.engine, PATIENCE) as client:
-        base, known = served(client, recipe)
+        base, known, named = served(client, recipe)
         model = lend(client, recipe, adapter, known) if adapter else base
-        print(f"{server_name(recipe)}: {model}" + f", an adapter of {base}" * bool(adapter), flush=True)
+        print(f"{server_name(recipe)}: {model}" + f", an adapter of {base}" * bool(adapter) + assumed(recipe, base) * (not named), flush=True)
         yield partial(_server_rows, client, server_name(recipe), model, stop_ids(recipe.model, tokenizer))
 
 # %% ../nbs/11_engines.ipynb #68a379f1

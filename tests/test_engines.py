@@ -187,6 +187,18 @@ def test_another_model_is_not_taken_for_ours(recipe, tmp_path):
         with serving(recipe, fault=listed(*cards)) as (theirs, at):
             with pytest.raises(ValueError, match=words): said(theirs, None, tmp_path)
 
+def test_a_model_that_is_taken_for_ours_is_said(recipe, tmp_path, capsys):
+    for name, said_so in (("served", False), ("other", True)):
+        card = {"id": name, "root": recipe.model.name if name == "served" else "x"}
+        with serving(recipe, fault=lambda n, path, body: (200, {"data": [card]}) if path == "/v1/models" else None) as (theirs, at):
+            at.models["other"] = at.models["served"]
+            said(theirs, None, tmp_path/name)
+        assert (f"{name} (the only model there; taken for {recipe.model.name}" in capsys.readouterr().out) == said_so
+
+def test_the_line_that_starts_a_server_names_what_the_recipe_does():
+    model = {"name": "a/b", "revision": "v1", "dtype": "bfloat16", "quantize": "nf4", "trust_remote_code": True}
+    assert serve_line(parse_recipe({"model": model, "lora": {"r": 24}})).endswith(" vllm serve a/b --enable-lora --max-lora-rank 32 --revision v1 --dtype bfloat16 --quantization bitsandbytes --trust-remote-code")
+
 def test_nobody_there_is_one_line(recipe, tmp_path):
     with serving(recipe) as (theirs, at): pass
     with pytest.raises(ValueError, match="no answer: APIConnectionError; a server is started like this: ") as e: said(theirs, None, tmp_path)
@@ -327,6 +339,9 @@ def test_the_doctor_asks_the_server(recipe):
     with serving(recipe) as (theirs, at):
         found = engine_here(theirs)
         assert found.state == "ok" and "serves served and loads adapters" in found.finding and set(at.models) == {"served"}
+    with serving(recipe, fault=lambda n, path, body: (200, {"data": [{"id": "mine", "root": "x"}]}) if path == "/v1/models" else None) as (theirs, at):
+        found = engine_here(theirs)
+        assert found.state == "warn" and f"serves mine (the only model there; taken for {recipe.model.name}" in found.finding and found.mend.endswith(f"--served-model-name {recipe.model.name}")
     with serving(recipe, lends=False) as (theirs, at): assert engine_here(theirs) == engine_here(theirs)._replace(state="fault", mend=serve_line(theirs)) and "does not load adapters" in engine_here(theirs).finding
     gone = engine_here(theirs)
     assert gone.state == "fault" and gone.finding.endswith("no answer: APIConnectionError") and gone.mend == serve_line(theirs)
