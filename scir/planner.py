@@ -26,7 +26,7 @@ from . import logprobs
 from .bench import timed
 from .judge import judge_ids
 from .logprobs import batches, encode_prompt
-from .model import compute_dtype, device, for_sampling, for_scoring, for_training, load_base, load_tokenizer, model_folder, new_adapter, tiny_tokenizer, use_grouped_attention
+from .model import body, compute_dtype, device, for_sampling, for_scoring, for_training, load_base, load_tokenizer, model_folder, new_adapter, tiny_tokenizer, use_grouped_attention
 from .optimise import pair_loss
 from .recipe import JudgeSpec, ModelSpec, Recipe, node_parts
 from .rewards import View, margins, text_pair
@@ -130,7 +130,7 @@ def attention_of(kind:str, # cuda or cpu
 @contextmanager
 def as_on(kind:str, model):
     "Inside, a model on the meta device computes as on `kind`."
-    base, by_device = logprobs.body(model)[0], logprobs.similar
+    base, by_device = body(model)[0], logprobs.similar
     use_grouped_attention(base)
     if kind == "cpu" and base.config._attn_implementation == "sdpa": base.set_attn_implementation("grouped")
     base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
@@ -168,7 +168,7 @@ NF4 = .5 + 1 / 64 + 4 / (64 * 256) # bytes of a weight
 
 def saved_by_nf4(model)->float:
     "Bytes that 4-bit weights take less than those of `model`, one matrix unpacked."
-    linear = [m.weight for n, m in logprobs.body(model)[1].named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+    linear = [m.weight for n, m in body(model)[1].named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
     return sum(w.numel() * (w.element_size() - NF4) for w in linear) - max(w.numel() * w.element_size() for w in linear)
 
 GAPS = {"cpu": .5, "cuda": .1} # in training, of what is not the model's own: memory between tensors that their allocator cannot use; else a tenth
