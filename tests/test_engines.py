@@ -299,6 +299,15 @@ def test_an_engine_is_started_when_there_is_something_to_decode(recipe, tokenize
     with open_engine(by(recipe, "vllm"), tokenizer) as engine: assert not list(engine([], recipe.sampling)) and not list(engine([], recipe.sampling))
     assert len(vllm.asked.started) == vllm.asked.ended == 1
 
+def test_pickled_weights_are_handed_to_nobody(recipe, adapter, vllm, tokenizer, tmp_path):
+    import shutil
+    folder = shutil.copytree(adapter, tmp_path/"adapter")
+    (folder/"adapter_model.safetensors").rename(folder/"adapter_model.bin")
+    with serving(recipe) as (theirs, at):
+        for r in (by(recipe, "vllm"), theirs):
+            with pytest.raises(ValueError, match="pickled weights are not read"): said(r, folder, tmp_path/"out")
+        assert not vllm.asked.started and not [1 for path, *_ in at.seen if "lora" in path]
+
 # the recipe's engine --------------------------------------------------------------
 
 @pytest.mark.parametrize("value, words", [("vlm", "transformers, vllm, or a server's URL"), ("ftp://x", "server's URL"), ("", "server's URL"), ("http://user:pw@host/v1", "its key belongs in OPENAI_API_KEY"), ("https://host/v1?key=sk-1", "OPENAI_API_KEY")])
