@@ -12,7 +12,7 @@ __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Si
 # %% ../nbs/24_planner.ipynb #c036352c
 import random, string, tempfile, weakref
 from contextlib import contextmanager
-from math import ceil, comb
+from math import comb
 from pathlib import Path
 from statistics import fmean as mean
 from typing import NamedTuple
@@ -184,7 +184,8 @@ def peak_of(recipe:Recipe, kind:str, model, run, # () -> None
     return round(live.peak + gaps * (live.peak - own) - (saved_by_nf4(model) if packed else 0))
 
 def training_peak(recipe:Recipe, kind:str, loss, # View -> scalar
-                  lengths:list)->int: # bytes
+                  lengths:list, accumulated:bool=False, # whether gradients of the step's earlier batches are there
+                 )->int: # bytes
     "Of one optimizer step, AdamW's moments there from the step before."
     model, pairs = for_training(skeleton(recipe, kind), recipe.model).train(), letter_pairs(lengths)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -192,7 +193,8 @@ def training_peak(recipe:Recipe, kind:str, loss, # View -> scalar
     def run():
         for p in trained: p.grad = torch.zeros_like(p)
         optimizer.step()
-        optimizer.zero_grad()
+        if not accumulated: optimizer.zero_grad()
+        before = [p.grad.clone() for p in trained if p.grad is not None]  # which the trainer keeps to begin again
         loss(View(model, tiny_tokenizer(), pairs, recipe)).backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
@@ -254,7 +256,7 @@ def peak(stage:str, recipe:Recipe, sizes:Sizes, kind:str)->int: # bytes of tenso
     if stage == "sample": return sampling_peak(letters, kind, prompts)
     if stage == "judge": return reading_peak(letters, kind, largest_batch(recipe, sampled + known))
     arm = recipe.arm(arms[0] if arms else "scir")
-    return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size])
+    return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size], recipe.train.accumulation > 1)
 
 # %% ../nbs/24_planner.ipynb #260a9ffe
 class Task(NamedTuple):
