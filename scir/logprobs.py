@@ -259,8 +259,10 @@ def batches(sizes:list, # tokens of each row
     "Consecutive rows whose tokens add up to at most `budget`; a row that is larger stands alone."
     out, filled = [], 0
     for i, size in enumerate(sizes):
-        if out and filled + size <= budget: out[-1].append(i)
-        else: out, filled = out + [[i]], 0
+        if not out or filled + size > budget:
+            out.append([])
+            filled = 0
+        out[-1].append(i)
         filled += size
     return out
 
