@@ -203,7 +203,10 @@ def training_peak(recipe:Recipe, kind:str, loss, # View -> scalar
 @torch.no_grad()
 def reading_peak(recipe:Recipe, kind:str, lengths:list)->int: # bytes
     "Of all reward models on one batch of pairs."
-    model = skeleton(recipe, kind).eval()
+    model = skeleton(recipe, kind)
+    if recipe.train.reference == "previous":
+        with torch.device("meta"): model.add_adapter("reference", model.peft_config["default"])
+    model.eval()
     return peak_of(recipe, kind, model, lambda: margins(View(model, tiny_tokenizer(), letter_pairs(lengths), recipe)))
 
 # %% ../nbs/24_planner.ipynb #e893fd3a

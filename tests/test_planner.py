@@ -129,6 +129,8 @@ def test_what_takes_more_is_planned_as_more():
     assert of("optimise", "train.batch_size=2") < of("optimise", "model.gradient_checkpointing=true") < of("optimise")
     assert of("sample", "sampling.batch_size=4") < of("sample") and of("judge", "judge.batch_tokens=1024") < of("judge")
     assert of("optimise", kind="cuda") != of("optimise")
+    adapter = sum(p.nbytes for p in skeleton(recipe, "cpu").parameters() if p.requires_grad)
+    assert of("judge", "train.reference=previous") == of("judge") + adapter
 
 def test_four_bits_are_counted_as_they_are_stored():
     recipe = load_recipe("recipes/mistral-7b.yaml")
