@@ -17,7 +17,6 @@ from collections import Counter
 from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from math import comb
 from pathlib import Path
 from typing import NamedTuple
 
@@ -366,9 +365,10 @@ def adapter_bytes(recipe)->int:
 def row_bytes(recipe, train:int, held:int, labelled:int)->int:
     "All rows of a run, at most. `train`, `held`: prompts; `labelled`: pairs in the evaluation sets."
     from scir.pipeline import plan
+    from scir.planner import pairs_each
     from scir.recipe import all_nodes
     s, d, steps = recipe.sampling, recipe.data, [step.stage for step in plan(recipe)]
-    pairs = s.pairs_per_prompt or comb(s.candidates, 2)
+    pairs = pairs_each(s)
     answers = lambda n: n * (s.candidates * (d.max_prompt_tokens + s.max_new_tokens) + pairs * (d.max_prompt_tokens + 2 * s.max_new_tokens))
     once = answers(held) + labelled * (d.max_prompt_tokens + 2 * d.max_response_tokens)
     return TOKEN * (steps.count("sample") * answers(train) + len(all_nodes(recipe)) * once)

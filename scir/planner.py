@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Sizes', 'counted_sizes', 'assumed_sizes',
-           'answer_tokens', 'letter_pairs', 'letter_judge', 'lettered', 'Live', 'attention_of', 'as_on', 'config_of',
-           'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4', 'peak_of', 'training_peak', 'reading_peak',
-           'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak', 'Task', 'pair_tokens', 'middle',
-           'work', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe', 'line', 'hours', 'hours_on']
+           'answer_tokens', 'letter_pairs', 'pairs_each', 'judged_pairs', 'letter_judge', 'lettered', 'Live',
+           'attention_of', 'as_on', 'config_of', 'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4', 'peak_of',
+           'training_peak', 'reading_peak', 'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak',
+           'Task', 'pair_tokens', 'middle', 'work', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe', 'line',
+           'hours', 'hours_on']
 
 # %% ../nbs/24_planner.ipynb #c036352c
 import random, string, tempfile, weakref
 from contextlib import contextmanager
-from math import comb
+from math import ceil, comb
 from pathlib import Path
 from statistics import fmean as mean
 from typing import NamedTuple
@@ -28,9 +29,11 @@ from .judge import judge_ids
 from .logprobs import batches, encode_prompt
 from .model import body, compute_dtype, device, for_sampling, for_scoring, for_training, load_base, load_tokenizer, model_folder, new_adapter, tiny_tokenizer, use_grouped_attention
 from .optimise import pair_loss
-from .recipe import JudgeSpec, ModelSpec, Recipe, node_parts
+from .recipe import JudgeSpec, ModelSpec, Recipe, SamplingSpec, node_parts
 from .rewards import View, margins, text_pair
 from .sample import Pool, generate
+from .score import candidate_pairs
+from .store import Response
 from .warm_start import warm_start_loss
 
 # %% ../nbs/24_planner.ipynb #2c22a175
@@ -81,6 +84,17 @@ def letter_pairs(lengths:list, # (prompt, response, response) tokens
     frame = len(encode_prompt(tokenizer, ""))
     letters = lambda n: "".join(rng.choices(string.ascii_lowercase, k=max(n, 1)))
     return [text_pair(tokenizer, str(i), letters(round(p) - frame), letters(round(a) - 1), letters(round(b) - 1), target=float(i % 2), reference_logps=(-50.0, -50.0)) for i, (p, a, b) in enumerate(lengths)]
+
+def pairs_each(spec:SamplingSpec)->int:
+    "Pairs of a prompt's answers."
+    return min(comb(spec.candidates, 2), spec.pairs_per_prompt or comb(spec.candidates, 2))
+
+def judged_pairs(recipe:Recipe, lengths:tuple, n:int)->list: # of Pair
+    "Pairs of letters as a run judges them: a prompt's answers against each other."
+    s = recipe.sampling
+    drawn = letter_pairs([lengths] * (s.candidates * ceil(n / pairs_each(s))))
+    rows = [Response(id=p.id, prompt_id=str(i // s.candidates), prompt=drawn[i - i % s.candidates].prompt, candidate=i % s.candidates, response=p.response_a, response_ids=p.ids_a, finished=True, seed=0) for i, p in enumerate(drawn)]
+    return candidate_pairs(tiny_tokenizer(), rows, s.pairs_per_prompt)[0][:n]
 
 def letter_judge(judge:JudgeSpec, frame:int)->JudgeSpec:
     "A question to the judge whose frame has that many of the tiny tokenizer's tokens, or as few as it can."
@@ -239,8 +253,8 @@ def longest_rows(recipe:Recipe, sizes:Sizes)->tuple: # labelled, sampled pairs, 
     "The longest rows that the stages can meet; where nothing was counted, as long as the recipe lets them be."
     d, answer = recipe.data, recipe.sampling.max_new_tokens
     if not sizes.counted: sizes = sizes._replace(prompts=[d.max_prompt_tokens] * len(sizes.prompts), seeds=[(d.max_prompt_tokens, *[d.max_response_tokens] * 2)] * len(sizes.seeds))
-    per_prompt, prompts = recipe.sampling.pairs_per_prompt or comb(recipe.sampling.candidates, 2), sorted(sizes.prompts + sizes.held, reverse=True)
-    return sorted(sizes.seeds, key=sum, reverse=True), [(p, answer, answer) for p in prompts for _ in range(per_prompt)], prompts
+    prompts = sorted(sizes.prompts + sizes.held, reverse=True)
+    return sorted(sizes.seeds, key=sum, reverse=True), [(p, answer, answer) for p in prompts for _ in range(pairs_each(recipe.sampling))], prompts
 
 def largest_batch(recipe:Recipe, rows:list)->list:
     "The pairs of the judge's batch with most tokens."
@@ -283,7 +297,7 @@ def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
     from scir.pipeline import plan
     s, steps, frame = recipe.sampling, plan(recipe), sizes.frame
     times, own = {k: sum(x.stage == k for x in steps) for k in ("warm_start", "sample", "evaluate", "label")}, (mean(sizes.prompts), sizes.answer, sizes.answer)
-    each = s.pairs_per_prompt or comb(s.candidates, 2)
+    each = pairs_each(s)
     of = lambda stage, kind, rows, lengths, judged: Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
     answers = lambda stage, n, prompts: [Task(stage, "decoded", n * prompts * s.candidates, n * prompts * s.candidates * sizes.answer), Task(stage, "read", n * prompts, n * prompts * own[0])]
     seeds, pairs, panel = len(sizes.seeds), len(sizes.prompts) * each, len(sizes.held) * each
@@ -335,21 +349,24 @@ def per_token(recipe:Recipe, sizes:Sizes, kind:str, limit:float)->float: # secon
     "Of one kind of work, with the recipe's own model."
     own, t, s = (mean(sizes.prompts), sizes.answer, sizes.answer), recipe.train, recipe.sampling
     asked, tokenizer = pair_tokens(own, sizes.frame, True), tiny_tokenizer()
-    rows = {"trained": t.batch_size, "read": max(1, int(recipe.judge.batch_tokens / (2 * sum(own)))), "decoded": s.batch_size}[kind]
+    whole = max(1, int(recipe.judge.batch_tokens / (2 * sum(own))))  # pairs that are judged together
+    each = min(pairs_each(s), whole) if kind == "read" else 1
+    rows = {"trained": t.batch_size, "read": whole // each, "decoded": s.batch_size}[kind]
     if kind == "decoded":
         model, half, more = for_sampling(recipe.model), (own[0] + sizes.answer / 2, 2, 2), 8
+        if model.dtype != torch.float32: model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
         def run(n, tokens): return list(generate(model, tokenizer, [(i, p.prompt_ids, i) for i, p in enumerate(letter_pairs([half] * n))], s.model_copy(update={"max_new_tokens": tokens})))
         spent, n = seconds_of(lambda n: run(n, 1 + more), rows, limit)
         return max(spent - _timed(lambda n: run(n, 1), n), 0) / (more * n)
     if kind == "read":
-        model = for_scoring(recipe.model)
+        model = new_adapter(for_scoring(recipe.model), recipe.lora).eval()
         @torch.no_grad()
-        def run(n): margins(View(model, tokenizer, letter_pairs([own] * n), recipe))
+        def run(n): margins(View(model, tokenizer, judged_pairs(recipe, own, n * each), recipe))
     else:
         model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
         def run(n): pair_loss(View(model, tokenizer, letter_pairs([own] * n), recipe), recipe.arm("scir"))[0].backward()
     spent, n = seconds_of(run, rows, limit)
-    return spent / (n * asked)
+    return spent / (n * each * asked)
 
 def probe(recipe:Recipe, sizes:Sizes, seconds:float=30)->dict: # kind -> seconds a token, at full depth
     "Time training, reading and decoding on this machine, in about so many seconds."

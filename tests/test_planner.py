@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from scir import doctor, planner
 from scir.model import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
 from scir.optimise import pair_loss, train
-from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, largest_batch, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, peak,
+from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, pairs_each, peak,
                           probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
 from scir.recipe import load_recipe, parse_recipe
 from scir.rewards import View, margins
@@ -148,6 +148,14 @@ def test_letters_have_the_lengths_that_are_asked_for():
     from scir.judge import judge_ids
     judge = load_recipe("recipes/smol.yaml").judge
     assert len(judge_ids(tiny_tokenizer(), letter_judge(judge, 100), "", "", "")) == 100
+
+def test_judged_pairs_share_a_prompt_and_its_answers():
+    recipe = load_recipe("recipes/tiny.yaml", ("sampling.candidates=4",))
+    pairs = judged_pairs(recipe, (60, 20, 20), 8)
+    assert len({p.prompt for p in pairs[:6]}) == 1 and len({r for p in pairs[:6] for r in (p.response_a, p.response_b)}) == 4 and len({p.prompt for p in pairs}) == 2
+    assert {(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs} == {(60, 20, 20)} and len(pairs) == 8
+    each = lambda *settings: pairs_each(load_recipe("recipes/tiny.yaml", settings).sampling)
+    assert each() == 1 and each("sampling.candidates=4", "sampling.pairs_per_prompt=2") == 2 and each("sampling.pairs_per_prompt=5") == 1
 
 def test_the_work_is_that_of_the_run(tiny_run):
     "Rows as the run's files have them."
