@@ -7,8 +7,8 @@ __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Si
            'answer_tokens', 'letter_pairs', 'pairs_each', 'judged_pairs', 'letter_judge', 'lettered', 'Live',
            'attention_of', 'as_on', 'config_of', 'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4', 'peak_of',
            'training_peak', 'reading_peak', 'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak',
-           'Task', 'pair_tokens', 'middle', 'work', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe', 'line',
-           'hours', 'hours_on']
+           'Task', 'pair_tokens', 'middle', 'work', 'voting', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe',
+           'line', 'hours', 'hours_on']
 
 # %% ../nbs/24_planner.ipynb #c036352c
 import random, string, tempfile, weakref
@@ -296,7 +296,7 @@ def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
     "All that the stages of a run do with the model."
     from scir.pipeline import plan
     s, steps, frame = recipe.sampling, plan(recipe), sizes.frame
-    times, own = {k: sum(x.stage == k for x in steps) for k in ("warm_start", "sample", "evaluate", "label")}, (mean(sizes.prompts), sizes.answer, sizes.answer)
+    times, own = {k: sum(x.stage == k for x in steps) for k in ("warm_start", "sample", "evaluate")}, (mean(sizes.prompts), sizes.answer, sizes.answer)
     each = pairs_each(s)
     of = lambda stage, kind, rows, lengths, judged: Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
     answers = lambda stage, n, prompts: [Task(stage, "decoded", n * prompts * s.candidates, n * prompts * s.candidates * sizes.answer), Task(stage, "read", n * prompts, n * prompts * own[0])]
@@ -309,9 +309,18 @@ def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
         judged = arm.label == "agreement" or arm.lambda_consistency or arm.lambda_confidence
         replayed = min(seeds, round(trained * arm.replay / (1 - arm.replay)))
         out += [of("optimise", "trained", trained * arm.epochs, own, judged), of("optimise", "trained", replayed * arm.epochs, middle(sizes.seeds), judged)]
-    out += [*answers("evaluate", times["evaluate"], len(sizes.held)), of("evaluate", "read", times["evaluate"] * panel, own, True), of("evaluate", "read", times["evaluate"] * len(sizes.labelled), middle(sizes.labelled), True)]
-    votes = times["label"] * len(sizes.prompts) * s.candidates * recipe.labels.votes if any(recipe.arm(a).label == "votes" for a in recipe.arms if a != "sft") else 0
-    return summed([*out, Task("label", "decoded", votes, votes * recipe.labels.vote_tokens)])
+    out += answers("evaluate", times["evaluate"], len(sizes.held))
+    for lengths, n in ((own, panel), (middle(sizes.labelled), len(sizes.labelled))):
+        out += [of("evaluate", "read", times["evaluate"] * n, lengths, True), of("evaluate", "read", len(recipe.seeds) * n, lengths, False)]  # M_1 reads the reference, for the others too
+    return summed([*out, *voting(recipe, sizes, steps)])
+
+def voting(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+    "The additive judge's votes on every answer, each as long as it may be."
+    from scir.labels import needed_rewards
+    rounds = sum(x.stage == "label" and "votes" in needed_rewards(recipe, node_parts(x.node)[1]) for x in steps)
+    asked = rounds * len(sizes.prompts) * recipe.sampling.candidates
+    votes = asked * recipe.labels.votes
+    return [Task("label", "decoded", votes, votes * recipe.labels.vote_tokens), Task("label", "read", asked, asked * (sizes.frame + mean(sizes.prompts) + sizes.answer))]
 
 def summed(parts:list)->list: # of Task
     "One line for each stage and kind."

@@ -168,6 +168,26 @@ def test_the_work_is_that_of_the_run(tiny_run):
     assert all(1e8 < s["peak_bytes"] < 5e9 for s in steps.values() if "summary" in s)
     assert total("judge", "pairs") <= rows["judge", "read"].rows / 2 <= 1.2 * total("judge", "pairs")  # equal responses fall out
 
+def test_evaluation_reads_every_set_and_the_reference_once():
+    "M_0, M_1 and two rounds of two arms judge what was labelled and the panel, in both orders; the base's log-probs are read at M_1."
+    recipe = load_recipe("recipes/tiny.yaml")
+    sizes = assumed_sizes(recipe)
+    pair, n = lambda lengths, judged: pair_tokens(lengths, sizes.frame, judged), len(sizes.held) + len(sizes.labelled)
+    own = (sizes.prompts[0], sizes.answer, sizes.answer)
+    found = next(w for w in work(recipe, sizes) if (w.stage, w.kind) == ("evaluate", "read"))
+    prefill = 6 * len(sizes.held)
+    assert found.rows == prefill + 7 * n
+    per = lambda lengths, count: count * (6 * pair(lengths, True) + pair(lengths, False))
+    assert found.tokens == pytest.approx(prefill * own[0] + per(own, len(sizes.held)) + per(sizes.labelled[0], len(sizes.labelled)))
+
+def test_votes_are_read_and_decoded_in_the_rounds_that_need_them():
+    def label(*settings):
+        recipe = load_recipe("recipes/tiny-arms.yaml", ("arms=[srlm-pointwise, cream]", "iterations=2", *settings))
+        return {w.kind: w for w in work(recipe, assumed_sizes(recipe)) if w.stage == "label"}
+    both, once = label(), label("stop_after={srlm-pointwise: 1}")
+    assert both["decoded"].rows == 2 * once["decoded"].rows == 2 * 8 * 3 and once["read"].rows == 8 * 3
+    assert not label("arms=[cream]")
+
 def test_answers_are_as_long_as_those_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr("scir.pipeline.root", lambda: tmp_path)
     recipe = load_recipe("recipes/tiny.yaml")
