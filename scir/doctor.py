@@ -394,21 +394,23 @@ SMALLER = {"warm_start": ("model.gradient_checkpointing=true", "model.gradient_c
 def mending(stage:str, recipe, fits)->str:
     "The first setting, or training's two together, with which a stage fits. `fits`: recipe -> bool."
     from scir.recipe import override, parse_recipe
-    for settings in [(s,) for s in SMALLER[stage]] + [SMALLER[stage][1:]]:
+    accumulate = {"train.batch_size=1": (f"train.accumulation={recipe.train.batch_size * recipe.train.accumulation}",)}  # so that a step has the same pairs
+    for settings in [(s, *accumulate.get(s, ())) for s in SMALLER[stage]] + [(*SMALLER[stage][1:], *accumulate.get(SMALLER[stage][-1], ()))]:
         raw = recipe.model_dump(mode="json")
         for s in settings: raw = override(raw, s)
         if fits(parse_recipe(raw)): return "add " + " ".join(f"--set {s}" for s in settings)
     return "add --set model.quantize=nf4 on a GPU, or name a smaller model" if not recipe.model.quantize else "name a smaller model, or lower data.max_prompt_tokens, data.max_response_tokens and sampling.max_new_tokens"
 
-def stage_memory(recipe, sizes, kind:str, free:float|None)->list: # of Finding
-    "Peak memory of every stage, on `kind` (cpu or cuda) with `free` bytes."
+def stage_memory(recipe, sizes, kind:str, free:float|None, here:bool)->list: # of Finding
+    "Peak memory of every stage, on `kind` (cpu or cuda) with `free` bytes, of this machine or of a card elsewhere."
     import psutil
     from scir.planner import MEASURED, peak
     tensors = {stage: peak(stage, recipe, sizes, kind) for stage in MEASURED}
     beside = psutil.Process().memory_info().rss if kind == "cpu" else CONTEXT
+    there = "free" if here else "on the card"
     def found(stage):
         need = tensors[stage] + beside
-        said = f"{size(need)} at most" + (f" of {size(free)}" if free else " on a GPU") + f", {size(beside)} of it the process"
+        said = f"{size(need)} at most{'' if free else ' on a GPU'}, {size(beside)} of it the process" + (f"; {size(free)} {there}" if free else "")
         if not free or need <= free: return Finding(stage, said)
         return Finding(stage, said, "fault", mending(stage, recipe, lambda r: peak(stage, r, sizes, kind) + beside <= free))
     return [found(stage) for stage in MEASURED]
@@ -439,7 +441,7 @@ def memory_and_hours(recipe, gpu:float|None=None, # GB of a GPU that is elsewher
     here = kind == device().type and not gpu
     free = gpu * 1e9 if gpu else None if not here else torch.cuda.mem_get_info()[0] if kind == "cuda" else memory()[0]
     basis = f"{len(sizes.prompts)} prompts of {sum(sizes.prompts) / len(sizes.prompts):.0f} tokens, {len(sizes.seeds)} pairs, answers of {sizes.answer:.0f} tokens; " + ("prompts and pairs counted" if counted else "assumed, since model or data are not here")
-    return [Finding("lengths", basis), *stage_memory(recipe, sizes, kind, free), duration(recipe, sizes, probed and here)]
+    return [Finding("lengths", basis), *stage_memory(recipe, sizes, kind, free, here), duration(recipe, sizes, probed and here)]
 
 # %% ../nbs/25_doctor.ipynb #fa1992e1
 def open_recipe(path, settings:tuple=())->tuple: # Recipe or None, list of Finding

@@ -247,6 +247,11 @@ def test_what_does_not_fit_is_a_fault_with_settings_that_fit(monkeypatch):
     assert findings(monkeypatch, *settings, gpu=.8 * need / 1e9)["sample"].state == "ok"
     assert "not estimated" in findings(monkeypatch, gpu=24)["hours"].finding
 
+def test_smaller_batches_leave_the_optimizer_step_as_it_was():
+    recipe = load_recipe("recipes/mistral-7b.yaml")
+    assert doctor.mending("optimise", recipe, lambda r: r.train.batch_size == 1) == "add --set train.batch_size=1 --set train.accumulation=16"
+    assert doctor.mending("optimise", recipe, lambda r: r.train.batch_size == 1 and r.model.gradient_checkpointing == "sequences").endswith("sequences --set train.batch_size=1 --set train.accumulation=16")
+
 def test_a_model_that_is_nowhere_is_no_plan(monkeypatch):
     found = findings(monkeypatch, "model.name=somebody/some-model")
     assert set(found) == {"plan"} and found["plan"].state == "warn" and "hf download somebody/some-model" in found["plan"].mend
