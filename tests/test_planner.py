@@ -149,6 +149,9 @@ def test_letters_have_the_lengths_that_are_asked_for():
     judge = load_recipe("recipes/smol.yaml").judge
     assert len(judge_ids(tiny_tokenizer(), letter_judge(judge, 100), "", "", "")) == 100
 
+def test_a_pair_is_two_sequences_and_two_questions():
+    assert pair_tokens((10, 3, 5), 7, False) == 28 and pair_tokens((10, 3, 5), 7, True) == 28 + 2 * (7 + 18)
+
 def test_judged_pairs_share_a_prompt_and_its_answers():
     recipe = load_recipe("recipes/tiny.yaml", ("sampling.candidates=4",))
     pairs = judged_pairs(recipe, (60, 20, 20), 8)
