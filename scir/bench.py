@@ -89,10 +89,16 @@ class Work:
     @cached_property
     def tokenizer(self): return load_tokenizer(self.recipe.model)
 
+    @property
+    def named(self)->dict:
+        "The model, for the library."
+        spec = self.recipe.model
+        return {"pretrained_model_name_or_path": model_path(spec), "revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+
     @cached_property
     def width(self)->int:
         from transformers import AutoConfig
-        return AutoConfig.from_pretrained(model_path(self.recipe.model)).get_text_config().hidden_size
+        return AutoConfig.from_pretrained(**self.named).get_text_config().hidden_size
 
     @cached_property
     def spec(self)->SamplingSpec: return self.recipe.sampling.model_copy(update={"temperature": .7, "top_p": .9, "candidates": 2, "max_new_tokens": self.tokens, "batch_size": 64})
@@ -109,7 +115,7 @@ class Work:
     def theirs(self):
         "The model as the library loads it."
         from transformers import AutoModelForCausalLM
-        return AutoModelForCausalLM.from_pretrained(model_path(self.recipe.model), dtype=compute_dtype(self.recipe.model), device_map={"": device()}).eval().requires_grad_(False)
+        return AutoModelForCausalLM.from_pretrained(**self.named, dtype=compute_dtype(self.recipe.model), device_map={"": device()}).eval().requires_grad_(False)
 
     def policy(self, base):
         "`base` with an adapter that is not the identity."

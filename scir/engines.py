@@ -9,7 +9,7 @@ __all__ = ['RETRIES', 'NO_ANSWER', 'RANKS', 'BATCHES', 'PATIENCE', 'ENGINES', 'T
            'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
 
 # %% ../nbs/11_engines.ipynb #35b7861b
-import os
+import os, shlex
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -102,7 +102,7 @@ def vllm_model(recipe:Recipe, adapter)->dict:
     from scir.model import compute_dtype, model_path
     spec = recipe.model
     lora = {"enable_lora": True, "max_lora_rank": lora_room(read_json(Path(adapter)/"adapter_config.json")["r"])} if adapter else {}
-    return {"model": model_path(spec), "revision": spec.revision, "dtype": str(compute_dtype(spec)).removeprefix("torch."), "quantization": "bitsandbytes" if spec.quantize else None,
+    return {"model": model_path(spec), "revision": spec.revision, "tokenizer_revision": spec.revision, "dtype": str(compute_dtype(spec)).removeprefix("torch."), "quantization": "bitsandbytes" if spec.quantize else None,
             "load_format": "auto" if spec.allow_pickle else "safetensors", "trust_remote_code": spec.trust_remote_code, "max_num_seqs": recipe.sampling.batch_size,
             "max_model_len": -1} | lora  # -1: as much of the model's context as fits
 
@@ -138,10 +138,10 @@ def adapter_name(adapter)->str:
 def serve_line(recipe:Recipe)->str:
     "The command that starts a server for a recipe."
     spec, model = recipe.model, recipe.model.name
-    words = ["vllm serve", str(MODELS/model) if (MODELS/model).is_dir() else model, "--enable-lora", "--max-lora-rank", str(lora_room(recipe.lora.r))]
+    words = ["vllm", "serve", str(MODELS/model) if (MODELS/model).is_dir() else model, "--enable-lora", "--max-lora-rank", str(lora_room(recipe.lora.r))]
     words += (["--revision", spec.revision] if spec.revision else []) + (["--dtype", spec.dtype] if spec.dtype != "auto" else []) + (["--quantization", "bitsandbytes"] if spec.quantize else [])
     words += ["--trust-remote-code"] * spec.trust_remote_code
-    return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + " ".join(words)
+    return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(words)
 
 def server_name(recipe:Recipe)->str:
     "What messages call a recipe's server."
@@ -177,7 +177,7 @@ def lend(client, recipe:Recipe, adapter, known:set)->str: # the adapter's name t
     try: client.post("/load_lora_adapter", cast_to=httpx.Response, body={"lora_name": name, "lora_path": path})
     except openai.OpenAIError as e:
         if name not in served(client, recipe)[1]:  # else another process was first
-            raise ValueError(f"{server_name(recipe)}: it does not load the adapter {path} ({type(e).__name__}); it must be able to read that folder, and be started like this: {serve_line(recipe)}") from None
+            raise ValueError(f"{server_name(recipe)}: it does not load the adapter {path} ({' '.join(str(e).split())[:200]}); it must be able to read that folder, and be started like this: {serve_line(recipe)}") from None
     return name
 
 # %% ../nbs/11_engines.ipynb #82e270f5

@@ -262,7 +262,7 @@ def largest_batch(recipe:Recipe, rows:list)->list:
     found = batches([2 * sum(r) for r in rows], recipe.judge.batch_tokens)
     return [rows[i] for i in max(found, key=lambda b: sum(sum(rows[i]) for i in b))]
 
-MEASURED = ("warm_start", "sample", "judge", "optimise") # evaluation samples and judges, votes are sampled
+MEASURED = ("warm_start", "sample", "judge", "optimise") # evaluation samples and judges too; votes, of label, have no plan of their own
 
 def peak(stage:str, recipe:Recipe, sizes:Sizes, kind:str)->int: # bytes of tensors
     "What a stage has in memory at most."

@@ -239,7 +239,7 @@ def test_vllm_is_given_ids_seeds_ends_and_the_adapter(ending, adapter, vllm, tmp
     monkeypatch.setattr(engines, "BATCHES", 2)
     assert said(by(ending, "vllm"), folder, tmp_path/"theirs") == said(ending, folder, tmp_path/"ours")
     started, = vllm.asked.started
-    assert started == {"model": ending.model.name, "revision": None, "dtype": "float32", "quantization": None, "load_format": "safetensors", "trust_remote_code": False, "max_num_seqs": 4, "max_model_len": -1,
+    assert started == {"model": ending.model.name, "revision": None, "tokenizer_revision": None, "dtype": "float32", "quantization": None, "load_format": "safetensors", "trust_remote_code": False, "max_num_seqs": 4, "max_model_len": -1,
                        **({"enable_lora": True, "max_lora_rank": 8} if folder else {})}  # the adapter's rank is 4
     assert [len(prompts) for prompts, *_ in vllm.asked.calls] == [8, 7] and vllm.asked.ended == 1
     for prompts, params, lora in vllm.asked.calls:

@@ -278,3 +278,9 @@ def test_launch_line():
     line = launch_line(["run", "r.yaml"], 8, machines=4)
     given = dict(zip(line[1::2], line[2::2]))
     assert given.items() >= {"--nnodes": "4", "--nproc_per_node": "8", "--node_rank": "$RANK_OF_THIS_MACHINE", "--master_addr": "$FIRST_MACHINE"}.items()
+
+
+@pytest.mark.parametrize("words", [("--processes", "2"), ("--processes=2",)])
+def test_the_words_for_each_process_lack_those_for_the_launcher(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["scir", "run", "a.yaml", *words, "--dry-run", "--set", "x=1"])
+    assert cli.words_again() == ["run", "a.yaml", "--set", "x=1"]
