@@ -152,6 +152,14 @@ def test_letters_have_the_lengths_that_are_asked_for():
 def test_a_pair_is_two_sequences_and_two_questions():
     assert pair_tokens((10, 3, 5), 7, False) == 28 and pair_tokens((10, 3, 5), 7, True) == 28 + 2 * (7 + 18)
 
+def test_all_pairs_of_the_longest_prompts_are_met():
+    "Four answers are six pairs; where nothing was counted, all as long as the recipe lets them be."
+    recipe = load_recipe("recipes/tiny.yaml", ["sampling.candidates=4"])
+    sizes, d = assumed_sizes(recipe)._replace(prompts=[3, 9, 5], held=[7], counted=True), recipe.data
+    answer = recipe.sampling.max_new_tokens
+    assert longest_rows(recipe, sizes)[1:] == ([(p, answer, answer) for p in (9, 7, 5, 3) for _ in range(6)], [9, 7, 5, 3])
+    assert longest_rows(recipe, sizes._replace(counted=False))[2] == [d.max_prompt_tokens] * 3 + [7]
+
 def test_judged_pairs_share_a_prompt_and_its_answers():
     recipe = load_recipe("recipes/tiny.yaml", ("sampling.candidates=4",))
     pairs = judged_pairs(recipe, (60, 20, 20), 8)
