@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Sizes', 'counted_sizes', 'assumed_sizes',
-           'answer_tokens', 'letter_pairs', 'pairs_each', 'judged_pairs', 'letter_judge', 'lettered', 'Live',
-           'attention_of', 'as_on', 'config_of', 'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4', 'peak_of',
-           'training_peak', 'reading_peak', 'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch', 'peak',
-           'Task', 'pair_tokens', 'middle', 'work', 'voting', 'summed', 'shallow', 'seconds_of', 'per_token', 'probe',
-           'line', 'hours', 'hours_on']
+           'answer_tokens', 'letter_pairs', 'pairs_each', 'lengths_met', 'judged_pairs', 'letter_judge', 'lettered',
+           'Live', 'attention_of', 'as_on', 'config_of', 'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4',
+           'peak_of', 'training_peak', 'reading_peak', 'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch',
+           'peak', 'Task', 'pair_tokens', 'middle', 'work', 'voting', 'summed', 'shallow', 'seconds_of', 'per_token',
+           'probe', 'line', 'hours', 'hours_on']
 
 # %% ../nbs/24_planner.ipynb #c036352c
 import random, string, tempfile, weakref
@@ -89,10 +89,16 @@ def pairs_each(spec:SamplingSpec)->int:
     "Pairs of a prompt's answers."
     return min(comb(spec.candidates, 2), spec.pairs_per_prompt or comb(spec.candidates, 2))
 
-def judged_pairs(recipe:Recipe, lengths:tuple, n:int)->list: # of Pair
+def lengths_met(spec:SamplingSpec, sizes:Sizes, n:int)->list: # (prompt, response, response) tokens
+    "Lengths as a run meets them: of prompts that are there, and of answers spread evenly around their mean."
+    rng, width = random.Random(0), max(0, min(sizes.answer - 1, spec.max_new_tokens - sizes.answer))
+    answer = lambda: rng.uniform(sizes.answer - width, sizes.answer + width)
+    return [(p, answer(), answer()) for p in rng.choices(sizes.prompts, k=n)]
+
+def judged_pairs(recipe:Recipe, sizes:Sizes, n:int)->list: # of Pair
     "Pairs of letters as a run judges them: a prompt's answers against each other."
     s = recipe.sampling
-    drawn = letter_pairs([lengths] * (s.candidates * ceil(n / pairs_each(s))))
+    drawn = letter_pairs(lengths_met(s, sizes, s.candidates * ceil(n / pairs_each(s))))
     rows = [Response(id=p.id, prompt_id=str(i // s.candidates), prompt=drawn[i - i % s.candidates].prompt, candidate=i % s.candidates, response=p.response_a, response_ids=p.ids_a, finished=True, seed=0) for i, p in enumerate(drawn)]
     return candidate_pairs(tiny_tokenizer(), rows, s.pairs_per_prompt)[0][:n]
 
@@ -146,7 +152,7 @@ def as_on(kind:str, model):
     "Inside, a model on the meta device computes as on `kind`."
     base, by_device = body(model)[0], logprobs.similar
     use_grouped_attention(base)
-    if kind == "cpu" and base.config._attn_implementation == "sdpa": base.set_attn_implementation("grouped")
+    if base.config._attn_implementation in ("sdpa", "grouped"): base.set_attn_implementation("grouped" if kind == "cpu" else "sdpa")  # the machine that plans may be of the other kind
     base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
     with patch("torch.nn.functional.scaled_dot_product_attention", attention_of(kind)), patch("scir.logprobs.similar", lambda rows, _: by_device(rows, kind)), \
          patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None), patch("transformers.masking_utils.fast_all", lambda x: False):
@@ -357,25 +363,27 @@ def _timed(run, n): return timed(lambda: run(n))
 def per_token(recipe:Recipe, sizes:Sizes, kind:str, limit:float)->float: # seconds
     "Of one kind of work, with the recipe's own model."
     own, t, s = (mean(sizes.prompts), sizes.answer, sizes.answer), recipe.train, recipe.sampling
-    asked, tokenizer = pair_tokens(own, sizes.frame, True), tiny_tokenizer()
+    tokenizer, asked = tiny_tokenizer(), lambda pairs: sum(pair_tokens((len(p.prompt_ids), len(p.ids_a), len(p.ids_b)), sizes.frame, True) for p in pairs)
     whole = max(1, int(recipe.judge.batch_tokens / (2 * sum(own))))  # pairs that are judged together
     each = min(pairs_each(s), whole) if kind == "read" else 1
     rows = {"trained": t.batch_size, "read": whole // each, "decoded": s.batch_size}[kind]
     if kind == "decoded":
-        model, half, more = for_sampling(recipe.model), (own[0] + sizes.answer / 2, 2, 2), 8
+        model, more = for_sampling(recipe.model), 8
         if model.dtype != torch.float32: model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
-        def run(n, tokens): return list(generate(model, tokenizer, [(i, p.prompt_ids, i) for i, p in enumerate(letter_pairs([half] * n))], s.model_copy(update={"max_new_tokens": tokens})))
+        def run(n, tokens): return list(generate(model, tokenizer, [(i, p.prompt_ids, i) for i, p in enumerate(letter_pairs([(p + sizes.answer / 2, 2, 2) for p, *_ in lengths_met(s, sizes, n)]))], s.model_copy(update={"max_new_tokens": tokens})))
         spent, n = seconds_of(lambda n: run(n, 1 + more), rows, limit)
         return max(spent - _timed(lambda n: run(n, 1), n), 0) / (more * n)
     if kind == "read":
         model = new_adapter(for_scoring(recipe.model), recipe.lora).eval()
+        def pairs(n): return judged_pairs(recipe, sizes, n * each)
         @torch.no_grad()
-        def run(n): margins(View(model, tokenizer, judged_pairs(recipe, own, n * each), recipe))
+        def run(n): margins(View(model, tokenizer, pairs(n), recipe))
     else:
         model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
-        def run(n): pair_loss(View(model, tokenizer, letter_pairs([own] * n), recipe), recipe.arm("scir"))[0].backward()
+        def pairs(n): return letter_pairs(lengths_met(s, sizes, n))
+        def run(n): pair_loss(View(model, tokenizer, pairs(n), recipe), recipe.arm("scir"))[0].backward()
     spent, n = seconds_of(run, rows, limit)
-    return spent / (n * each * asked)
+    return spent / asked(pairs(n))
 
 def probe(recipe:Recipe, sizes:Sizes, seconds:float=30)->dict: # kind -> seconds a token, at full depth
     "Time training, reading and decoding on this machine, in about so many seconds."

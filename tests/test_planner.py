@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from scir import doctor, planner
 from scir.model import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
 from scir.optimise import pair_loss, train
-from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, pairs_each, peak,
+from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, lengths_met, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, pairs_each, peak,
                           probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
-from scir.recipe import load_recipe, parse_recipe
+from scir.recipe import SamplingSpec, load_recipe, parse_recipe
 from scir.rewards import View, margins
 from scir.sample import generate
 from scir.store import Response, read_json, read_rows, write_rows
@@ -129,8 +129,17 @@ def test_what_takes_more_is_planned_as_more():
     assert of("optimise", "train.batch_size=2") < of("optimise", "model.gradient_checkpointing=true") < of("optimise")
     assert of("sample", "sampling.batch_size=4") < of("sample") and of("judge", "judge.batch_tokens=1024") < of("judge")
     assert of("optimise", kind="cuda") != of("optimise")
+    assert len(sampled_rows(load_recipe("recipes/tiny.yaml", ("sampling.batch_size=5",)), [9] * 4)) == 5
+    cache = lambda tokens: planner.sampling_peak(load_recipe("recipes/tiny.yaml", (f"sampling.max_new_tokens={tokens}", "sampling.batch_size=512")), "cpu", [9] * 512)
+    a_token = 512 * 2 * 2 * 2 * 16 * 4  # rows, layers, keys and values, heads, size, bytes
+    assert cache(1000) - cache(500) > 480 * a_token
     adapter = sum(p.nbytes for p in skeleton(recipe, "cpu").parameters() if p.requires_grad)
     assert of("judge", "train.reference=previous") == of("judge") + adapter
+
+@pytest.mark.parametrize("kind, name", [("cpu", "grouped"), ("cuda", "sdpa")])
+def test_attention_is_that_of_the_device(kind, name):
+    model = skeleton(load_recipe("recipes/tiny.yaml"), kind)
+    with as_on(kind, model): assert model.get_base_model().config._attn_implementation == name
 
 def test_four_bits_are_counted_as_they_are_stored():
     recipe = load_recipe("recipes/mistral-7b.yaml")
@@ -160,9 +169,16 @@ def test_all_pairs_of_the_longest_prompts_are_met():
     assert longest_rows(recipe, sizes)[1:] == ([(p, answer, answer) for p in (9, 7, 5, 3) for _ in range(6)], [9, 7, 5, 3])
     assert longest_rows(recipe, sizes._replace(counted=False))[2] == [d.max_prompt_tokens] * 3 + [7]
 
+def test_the_probes_lengths_are_those_of_the_run():
+    sizes = assumed_sizes(load_recipe("recipes/tiny.yaml"))._replace(prompts=[9, 30])
+    met = lambda answer, limit: lengths_met(SamplingSpec(max_new_tokens=limit), sizes._replace(answer=answer), 2000)
+    prompts, first, second = zip(*met(20, 100))
+    assert set(prompts) == {9, 30} and 1 <= min(first) < 3 and 37 < max(second) <= 39 and abs(sum(first) / 2000 - 20) < 1
+    assert {a for _, *both in met(50, 50) for a in both} == {50}
+
 def test_judged_pairs_share_a_prompt_and_its_answers():
-    recipe = load_recipe("recipes/tiny.yaml", ("sampling.candidates=4",))
-    pairs = judged_pairs(recipe, (60, 20, 20), 8)
+    recipe = load_recipe("recipes/tiny.yaml", ("sampling.candidates=4", "sampling.max_new_tokens=20"))
+    pairs = judged_pairs(recipe, assumed_sizes(recipe)._replace(prompts=[60], answer=20), 8)
     assert len({p.prompt for p in pairs[:6]}) == 1 and len({r for p in pairs[:6] for r in (p.response_a, p.response_b)}) == 4 and len({p.prompt for p in pairs}) == 2
     assert {(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs} == {(60, 20, 20)} and len(pairs) == 8
     each = lambda *settings: pairs_each(load_recipe("recipes/tiny.yaml", settings).sampling)
@@ -222,7 +238,7 @@ def test_a_line_through_two_depths():
 
 def test_batches_grow_while_time_is_left(monkeypatch):
     monkeypatch.setattr(planner, "_timed", lambda run, n: .1 * n)
-    assert seconds_of(None, 64, 100)[1] == 64 and seconds_of(None, 64, 1)[1] < 16 and seconds_of(None, 1, 100) == (.1, 1)
+    assert seconds_of(None, 64, 100)[1] == 64 and seconds_of(None, 24, 100)[1] == 24 and seconds_of(None, 64, 1.7)[1] == 4 and seconds_of(None, 1, 100) == (.1, 1)
 
 def test_a_probe_of_a_deeper_model(tmp_path):
     "Two shallow models stand for one of six layers; all three kinds are timed and the recipe's own name is left alone."
