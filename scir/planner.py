@@ -191,7 +191,7 @@ def saved_by_nf4(model)->float:
     linear = [m.weight for n, m in body(model)[1].named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
     return sum(w.numel() * (w.element_size() - NF4) for w in linear) - max(w.numel() * w.element_size() for w in linear)
 
-GAPS = {"cpu": .5, "cuda": .1} # in training, of what is not the model's own: memory between tensors that their allocator cannot use; else a tenth
+GAPS = {"cpu": .6, "cuda": .1} # in training, of what is not the model's own: memory between tensors that their allocator cannot use; else a tenth
 
 def peak_of(recipe:Recipe, kind:str, model, run, # () -> None
            )->int: # bytes
