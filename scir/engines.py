@@ -136,10 +136,10 @@ def adapter_name(adapter)->str:
     return f"scir-{digest(hash_path(adapter), str(Path(adapter).resolve()))}"
 
 def serve_line(recipe:Recipe)->str:
-    "The command that starts a server for a recipe."
+    "The command that starts a server for a recipe; in place of float32 vLLM takes 16 bits, since its adapters need them on a GPU."
     spec, model = recipe.model, recipe.model.name
     words = ["vllm", "serve", str(MODELS/model) if (MODELS/model).is_dir() else model, "--enable-lora", "--max-lora-rank", str(lora_room(recipe.lora.r))]
-    words += (["--revision", spec.revision] if spec.revision else []) + (["--dtype", spec.dtype] if spec.dtype != "auto" else []) + (["--quantization", "bitsandbytes"] if spec.quantize else [])
+    words += (["--revision", spec.revision] if spec.revision else []) + (["--dtype", spec.dtype] if spec.dtype not in ("auto", "float32") else []) + (["--quantization", "bitsandbytes"] if spec.quantize else [])
     words += ["--trust-remote-code"] * spec.trust_remote_code
     return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(words)
 

@@ -92,7 +92,7 @@ def pairs_each(spec:SamplingSpec)->int:
 def lengths_met(spec:SamplingSpec, sizes:Sizes, n:int)->list: # (prompt, response, response) tokens
     "Lengths as a run meets them: of prompts that are there, and of answers spread evenly around their mean."
     rng, width = random.Random(0), max(0, min(sizes.answer - 1, spec.max_new_tokens - sizes.answer))
-    answer = lambda: rng.uniform(sizes.answer - width, sizes.answer + width)
+    answer = lambda: max(4, rng.uniform(sizes.answer - width, sizes.answer + width))  # equal ones would be no pair
     return [(p, answer(), answer()) for p in rng.choices(sizes.prompts, k=n)]
 
 def judged_pairs(recipe:Recipe, sizes:Sizes, n:int)->list: # of Pair
@@ -316,8 +316,10 @@ def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
         replayed = min(seeds, round(trained * arm.replay / (1 - arm.replay)))
         out += [of("optimise", "trained", trained * arm.epochs, own, judged), of("optimise", "trained", replayed * arm.epochs, middle(sizes.seeds), judged)]
     out += answers("evaluate", times["evaluate"], len(sizes.held))
+    last = 1 if recipe.train.reference == "initial" else float("inf")  # M_1 reads the base, for the others too; a predecessor is read by each
+    asking = sum(x.stage == "evaluate" and 1 <= node_parts(x.node)[2] <= last for x in steps)
     for lengths, n in ((own, panel), (middle(sizes.labelled), len(sizes.labelled))):
-        out += [of("evaluate", "read", times["evaluate"] * n, lengths, True), of("evaluate", "read", len(recipe.seeds) * n, lengths, False)]  # M_1 reads the reference, for the others too
+        out += [of("evaluate", "read", times["evaluate"] * n, lengths, True), of("evaluate", "read", asking * n, lengths, False)]
     return summed([*out, *voting(recipe, sizes, steps)])
 
 def voting(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
