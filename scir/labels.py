@@ -125,7 +125,7 @@ def previous_rewards(scores:list, recipe:Recipe, logps:dict|None=None)->dict: # 
     for s in scores:
         for response, ids, reference in zip(candidates(s), (s.ids_a, s.ids_b), s.reference_logps):
             if logps is None: out[response] = reference / len(ids)
-            else: out[response] = recipe.train.beta * (logps[response] - reference) / (len(ids) if recipe.train.length_normalise else 1)
+            else: out[response] = recipe.train.beta * (logps[response] - reference) / (len(ids) if recipe.train.implicit_length == "per_token" else 1)
     return out
 
 # %% ../nbs/13_labels.ipynb #58bada5f

@@ -60,6 +60,7 @@ def surer_teaches(m_i:torch.Tensor, m_j:torch.Tensor)->tuple: # the same margins
 class SCIRLoss(NamedTuple):
     loss: torch.Tensor # scalar
     mask: torch.Tensor # (B,) bool, pairs that entered the DPO term
+    side: torch.Tensor # (B,) P(a is chosen), which counts where mask is True
     metrics: dict # name -> float
 
 def scir_loss(margins:dict, # reward model -> (B,) margin of a over b; holds every internal model
@@ -83,7 +84,7 @@ def scir_loss(margins:dict, # reward model -> (B,) margin of a over b; holds eve
     if target is not None: mask, side = torch.where(target.isnan(), mask, target >= 0), torch.where(target.isnan(), side, target.clamp(min=0))
     dpo = (mask * dpo_loss(dpo_margin, side)).mean()
     loss = lambda_consistency * consistency + lambda_confidence * confidence + dpo
-    return SCIRLoss(loss, mask, _metrics(margins, dpo_margin, mask, side, consistency, confidence, dpo))
+    return SCIRLoss(loss, mask, side, _metrics(margins, dpo_margin, mask, side, consistency, confidence, dpo))
 
 def _metrics(margins, dpo_margin, mask, side, consistency, confidence, dpo):
     m = torch.stack(list(margins.values())).detach()

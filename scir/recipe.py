@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ADDITIVE', 'OneOrMore', 'Sources', 'DPO', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MOST', 'spec', 'Section',
-           'no_secret', 'ModelSpec', 'LoraSpec', 'DataSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec', 'LabelSpec',
-           'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'RecipeError', 'field_names', 'parse_recipe', 'read_yaml',
-           'override', 'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe', 'run_of', 'node_name',
-           'node_parts', 'parent_node', 'all_nodes']
+           'no_secret', 'ModelSpec', 'LoraSpec', 'DataSpec', 'SFTSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec',
+           'LabelSpec', 'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'RecipeError', 'field_names', 'parse_recipe',
+           'read_yaml', 'override', 'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe', 'run_of',
+           'node_name', 'sft_node', 'node_parts', 'parent_node', 'all_nodes']
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib, re, reprlib
@@ -65,6 +65,9 @@ class DataSpec(Section):
     "What goes in. A source is a local .jsonl/.json/.csv/.parquet file, or a hub name such as `allenai/reward-bench:filtered`."
     prompts: Sources = spec(("data/prompts.jsonl",), "pool of unlabelled prompts, one source or several", "P")
     prompt_limit: int | None = spec(None, "prompts used for training, per iteration", unit="prompts", ge=1)
+    seed_prompts: int = spec(0, "prompts that only the warm start uses: the SFT model answers them, and the grader labels pairs of its answers", "D", "prompts", ge=0)
+    grader: str | None = spec(None, "a program that scores an answer from 0 to 1: `given_words` (the testbed's), or FILE.py:FUNCTION. It labels the model's own answers for the warm start and the evaluation; the rounds of training never see its labels", "D")
+    evaluate_on: Literal["test", "validation"] = spec("test", "split used for evaluation; choose settings on `validation`")
     held_out_prompts: int = spec(24, "prompts kept from training, answered by every model at evaluation", unit="prompts", ge=1)
     pairs: Sources = spec(("data/pairs.jsonl",), "labelled seed pairs, one source or several: warm start on the train split, evaluation on the test split", "S")
     pair_limit: int | None = spec(None, "seed pairs used by the warm start", unit="pairs", ge=1)
@@ -74,11 +77,17 @@ class DataSpec(Section):
     max_prompt_tokens: int = spec(512, "longer prompts are dropped and counted", unit="tokens", ge=1)
     max_response_tokens: int = spec(512, "longer labelled responses are dropped and counted", unit="tokens", ge=1)
 
+    @model_validator(mode="after")
+    def graded_seeds(self):
+        "The SFT model's answers need somebody to label them."
+        if self.seed_prompts and not self.grader: raise ValueError("seed_prompts needs a grader to label the SFT model's answers; set data.grader, or data.seed_prompts to 0")
+        return self
+
     @field_validator("labelled_sets")
     @classmethod
     def names(cls, sets):
         "Names that evaluation uses itself are taken."
-        if taken := set(sets) & {"held-out", "panel", "responses", "metrics"}: raise ValueError(f"{', '.join(taken)}: this name is taken")
+        if taken := set(sets) & {"held-out", "panel", "own", "responses", "metrics"}: raise ValueError(f"{', '.join(taken)}: this name is taken")
         return sets
 
     @model_validator(mode="after")
@@ -88,8 +97,15 @@ class DataSpec(Section):
         return self
 
 # %% ../nbs/00_recipe.ipynb #f78ce050
+class SFTSpec(Section):
+    "M_0 to the SFT model: supervised training on good answers. It is the reference of all preference training (`train.reference`)."
+    epochs: float = spec(1.0, "passes over the good answers", "D", "epochs", gt=0)
+    batch_size: int = spec(8, "answers per optimizer step", "D", "answers", ge=1)
+    learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
+
 class WarmStartSpec(Section):
-    "M_0 to M_1: supervised training on instructions and judgements, and optional DPO on the seed pairs (after arXiv:2401.10020)."
+    "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
+    pairs_per_prompt: int = spec(2, "graded pairs of the SFT model's answers to each of `data.seed_prompts`, at most", "D", "pairs", ge=1)
     epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per optimizer step", "D", "pairs", ge=1)
     learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
@@ -162,13 +178,13 @@ class TrainSpec(Section):
     length_debias: bool = spec(False, "take alpha * length off the labelling reward, alpha such that chosen and rejected are on average equally long (DICE)", "S")
     replay: float = spec(0.0, "share of labelled seed pairs among the training pairs, in every arm (DICE: one half), against forgetting", "S", ge=0, lt=1)
     beta: float = spec(0.1, "DPO's beta, also the implicit reward's scale", "S", "1/nat", gt=0)
-    length_normalise: bool = spec(False, "log-ratios per token in the implicit reward and the DPO loss", "D")
+    implicit_length: Literal["sum", "per_token"] = spec("sum", "the implicit reward of an answer: its summed log-ratio, which grows with length on the model's own answers, or the mean per token (then beta is larger)", "D")
     lambda_consistency: float = spec(1.0, "weight of the symmetric KL between the reward models", "S", ge=0)
     consistency_moves: Literal["both", "less_confident"] = spec("less_confident", "whom the symmetric KL moves: both models, or the less confident one of a pair, taught by the surer one", "D")
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")
-    reference: Literal["initial", "previous"] = spec("initial", "pi_ref: M_0, or M_{t-1}; never M_t itself, whose implicit margin is zero", "D")
+    reference: Literal["sft", "initial", "previous"] = spec("sft", "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; never M_t itself, whose implicit margin is zero", "S")
     epochs: float = spec(1.0, "passes over the pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per forward", "D", "pairs", ge=1)
     accumulation: int = spec(1, "forwards per optimizer step", "D", "forwards", ge=1)
@@ -205,6 +221,7 @@ class Recipe(Section):
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()
     data: DataSpec = DataSpec()
+    sft: SFTSpec = SFTSpec()
     warm_start: WarmStartSpec = WarmStartSpec()
     sampling: SamplingSpec = SamplingSpec()
     judge: JudgeSpec = JudgeSpec()
@@ -345,10 +362,17 @@ def node_name(seed:int, iteration:int, arm:str|None=None)->str:
     "Folder of model M_`iteration`; the first two are shared by all arms."
     return f"seed{seed}/m{iteration}" if iteration <= 1 else f"seed{seed}/{arm}/m{iteration}"
 
+def sft_node(seed:int)->str:
+    "Folder of the SFT model."
+    return f"seed{seed}/sft"
+
 def node_parts(node:str)->tuple: # (seed, arm or None, iteration)
-    "Inverse of `node_name`; raises ValueError for a malformed one."
+    "Inverse of `node_name`; the SFT model is (seed, 'sft', 0). Raises ValueError for a malformed name."
     parts = node.split("/")
-    try: return int(parts[0].removeprefix("seed")), (parts[1] if len(parts) == 3 else None), int(parts[-1].removeprefix("m"))
+    try:
+        seed = int(parts[0].removeprefix("seed"))
+        if parts[1:] == ["sft"]: return seed, "sft", 0
+        return seed, (parts[1] if len(parts) == 3 else None), int(parts[-1].removeprefix("m"))
     except (ValueError, IndexError): raise ValueError(f"{node!r} is not a model of a run; write seed0/m1 or seed0/scir/m2") from None
 
 def parent_node(node:str)->str:

@@ -94,7 +94,7 @@ def generative(view:View)->torch.Tensor:
 def implicit(view:View)->torch.Tensor:
     "IRM: the DPO reward against the reference."
     t = view.recipe.train
-    return implicit_margin(view.logps, view.reference_logps, t.beta, view.lengths if t.length_normalise else None)
+    return implicit_margin(view.logps, view.reference_logps, t.beta, view.lengths if t.implicit_length == "per_token" else None)
 
 # %% ../nbs/06_rewards.ipynb #9613d87e
 YES_NO = ("Yes", "No")
