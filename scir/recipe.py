@@ -180,7 +180,7 @@ class TrainSpec(Section):
     beta: float = spec(0.1, "DPO's beta, also the implicit reward's scale", "S", "1/nat", gt=0)
     implicit_length: Literal["sum", "per_token"] = spec("sum", "the implicit reward of an answer: its summed log-ratio, which grows with length on the model's own answers, or the mean per token (then beta is larger)", "D")
     lambda_consistency: float = spec(1.0, "weight of the symmetric KL between the reward models", "S", ge=0)
-    consistency_moves: Literal["both", "less_confident"] = spec("less_confident", "whom the symmetric KL moves: both models, or the less confident one of a pair, taught by the surer one", "D")
+    consistency_moves: str = spec("less_confident", "whom the symmetric KL moves: `both` models, the `less_confident` one of a pair, taught by the other, or the one reward model of this name", "D")
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")
@@ -235,6 +235,13 @@ class Recipe(Section):
         "What is named twice would be done twice."
         if twice := [v for i, v in enumerate(values) if v in values[:i]]: raise ValueError(f"{twice[0]} comes twice")
         return values
+
+    @model_validator(mode="after")
+    def known_mover(self):
+        "The penalty moves both models, the less confident one, or one of the recipe's reward models."
+        known = ("both", "less_confident", *self.rewards)
+        if self.train.consistency_moves not in known: raise ValueError(f"train.consistency_moves: {self.train.consistency_moves!r} is none of {', '.join(known)}")
+        return self
 
     def rounds(self, arm:str)->int:
         "How many rounds an arm makes."

@@ -13,7 +13,7 @@ def test_gradient_is_that_of_finite_differences(options):
     judge, third, logps, reference = (x.requires_grad_() for x in (rand(6), rand(6, seed=1), rand(6, 2, seed=2, scale=9), rand(6, 2, seed=3, scale=9)))
     def loss(judge, third, logps):
         m = implicit_margin(logps, reference.detach(), .1, torch.full((6, 2), 2.0))
-        return scir_loss({"generative": judge, "implicit": m, "third": third}, m, lambda_confidence=.3, **options).loss
+        return scir_loss({"generative": judge, "implicit": m, "third": third}, m, lambda_confidence=.3, moves="both", **options).loss
     assert torch.autograd.gradcheck(loss, (judge, third, logps))
 
 def test_swapping_the_pair_changes_nothing():
@@ -51,12 +51,12 @@ def test_a_tie_is_no_agreement(): assert agreed_side(torch.zeros(2, 3))[0].tolis
 @pytest.mark.parametrize("tau, moves", [(.9, False), (.5, True)])
 def test_closed_gate_stops_the_penalty_gradient(tau, moves):
     g, i = torch.tensor([1.], requires_grad=True), torch.tensor([-.5], requires_grad=True)
-    scir_loss({"g": g, "i": i}, i, lambda_confidence=0., tau=tau).loss.backward()
+    scir_loss({"g": g, "i": i}, i, lambda_confidence=0., tau=tau, moves="both").loss.backward()
     assert bool(g.grad.abs() > 0) == bool(i.grad.abs() > 0) == moves
 
 def test_gate_opens_for_one_confident_model():
     g, i = torch.tensor([4.], requires_grad=True), torch.tensor([-.5], requires_grad=True)
-    scir_loss({"g": g, "i": i}, i, lambda_confidence=0., tau=.9).loss.backward()
+    scir_loss({"g": g, "i": i}, i, lambda_confidence=0., tau=.9, moves="both").loss.backward()
     assert g.grad.abs() > 0 and i.grad.abs() > 0
 
 def test_entropy_and_symmetric_kl_are_those_of_torch():
@@ -90,9 +90,14 @@ def test_fixed_labels_stand_and_the_others_are_asked_now():
     expected = [math.log1p(math.exp(-1)), math.log1p(math.exp(1)), math.log1p(math.exp(-1))]  # a by agreement; a, against both models; b, by its label
     assert out.loss.item() == pytest.approx(sum(expected) / 5, abs=1e-6)
 
-def test_the_surer_model_teaches_and_the_value_is_the_same():
+def test_the_more_confident_model_teaches_and_the_value_is_the_same():
     g, i = torch.tensor([2., .1, -1.], requires_grad=True), torch.tensor([-.5, 3., -1.], requires_grad=True)
     one, both = (scir_loss({"g": g, "i": i}, i.detach(), lambda_confidence=0., moves=m) for m in ("less_confident", "both"))
     assert one.loss.item() == pytest.approx(both.loss.item())
     one.loss.backward()
-    assert g.grad.tolist()[0] == 0 and i.grad.tolist()[1] == 0 and g.grad[1] < 0 and i.grad[0] < 0  # each follows the surer one
+    assert g.grad.tolist()[0] == 0 and i.grad.tolist()[1] == 0 and g.grad[1] < 0 and i.grad[0] < 0  # each follows the more confident one
+
+def test_a_named_model_moves_alone():
+    g, i = torch.tensor([2., .1, -1.], requires_grad=True), torch.tensor([-.5, 3., -1.], requires_grad=True)
+    scir_loss({"g": g, "i": i}, i.detach(), lambda_confidence=0., moves="i").loss.backward()
+    assert g.grad.abs().sum() == 0 and i.grad[0] < 0 < i.grad[1]
