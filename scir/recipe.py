@@ -281,7 +281,8 @@ def _explain(error, where):
         return f"{where}: {name} is not a field; the nearest is {close[0]}"
     found = "" if isinstance(error["input"], dict) else f" = {_SHORT.repr(error['input'])}"
     found = re.sub(r"//[^/\s]*@|[?#][^'\"]*", "***", found) if "://" in found else found
-    return f"{where}: {name}{found}: {error['msg'][0].lower() + error['msg'][1:]}"
+    said = error["msg"].removeprefix("Value error, ")
+    return ": ".join(part for part in (where, name + found, said[0].lower() + said[1:]) if part)
 
 def parse_recipe(raw:dict, where:str="recipe")->Recipe:
     "Validate a plain dict; raises RecipeError naming each faulty field."
