@@ -182,6 +182,7 @@ class TrainSpec(Section):
     lambda_consistency: float = spec(1.0, "weight of the symmetric KL between the reward models", "S", ge=0)
     consistency_moves: str = spec("less_confident", "whom the symmetric KL moves: `both` models, the `less_confident` one of a pair, taught by the other, or the one reward model of this name", "D")
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
+    lambda_sft: float = spec(0.0, "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps the form of the answers, as in iterative RPO (arXiv:2404.19733)", "D", ge=0)
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")
     reference: Literal["sft", "initial", "previous"] = spec("sft", "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; never M_t itself, whose implicit margin is zero", "S")
