@@ -464,13 +464,13 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
                      limit: Limit = None, json: Json = False, debug: Debug = False):
     "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates."
     from scir.alignment import fit_reward
-    from scir.data import load_pairs, split_of
+    from scir.data import load_pairs, row_split
     from scir.pipeline import quiet, say_shipped
     with aside(json):
         quiet()
         say_shipped([pairs])
         rows, dropped = load_pairs(pairs)
-        found = fit_reward(model, [r for r in rows if split_of(r.prompt) in split][:limit], out)
+        found = fit_reward(model, [r for r in rows if row_split(r) in split][:limit], out)
     told(found | {"dropped": dropped}, json, model=out)
 
 # %% ../nbs/26_cli.ipynb #775cf194
