@@ -310,7 +310,7 @@ def grader(recipe)->Finding|None:
         why = " ".join(f"{type(e).__name__}: {e}".split())
         return Finding("grader", f"{name} fails on an empty answer ({why}); a score from 0 to 1, or None, is needed", "fault", f"edit {name.rpartition(':')[0]}")
     found = f"{name}: grades answers to " + " and ".join(f"{known[kind]} of {len(rows)} {kind} prompts" for kind, rows in lists.items() if rows)
-    if any(rows and not known[kind] for kind, rows in lists.items()): return Finding("grader", found, "fault", "add --set data.prompts=FILE with prompts that this grader knows")
+    if any(rows and not known[kind] for kind, rows in lists.items()): return Finding("grader", found, "warn", "add --set data.prompts=FILE with prompts that this grader knows")
     return Finding("grader", found)
 
 def hub_token(recipe)->Finding|None:

@@ -10,7 +10,7 @@ from scir.recipe import RecipeError, parse_recipe
 from scir.rewards import View
 from scir.score import score, set_reference
 from scir.trainer import PairTrainer, arguments, fit, save_adapter
-from scir.warm_start import warm_start_loss
+from scir.warm_start import sft_loss, warm_start_loss
 
 def adapter(folder): return load_file(folder/"adapter"/"adapter_model.safetensors")
 
@@ -56,11 +56,11 @@ def test_gradient_checkpointing_changes_no_gradient(make_policy, tokenizer, pair
     one, two = gradients(plain, tokenizer, pairs, recipe), gradients(saving, tokenizer, pairs, recipe.model_copy(update={"model": spec}))
     assert len(one) == 28 and all(g.abs().sum() > 0 for g in one.values()) and close(one, two)
 
-@pytest.mark.parametrize("kind", ["warm start", "optimise"])
+@pytest.mark.parametrize("kind", ["sft", "warm start", "optimise"])
 def test_saved_tensors_of_sequences_are_few(make_policy, tokenizer, pairs, recipe, kind):
     "Between forward and backward only what the loss itself needs is kept."
-    kept, instructions = {}, {p.id: (p.prompt_ids, p.ids_a) for p in pairs}
-    loss_of = lambda view: pair_loss(view, view.recipe.train) if kind == "optimise" else warm_start_loss(view, recipe.warm_start, instructions)
+    kept = {}
+    loss_of = {"optimise": lambda view: pair_loss(view, view.recipe.train), "warm start": lambda view: warm_start_loss(view, recipe.warm_start), "sft": sft_loss}[kind]
     for how in (False, "sequences"):
         model, size = make_policy(), []
         one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"gradient_checkpointing": how})})
