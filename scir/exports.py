@@ -317,10 +317,11 @@ def eval_results(o:Origin)->list: # of huggingface_hub.EvalResult
         return of.pop() if len(of) == 1 and None not in of else s
     return [EvalResult(task_type="text-generation", dataset_type=named(s), dataset_name=s, metric_type=k.split("_")[0], metric_value=round(r["value"], 4),
                        metric_name=f"{k.replace('_', ' ')}, 95% interval {r['low']:.3f} to {r['high']:.3f}, n={r['n']}")
-            for s, m in measures(o).items() if "accuracy_likelihood" in m for k, r in m.items() if k.startswith(("accuracy", "inconsistency"))]
+            for s, m in measures(o).items() if "accuracy_likelihood" in m for k, r in m.items() if k.startswith(("accuracy", "inconsistency")) and k != "inconsistency_labelled"]
 
 # %% ../nbs/18_exports.ipynb #16708299
 MEANING = ("Value [95% interval], number of pairs. inconsistency: share of pairs on which the internal reward models prefer different sides; inconsistency likelihood: the same for the judge and the log-probability per token; "
+           "inconsistency labelled: of the pairs with a label; "
            "flip rate: share on which the judge's verdict stays with a place when the answers change places; rank correlation: Spearman's, between the margins of the internal reward models; accuracy: share of labelled pairs on which "
            "the labelled side is preferred, by the judge (generative), the DPO reward (implicit), the log-probability per token (likelihood), where all agree (agreed), by the mean margin (mean). "
            "held-out: labelled pairs never trained on; panel: M_1's answers to prompts kept from training; own: this model's answers to them. A program labels panel and own where the recipe has a grader.")

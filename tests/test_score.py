@@ -187,7 +187,7 @@ def test_metrics_by_hand():
     m = metrics(SCORES)
     value = {k: v["value"] if isinstance(v, dict) else v for k, v in m.items()}
     assert value == pytest.approx({"flip_rate": .75, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3,
-                                   "accuracy_mean": .25, "accuracy_likelihood": 0, "inconsistency_likelihood": .5, "labelled": 4, "rank_correlation": .5, "entropy": np.mean([H(x) for s in SCORES for x in s.margins.values()]), "ece_generative": m["ece_generative"], "ece_implicit": m["ece_implicit"]})
+                                   "accuracy_mean": .25, "accuracy_likelihood": 0, "inconsistency_likelihood": .5, "labelled": 4, "inconsistency_labelled": .25, "rank_correlation": .5, "entropy": np.mean([H(x) for s in SCORES for x in s.margins.values()]), "ece_generative": m["ece_generative"], "ece_implicit": m["ece_implicit"]})
     assert m["accuracy_agreed"]["n"] == 3
 
 def test_unlabelled_pairs_have_no_accuracy():
