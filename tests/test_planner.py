@@ -230,7 +230,9 @@ def test_the_warm_start_answers_its_prompts_and_learns_from_the_pairs():
     assert len(longest_rows(recipe, sizes)[0]) == 26 and len(assumed_sizes(recipe).seed_prompts) == 5
 
 def test_replayed_pairs_have_their_reference_read():
-    read = lambda *settings: {w.kind: w.rows for w in work(recipe := load_recipe("recipes/tiny.yaml", ("arms=[srlm]", "iterations=1", *settings)), counted_sizes(recipe)) if w.stage == "optimise"}
+    def read(*settings):
+        recipe = load_recipe("recipes/tiny.yaml", ("arms=[srlm]", "iterations=1", *settings))
+        return {w.kind: w.rows for w in work(recipe, counted_sizes(recipe)) if w.stage == "optimise"}
     assert read() == {"trained": 8} and read("train.replay=0.2") == {"trained": 10, "read": 2}
 
 def test_votes_are_read_and_decoded_in_the_rounds_that_need_them():
