@@ -1,13 +1,15 @@
 import json, math, shutil
 
 import pytest, torch
+from conftest import TEXTS
 from safetensors.torch import load_file
 
+from scir.logprobs import response_logps
 from scir.model import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
 from scir.optimise import assert_reference, pair_loss, unchanged
 from scir.pipeline import STAGES, check_recipe, read_fields
 from scir.recipe import RecipeError, parse_recipe
-from scir.rewards import View
+from scir.rewards import View, text_pair
 from scir.score import score, set_reference
 from scir.trainer import PairTrainer, arguments, fit, save_adapter
 from scir.warm_start import sft_loss, warm_start_loss
@@ -67,6 +69,16 @@ def test_saved_tensors_of_sequences_are_few(make_policy, tokenizer, pairs, recip
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (size.append(t.numel()), t)[1], lambda t: t): loss, _ = loss_of(View(model, tokenizer, pairs, one))
         kept[how] = sum(size)
     assert kept["sequences"] < kept[False] / 10
+
+def test_the_loss_of_sft_is_that_of_the_good_side_alone(make_policy, tokenizer, recipe):
+    "And a batch counts answers, not tokens."
+    model, made = make_policy(), [text_pair(tokenizer, str(i), prompt, answer, other) for i, (prompt, answer, other) in enumerate(TEXTS)]
+    other = [text_pair(tokenizer, str(i), prompt, answer, "else") for i, (prompt, answer, _) in enumerate(TEXTS)]
+    loss, named = sft_loss(View(model, tokenizer, made, recipe))
+    by_hand = [-float(response_logps(model, [p.prompt_ids], [p.ids_a]).detach()) / len(p.ids_a) for p in made]
+    loss = loss.detach()
+    assert float(loss) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4) and float(named["loss_sft"]) == pytest.approx(float(loss))
+    assert float(sft_loss(View(model, tokenizer, other, recipe))[0].detach()) == pytest.approx(float(loss), abs=1e-5)
 
 @pytest.mark.parametrize("loss", ["pair_loss", "warm_start_loss"])
 def test_accumulation_is_one_big_batch(run, recipe, pairs, loss):
