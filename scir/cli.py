@@ -8,7 +8,7 @@ __all__ = ['CODES', 'UsageError', 'CONTINUED', 'app', 'MODEL', 'OutFile', 'Recip
            'not_a_folder', 'aside', 'emit', 'strict', 'settle', 'usable_tokenizer', 'check', 'say', 'told', 'tables',
            'show', 'records', 'words_again', 'launch', 'from_here', 'rehearse', 'fits_together', 'as_settings', 'run',
            'opened', 'standing', 'status', 'report', 'verify', 'judge', 'sample', 'suits', 'export', 'fit_reward_model',
-           'doctor', 'bench']
+           'testbed', 'doctor', 'bench']
 
 # %% ../nbs/26_cli.ipynb #537f2be2
 import os, select, shlex, signal, sys
@@ -464,16 +464,28 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
                      limit: Limit = None, json: Json = False, debug: Debug = False):
     "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates."
     from scir.alignment import fit_reward
-    from scir.data import load_pairs, split_of
+    from scir.data import load_pairs, row_split
     from scir.pipeline import quiet, say_shipped
     with aside(json):
         quiet()
         say_shipped([pairs])
         rows, dropped = load_pairs(pairs)
-        found = fit_reward(model, [r for r in rows if split_of(r.prompt) in split][:limit], out)
+        found = fit_reward(model, [r for r in rows if row_split(r) in split][:limit], out)
     told(found | {"dropped": dropped}, json, model=out)
 
 # %% ../nbs/26_cli.ipynb #775cf194
+@app.command(epilog="""Example:
+  scir testbed --out data/testbed""")
+def testbed(out: Annotated[Path, typer.Option(help="folder to write")] = Path("data/testbed"), json: Json = False, debug: Debug = False):
+    """Write the testbed: prompts that give three words, labelled pairs, and pairs of another task.
+
+    The same files every time; prints the sha256 of each."""
+    from scir.testbed import write_testbed
+    if out.is_file(): raise UsageError(f"--out {out}: this is a file; name a folder")
+    sums = write_testbed(out)
+    if json: emit({"folder": str(out), "sha256": sums})
+    else: typer.echo("\n".join([*(f"{value}  {name}" for name, value in sums.items()), f"folder: {out}"]))
+
 @app.command(epilog="""Examples:
   scir doctor
   scir doctor --recipe recipes/smol.yaml --json

@@ -72,8 +72,9 @@ def chosen_nll(view:View, out)->torch.Tensor: # scalar, nats per token
 
 def label_metrics(pairs:list, out)->dict: # fractions of the batch
     "Of the arm's own pairs in a batch, those that were trained on and whose better side the grader knows (`graded`), and those trained on with that side chosen (`correct`)."
-    truth = torch.tensor([{"a": 1.0, "b": 0.0}.get(p.extra.get("truth"), math.nan) for p in pairs], device=out.mask.device)
-    if truth.isnan().all(): return {}
+    known = [p.extra.get("truth") for p in pairs]
+    if not any(known): return {}
+    truth = torch.tensor([{"a": 1.0, "b": 0.0}.get(side, math.nan) for side in known], device=out.mask.device)
     graded = out.mask & ~truth.isnan()
     return {"graded": graded.float().mean(), "correct": (graded & ((out.side > .5) == (truth > .5))).float().mean()}
 

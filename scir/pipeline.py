@@ -584,11 +584,13 @@ def check_words(tokenizer, recipe:Recipe)->None:
         except ValueError as e: raise RecipeError(f"{e}; {way_out}") from None
 
 def check_recipe(recipe:Recipe)->None:
-    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, engines and trackers that are not there, arms that need a model that is not named."
+    "Raise RecipeError for what would otherwise fail after hours: unknown reward models, engines, graders and trackers that are not there, arms that need a model that is not named."
+    from scir.data import find_grader
     from scir.engines import check_engine
     from scir.rewards import REWARDS, check_rewards
     check_engine(recipe)
     check_rewards(recipe)
+    if recipe.data.grader: find_grader(recipe.data.grader)
     if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
     if recipe.report_to:
         quiet()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Sizes', 'counted_sizes', 'assumed_sizes',
-           'answer_tokens', 'letter_pairs', 'pairs_each', 'lengths_met', 'judged_pairs', 'letter_judge', 'lettered',
-           'Live', 'attention_of', 'as_on', 'config_of', 'tiny_config', 'dtype_on', 'skeleton', 'saved_by_nf4',
-           'peak_of', 'training_peak', 'reading_peak', 'sampled_rows', 'sampling_peak', 'longest_rows', 'largest_batch',
-           'peak', 'Task', 'pair_tokens', 'middle', 'work', 'voting', 'summed', 'shallow', 'seconds_of', 'per_token',
-           'probe', 'line', 'hours', 'hours_on']
+           'answer_tokens', 'letter_pairs', 'pairs_each', 'graded_each', 'lengths_met', 'judged_pairs', 'letter_judge',
+           'lettered', 'Live', 'attention_of', 'as_on', 'config_of', 'tiny_config', 'dtype_on', 'skeleton',
+           'saved_by_nf4', 'peak_of', 'training_peak', 'reading_peak', 'sampled_rows', 'sampling_peak', 'longest_rows',
+           'longest_answers', 'largest_batch', 'peak', 'Task', 'pair_tokens', 'middle', 'rows_of', 'answered',
+           'seed_lengths', 'warm_up', 'own_lengths', 'trained_rounds', 'evaluated', 'work', 'voting', 'summed',
+           'shallow', 'seconds_of', 'per_token', 'probe', 'line', 'hours', 'hours_on']
 
 # %% ../nbs/24_planner.ipynb #c036352c
 import random, string, tempfile, weakref
@@ -34,7 +35,7 @@ from .rewards import View, margins, text_pair
 from .sample import Pool, generate
 from .score import candidate_pairs
 from .store import Response
-from .warm_start import warm_start_loss
+from .warm_start import sft_loss, warm_start_loss
 
 # %% ../nbs/24_planner.ipynb #2c22a175
 ASSUMED = {"prompt": 150, "seeds": 1400, "frame": 40, "answer": .5} # tokens of a prompt; labelled pairs; tokens of the judge's frame; share of the longest answer
@@ -43,7 +44,9 @@ class Sizes(NamedTuple):
     "Lengths in tokens."
     prompts: list # of the training prompts, with their frame
     held: list # of the held-out prompts
-    seeds: list # (prompt, response, response) of the labelled pairs that are trained on
+    seed_prompts: list # of the prompts that the SFT model answers for the warm start
+    answers: list # (prompt, answer) of the good answers that SFT learns from
+    seeds: list # (prompt, response, response) of the written pairs that the warm start learns from
     labelled: list # the same of those that are evaluated
     frame: int # of the judge's question, without prompt and answers
     answer: float # mean of sampled answers
@@ -51,22 +54,41 @@ class Sizes(NamedTuple):
 
 def counted_sizes(recipe:Recipe)->Sizes:
     "Lengths of the rows that are here; reads them all."
-    from scir.data import prompt_pool
+    from scir.data import prompt_pool, seed_prompts
     from scir.evaluate import labelled_sets
-    from scir.warm_start import seed_pairs
+    from scir.warm_start import good_answers, seed_pairs
     tokenizer, d = load_tokenizer(recipe.model), recipe.data
     train, held, _ = prompt_pool(d)
     tokens = lambda rows: [n for r in rows if (n := len(encode_prompt(tokenizer, r.prompt))) <= d.max_prompt_tokens]
     triple = lambda pairs: [(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs]
-    return Sizes(tokens(train), tokens(held), triple(seed_pairs(tokenizer, recipe)[0]), triple(p for pairs, _ in labelled_sets(tokenizer, recipe).values() for p in pairs),
-                 len(judge_ids(tokenizer, recipe.judge, "", "", "")), answer_tokens(recipe), True)
+    return Sizes(
+        prompts=tokens(train),
+        held=tokens(held),
+        seed_prompts=tokens(seed_prompts(d)),
+        answers=[(len(p.prompt_ids), len(p.ids_a)) for p in good_answers(tokenizer, recipe)[0]],
+        seeds=triple(seed_pairs(tokenizer, recipe)[0][:d.pair_limit]),
+        labelled=triple(p for pairs, _ in labelled_sets(tokenizer, recipe).values() for p in pairs),
+        frame=len(judge_ids(tokenizer, recipe.judge, "", "", "")),
+        answer=answer_tokens(recipe),
+        counted=True,
+    )
 
 def assumed_sizes(recipe:Recipe)->Sizes:
-    "Lengths where nothing is here to be counted."
+    "Lengths where there is nothing to count."
     d, answer = recipe.data, round(ASSUMED["answer"] * recipe.data.max_response_tokens)
     prompt, sets = min(ASSUMED["prompt"], d.max_prompt_tokens), 1 + len(d.labelled_sets)
     pairs = lambda n: [(prompt, answer, answer)] * n
-    return Sizes([prompt] * (d.prompt_limit or 1000), [prompt] * d.held_out_prompts, pairs(d.pair_limit or ASSUMED["seeds"]), pairs(sets * (d.test_limit or 500)), ASSUMED["frame"], answer_tokens(recipe), False)
+    return Sizes(
+        prompts=[prompt] * (d.prompt_limit or 1000),
+        held=[prompt] * d.held_out_prompts,
+        seed_prompts=[prompt] * d.seed_prompts,
+        answers=[(prompt, answer)] * ASSUMED["seeds"],
+        seeds=pairs(d.pair_limit or ASSUMED["seeds"]),
+        labelled=pairs(sets * (d.test_limit or 500)),
+        frame=ASSUMED["frame"],
+        answer=answer_tokens(recipe),
+        counted=False,
+    )
 
 def answer_tokens(recipe:Recipe)->float:
     "Mean tokens of an answer: of a run of that name, if there is one, else a share of the longest."
@@ -88,6 +110,10 @@ def letter_pairs(lengths:list, # (prompt, response, response) tokens
 def pairs_each(spec:SamplingSpec)->int:
     "Pairs of a prompt's answers."
     return min(comb(spec.candidates, 2), spec.pairs_per_prompt or comb(spec.candidates, 2))
+
+def graded_each(recipe:Recipe)->int:
+    "Pairs of the SFT model's answers to a seed prompt, if the grader decides enough of them."
+    return min(comb(recipe.sampling.candidates, 2), recipe.warm_start.pairs_per_prompt)
 
 def lengths_met(spec:SamplingSpec, sizes:Sizes, n:int)->list: # (prompt, response, response) tokens
     "Lengths as a run meets them: of prompts that are there, and of answers spread evenly around their mean."
@@ -224,7 +250,7 @@ def training_peak(recipe:Recipe, kind:str, loss, # View -> scalar
 def reading_peak(recipe:Recipe, kind:str, lengths:list)->int: # bytes
     "Of all reward models on one batch of pairs."
     model = skeleton(recipe, kind)
-    if recipe.train.reference == "previous":
+    if recipe.train.reference != "initial":
         with torch.device("meta"): model.add_adapter("reference", model.peft_config["default"])
     model.eval()
     return peak_of(recipe, kind, model, lambda: margins(View(model, tiny_tokenizer(), letter_pairs(lengths), recipe)))
@@ -258,9 +284,20 @@ def sampling_peak(recipe:Recipe, kind:str, prompts:list, # tokens of each, the l
 def longest_rows(recipe:Recipe, sizes:Sizes)->tuple: # labelled, sampled pairs, prompts: the longest first
     "The longest rows that the stages can meet; where nothing was counted, as long as the recipe lets them be."
     d, answer = recipe.data, recipe.sampling.max_new_tokens
-    if not sizes.counted: sizes = sizes._replace(prompts=[d.max_prompt_tokens] * len(sizes.prompts), seeds=[(d.max_prompt_tokens, *[d.max_response_tokens] * 2)] * len(sizes.seeds))
+    prompt, longest = d.max_prompt_tokens, (d.max_prompt_tokens, *[d.max_response_tokens] * 2)
+    if not sizes.counted:
+        asked = [prompt] * len(sizes.seed_prompts)
+        sizes = sizes._replace(prompts=[prompt] * len(sizes.prompts), seed_prompts=asked, seeds=[longest] * len(sizes.seeds))
+    pairs_of = lambda prompts, n: [(p, answer, answer) for p in prompts for _ in range(n)]
+    known = sorted(sizes.seeds + pairs_of(sizes.seed_prompts, graded_each(recipe)), key=sum, reverse=True)
     prompts = sorted(sizes.prompts + sizes.held, reverse=True)
-    return sorted(sizes.seeds, key=sum, reverse=True), [(p, answer, answer) for p in prompts for _ in range(pairs_each(recipe.sampling))], prompts
+    return known, pairs_of(prompts, pairs_each(recipe.sampling)), sorted(prompts + sizes.seed_prompts, reverse=True)
+
+def longest_answers(recipe:Recipe, sizes:Sizes)->list: # (prompt, answer, 1): the longest first
+    "The good answers of SFT as pairs whose second side is empty."
+    d = recipe.data
+    rows = sizes.answers if sizes.counted else [(d.max_prompt_tokens, d.max_response_tokens)] * len(sizes.answers)
+    return [(p, answer, 1) for p, answer in sorted(rows, key=sum, reverse=True)]
 
 def largest_batch(recipe:Recipe, rows:list)->list:
     "The pairs of the judge's batch with most tokens."
@@ -268,18 +305,21 @@ def largest_batch(recipe:Recipe, rows:list)->list:
     found = batches([2 * sum(r) for r in rows], recipe.judge.batch_tokens)
     return [rows[i] for i in max(found, key=lambda b: sum(sum(rows[i]) for i in b))]
 
-MEASURED = ("warm_start", "sample", "judge", "optimise") # evaluation samples and judges too; votes, of label, have no plan of their own
+MEASURED = ("sft", "warm_start", "sample", "judge", "optimise") # evaluation samples and judges too; votes, of label, have no plan of their own
 
 def peak(stage:str, recipe:Recipe, sizes:Sizes, kind:str)->int: # bytes of tensors
-    "What a stage has in memory at most."
+    "What a stage has in memory at most; the SFT model's answers in the warm start take what `sample` does."
     known, sampled, prompts = longest_rows(recipe, sizes)
     letters = lettered(recipe, sizes)
     arms = sorted((a for a in recipe.arms if a != "sft"), key=lambda a: not recipe.arm(a).label.startswith("agreement"))
-    if stage == "warm_start": return training_peak(letters, kind, lambda v: warm_start_loss(v, recipe.warm_start)[0], known[:recipe.warm_start.batch_size])
+    if stage == "sft": return training_peak(letters, kind, lambda v: sft_loss(v)[0], longest_answers(recipe, sizes)[:recipe.sft.batch_size])
+    if stage == "warm_start":
+        return training_peak(letters, kind, lambda v: warm_start_loss(v, recipe.warm_start)[0], known[:recipe.warm_start.batch_size])
     if stage == "sample": return sampling_peak(letters, kind, prompts)
     if stage == "judge": return reading_peak(letters, kind, largest_batch(recipe, sampled + known))
     arm = recipe.arm(arms[0] if arms else "scir")
-    return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size], recipe.train.accumulation > 1)
+    rows = sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size]
+    return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], rows, recipe.train.accumulation > 1)
 
 # %% ../nbs/24_planner.ipynb #260a9ffe
 class Task(NamedTuple):
@@ -298,29 +338,70 @@ def middle(rows:list)->tuple:
     "Mean lengths."
     return tuple(map(mean, zip(*rows)))
 
-def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
-    "All that the stages of a run do with the model."
-    from scir.pipeline import plan
-    s, steps, frame = recipe.sampling, plan(recipe), sizes.frame
-    times, own = {k: sum(x.stage == k for x in steps) for k in ("warm_start", "sample", "evaluate")}, (mean(sizes.prompts), sizes.answer, sizes.answer)
-    each = pairs_each(s)
-    of = lambda stage, kind, rows, lengths, judged: Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
-    answers = lambda stage, n, prompts: [Task(stage, "decoded", n * prompts * s.candidates, n * prompts * s.candidates * sizes.answer), Task(stage, "read", n * prompts, n * prompts * own[0])]
-    seeds, pairs, panel = len(sizes.seeds), len(sizes.prompts) * each, len(sizes.held) * each
-    out = [of("warm_start", "trained", times["warm_start"] * seeds * recipe.warm_start.epochs, middle(sizes.seeds), True), of("warm_start", "read", times["warm_start"] * seeds, middle(sizes.seeds), False),
-           *answers("sample", times["sample"], len(sizes.prompts)), of("judge", "read", times["sample"] * pairs, own, True), of("judge", "read", times["sample"] * pairs, own, False)]
+def rows_of(stage:str, kind:str, rows:float, lengths:tuple, frame:int, judged:bool)->Task:
+    "So many pairs of these mean lengths."
+    return Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
+
+def answered(stage:str, recipe:Recipe, sizes:Sizes, times:int, prompts:int)->list: # of Task
+    "Answers to so many prompts, sampled `times` times."
+    n, each = times * prompts, recipe.sampling.candidates
+    return [Task(stage, "decoded", n * each, n * each * sizes.answer), Task(stage, "read", n, n * mean(sizes.prompts))]
+
+def seed_lengths(recipe:Recipe, sizes:Sizes)->list: # (prompt, response, response) tokens
+    "The pairs of the warm start: the written ones, and those of the SFT model's own answers."
+    return sizes.seeds + [(p, sizes.answer, sizes.answer) for p in sizes.seed_prompts for _ in range(graded_each(recipe))]
+
+def warm_up(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+    "SFT and the warm start."
+    times, seeds = sum(x.stage == "warm_start" for x in steps), seed_lengths(recipe, sizes)
+    passes, each = times * len(sizes.answers) * recipe.sft.epochs, middle(sizes.answers)
+    trained, read = times * len(seeds) * recipe.warm_start.epochs, times * len(seeds)
+    return [
+        Task("sft", "trained", passes, passes * sum(each)),
+        *answered("warm_start", recipe, sizes, times, len(sizes.seed_prompts)),
+        rows_of("warm_start", "trained", trained, middle(seeds), sizes.frame, True),
+        rows_of("warm_start", "read", read, middle(seeds), sizes.frame, False),
+    ]
+
+def own_lengths(sizes:Sizes)->tuple:
+    "Mean lengths of a pair of sampled answers."
+    return mean(sizes.prompts), sizes.answer, sizes.answer
+
+def trained_rounds(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+    "Training in every round of every arm; replayed seed pairs have their reference read anew."
+    seeds, pairs, out = seed_lengths(recipe, sizes), len(sizes.prompts) * pairs_each(recipe.sampling), []
     for step in (x for x in steps if x.stage == "optimise"):
         arm = recipe.arm(node_parts(step.node)[1])
         trained = pairs if arm.label.startswith("agreement") else len(sizes.prompts)
-        judged = arm.label == "agreement" or arm.lambda_consistency or arm.lambda_confidence
-        replayed = min(seeds, round(trained * arm.replay / (1 - arm.replay)))
-        out += [of("optimise", "trained", trained * arm.epochs, own, judged), of("optimise", "trained", replayed * arm.epochs, middle(sizes.seeds), judged)]
-    out += answers("evaluate", times["evaluate"], len(sizes.held))
-    last = 1 if recipe.train.reference == "initial" else float("inf")  # M_1 reads the base, for the others too; a predecessor is read by each
-    asking = sum(x.stage == "evaluate" and 1 <= node_parts(x.node)[2] <= last for x in steps)
-    for lengths, n in ((own, panel), (middle(sizes.labelled), len(sizes.labelled))):
-        out += [of("evaluate", "read", times["evaluate"] * n, lengths, True), of("evaluate", "read", asking * n, lengths, False)]
-    return summed([*out, *voting(recipe, sizes, steps)])
+        judged = bool(arm.label == "agreement" or arm.lambda_consistency or arm.lambda_confidence)
+        replayed = min(len(seeds), round(trained * arm.replay / (1 - arm.replay)))
+        out += [
+            rows_of("optimise", "trained", trained * arm.epochs, own_lengths(sizes), sizes.frame, judged),
+            rows_of("optimise", "trained", replayed * arm.epochs, middle(seeds), sizes.frame, judged),
+            rows_of("optimise", "read", replayed, middle(seeds), sizes.frame, False),
+        ]
+    return out
+
+def evaluated(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+    """Every model answers and judges every set; M_0 and M_1 read their reference, and the others too where it is their predecessor.
+    All but M_1, whose answers are the panel, judge their own answers and read the reference on them."""
+    found = [node_parts(x.node)[2] for x in steps if x.stage == "evaluate"]
+    asking = sum(t <= 1 or recipe.train.reference == "previous" for t in found)
+    pairs, others, out = len(sizes.held) * pairs_each(recipe.sampling), sum(t != 1 for t in found), []
+    for lengths, n in ((own_lengths(sizes), pairs), (middle(sizes.labelled), len(sizes.labelled))):
+        out += [rows_of("evaluate", "read", len(found) * n, lengths, sizes.frame, True), rows_of("evaluate", "read", asking * n, lengths, sizes.frame, False)]
+    own = [rows_of("evaluate", "read", others * pairs, own_lengths(sizes), sizes.frame, judged) for judged in (True, False)]
+    return answered("evaluate", recipe, sizes, len(found), len(sizes.held)) + out + own
+
+def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
+    "All that the stages of a run do with the model."
+    from scir.pipeline import plan
+    steps = plan(recipe)
+    rounds = sum(x.stage == "sample" for x in steps)
+    pairs = rounds * len(sizes.prompts) * pairs_each(recipe.sampling)
+    judge = [rows_of("judge", "read", pairs, own_lengths(sizes), sizes.frame, judged) for judged in (True, False)]
+    sampled = answered("sample", recipe, sizes, rounds, len(sizes.prompts))
+    return summed(warm_up(recipe, sizes, steps) + sampled + judge + trained_rounds(recipe, sizes, steps) + evaluated(recipe, sizes, steps) + voting(recipe, sizes, steps))
 
 def voting(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
     "The additive judge's votes on every answer, each as long as it may be."
@@ -414,5 +495,6 @@ def hours_on(gpus:int, recipe:Recipe, todo:list, rates:dict, start:float=0, # se
             )->float:
     "Hours on so many GPUs that are each as fast as the rates say; what they send each other is not counted."
     from scir.pipeline import plan
-    parts = {"warm_start": min(gpus, recipe.warm_start.batch_size), "optimise": min(gpus, recipe.train.batch_size)}
+    sections = {"sft": recipe.sft, "warm_start": recipe.warm_start, "optimise": recipe.train}
+    parts = {stage: min(gpus, section.batch_size) for stage, section in sections.items()}
     return sum(w.tokens * rates[w.kind] / (parts[w.stage] if w.kind == "trained" else gpus) for w in todo) / 3600 + len(plan(recipe)) * start / 3600

@@ -28,12 +28,12 @@ def names(recipe, run): return {step.key: s.name for step, s in status(recipe, r
 def why(recipe, run, key): return next(s.why for step, s in status(recipe, run) if step.key == key)
 
 def test_a_finished_run_is_done_wherever_it_lies(copy):
-    assert set(names(*copy).values()) == {"done"} and len(names(*copy)) == 21
+    assert set(names(*copy).values()) == {"done"} and len(names(*copy)) == 22
 
 def test_a_parameter_makes_its_stages_stale_and_all_that_follow_and_none_before(copy):
     recipe, run = load_recipe(copy[1] / "recipe.yaml", ("train.learning_rate=0.002",)), copy[1]
     found = names(recipe, run)
-    assert {k for k, v in found.items() if v == "done"} == {"warm_start:seed0/m1", "sample:seed0/m1", "judge:seed0/m1", "consistency:seed0/m1", "evaluate:seed0/m0", "evaluate:seed0/m1"}
+    assert {k for k, v in found.items() if v == "done"} == {"sft:seed0/sft", "warm_start:seed0/m1", "sample:seed0/m1", "judge:seed0/m1", "consistency:seed0/m1", "evaluate:seed0/m0", "evaluate:seed0/m1"}
     assert why(recipe, run, "optimise:seed0/scir/m2") == "train.learning_rate was 0.001, is 0.002"
     assert why(recipe, run, "sample:seed0/scir/m2") == "after optimise:seed0/scir/m2, unless that comes out as it was"
 
@@ -166,7 +166,7 @@ def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again
     assert not pipeline.shown(run, SAMPLE)
     before = read_json(run / "manifest.json")["steps"]
     done = scir("run", "recipes/tiny.yaml", "--out", run)
-    assert done.returncode == 0 and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout and done.stdout.count(": unchanged") == 20
+    assert done.returncode == 0 and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout and done.stdout.count(": unchanged") == 21
     assert pipeline.shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
 
 def rehearsed(monkeypatch, run, *words):
@@ -177,7 +177,7 @@ def test_a_rehearsal_says_what_the_run_would_do(copy, monkeypatch):
     recipe, run = copy
     pipeline.notebook_of(run, SAMPLE).unlink()
     said = rehearsed(monkeypatch, run).stdout
-    assert f"{SAMPLE.key}: done: but its notebook is missing" in said and said.count(": unchanged") == 20 and "\non two, on each: torchrun" in said
+    assert f"{SAMPLE.key}: done: but its notebook is missing" in said and said.count(": unchanged") == 21 and "\non two, on each: torchrun" in said
     told = json.loads(rehearsed(monkeypatch, run, "--json", "--jobs", "2").stdout)
     assert {s["state"] for s in told["steps"]} == {"done"} and [s["step"] for s in told["steps"] if s["why"]] == [SAMPLE.key]
     assert Path(told["run"]) == run and told["commands"] == {"on this machine": f"scir run recipes/tiny.yaml --out {run} --json --jobs 2"}  # steps side by side are not for several machines
@@ -307,7 +307,7 @@ def faults(run): return {name: [what for what, fault in found if fault] for name
 def test_a_run_that_nobody_touched_verifies(copy):
     assert not any(faults(copy[1]).values()) and {k: len(v) > 7 for k, v in verify(copy[1]).items()} == dict.fromkeys(("files", "inputs", "margins", "figures", "tables"), True)
     done = CliRunner().invoke(app, ["verify", str(copy[1])])
-    assert done.exit_code == 0 and "files: 51 of 51 as they should be" in done.stdout
+    assert done.exit_code == 0 and "files: 59 of 59 as they should be" in done.stdout
 
 def test_a_touched_file_is_found(copy):
     with (copy[1] / "seed0/scir/m2/adapter/adapter_config.json").open("a") as f: f.write(" ")

@@ -9,7 +9,7 @@ from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, all_nodes, dump_re
                          parent_node, parse_recipe)
 from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
                         write_json, write_rows, write_text)
-from scir.warm_start import seed_pairs
+from scir.warm_start import good_answers, seed_pairs
 
 def one_line(error): return "\n" not in str(error.value)
 
@@ -326,3 +326,13 @@ def test_malformed_node(node):
 def test_import_does_not_wait_for_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+def test_good_answers_are_the_chosen_sides_or_instructions(tmp_path, tokenizer):
+    row = lambda i, chosen: {"prompt": f"p{i}", "chosen": chosen, "rejected": f"bad {chosen}", "split": "test" if i == 9 else "train"}
+    write_rows(tmp_path/"pairs.jsonl", [row(0, "good"), row(0, "good") | {"rejected": "worse"}, row(1, "fine"), row(1, "fair"), row(9, "held")])
+    recipe = parse_recipe({"data": {"pairs": f"{tmp_path}/pairs.jsonl"}})
+    found, _ = good_answers(tokenizer, recipe)
+    assert sorted((p.prompt, p.response_a) for p in found) == [("p0", "good"), ("p1", "fair"), ("p1", "fine")] and len(seed_pairs(tokenizer, recipe)[0]) == 4
+    write_rows(tmp_path/"more.jsonl", [{"instruction": "p9", "output": "x"}, {"instruction": "q", "output": "y"}, {"instruction": "long", "output": "z" * 600}])
+    found, dropped = good_answers(tokenizer, parse_recipe({"data": {"pairs": f"{tmp_path}/pairs.jsonl", "instructions": f"{tmp_path}/more.jsonl"}}))
+    assert [(p.prompt, p.response_a) for p in found] == [("q", "y")] and dropped["in an evaluation set"] == dropped["too long"] == 1

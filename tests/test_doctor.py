@@ -198,9 +198,9 @@ def test_the_disk_is_estimated_for_what_a_run_really_writes(tiny_run):
     recipe = load_recipe(tiny_run/"recipe.yaml")
     written = (tiny_run/"seed0/m1/adapter/adapter_model.safetensors").read_bytes()
     assert adapter_bytes(recipe) == len(written) - 8 - int.from_bytes(written[:8], "little")  # safetensors: the header's length, the header, the numbers
-    rows, bound = sum(f.stat().st_size for f in tiny_run.glob("seed0/**/*.jsonl")), row_bytes(recipe, 8, 4, 12)
+    rows, bound = sum(f.stat().st_size for f in tiny_run.glob("seed0/**/*.jsonl")), row_bytes(recipe, 8, 4, 12, 16)
     assert rows < bound < 200 * rows
-    assert room_on_disk(recipe).state == "ok" and "6 adapters" not in room_on_disk(recipe).finding and "5 adapters" in room_on_disk(recipe).finding
+    assert room_on_disk(recipe).state == "ok" and "7 adapters" not in room_on_disk(recipe).finding and "6 adapters" in room_on_disk(recipe).finding
 
 def test_a_recipe_that_does_not_load(tmp_path):
     for path, settings, words in (("recipes/absent.yaml", (), "no such recipe"), ("recipes/tiny.yaml", ("train.betta=1",), "train.beta"), ("recipes/tiny.yaml", ("arms=[external]",), "labels.external")):

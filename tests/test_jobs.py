@@ -83,7 +83,7 @@ def test_steps_wait_for_what_they_need_and_no_longer(scheduled):
     at = At()
     recipe = scheduled(at)
     assert sorted(at.order) == sorted(plan(recipe)) and at.order[-1] == Step("report") and at.most == 3
-    assert [s.key for s in at.order[:2]] == ["warm_start:seed0/m1", "warm_start:seed1/m1"]  # not after all of seed 0
+    assert [s.key for s in at.order[:2]] == ["sft:seed0/sft", "sft:seed1/sft"]  # not after all of seed 0
 
 
 def test_what_a_failed_step_is_not_needed_for_is_done(scheduled, capsys):

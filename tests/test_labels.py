@@ -10,7 +10,7 @@ from scir.labels import agreed, best_against_worst, candidates, gather, labels, 
 from scir.optimise import optimise, own_share, preference_rows, replayed, training_pairs
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
 from scir.sample import generate
-from scir.store import Response, Score, read_rows, write_rows
+from scir.store import Response, Score, SeedPair, read_rows, write_rows
 
 def made(pair, generative, implicit=None, lengths=(1, 1), prompt="p", a=None, b=None):
     c, d = pair.split("-")
@@ -134,41 +134,42 @@ def test_only_what_an_arm_needs_is_gathered():
     found, summary = gather(["votes"], {"votes": lambda: {"p/0": None}, "external": lambda: 1 / 0}, rows)
     assert found[0].rewards == {"votes": None} and summary == {"without votes": 1, "responses": 1}
 
+SEEDS = [SeedPair(id=f"s{k}", prompt=f"seed {k}", response_a="xa", response_b="xb", ids_a=[5, 6, k], ids_b=[5, 7], label="ab"[k % 2]) for k in range(12)]
+
 @pytest.fixture
-def parent(policy, tmp_path):
+def parent(make_policy, tmp_path):
+    "M_1 of a run, its SFT model and the pairs of its warm start."
     from scir.trainer import save_adapter
-    (tmp_path/"m1").mkdir()
-    save_adapter(policy, tmp_path/"m1"/"adapter")
-    return tmp_path/"m1"
+    m1 = tmp_path/"seed0/m1"
+    for folder, scale in ((m1, .05), (tmp_path/"seed0/sft", .02)):
+        folder.mkdir(parents=True)
+        save_adapter(make_policy(scale), folder/"adapter")
+    write_rows(m1/"seed_pairs.jsonl", SEEDS)
+    return m1
 
 def test_with_no_pair_the_model_stays_and_says_so(parent, recipe, tmp_path, capsys):
     write_rows(parent/"scores.jsonl", [made("0-1", 0.0, 1.0)])
-    done = optimise(recipe, "srlm", parent, tmp_path/"m2")
+    done = optimise(recipe, tmp_path, "seed0/srlm/m2")
     assert done["pairs"] == done["steps"] == 0 and done["retained"] == 0 and "no pair to train on" in capsys.readouterr().out
-    assert all((tmp_path/"m2/adapter"/f).read_bytes() == (parent/"adapter"/f).read_bytes() for f in ("adapter_model.safetensors", "adapter_config.json"))
-    assert read_rows(tmp_path/"m2/metrics.jsonl") == [] and read_rows(tmp_path/"m2/preferences.jsonl") == []
+    assert all((tmp_path/"seed0/srlm/m2/adapter"/f).read_bytes() == (parent/"adapter"/f).read_bytes() for f in ("adapter_model.safetensors", "adapter_config.json"))
+    assert read_rows(tmp_path/"seed0/srlm/m2/metrics.jsonl") == [] and read_rows(tmp_path/"seed0/srlm/m2/preferences.jsonl") == []
 
-def test_half_of_dice_is_replayed_labelled_pairs(parent, recipe, tmp_path, policy, tokenizer, monkeypatch):
-    from pathlib import Path
-    monkeypatch.chdir(Path(__file__).parents[1])
+def test_half_of_dice_is_replayed_labelled_pairs(parent, recipe, tmp_path, tokenizer):
     scores = [made("0-1", 1.0, float(k - 2.5), lengths=(3, 3), prompt=f"p{k}", a="xy", b="yx") for k in range(6)]
     write_rows(parent/"scores.jsonl", scores)
-    done = optimise(recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 4})}), "dice", parent, tmp_path/"m2")
-    rows = read_rows(tmp_path/"m2/preferences.jsonl")
+    done = optimise(recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 4})}), tmp_path, "seed0/dice/m2")
+    rows = read_rows(tmp_path/"seed0/dice/m2/preferences.jsonl")
     assert (done["pairs"], done["replayed"], len(rows), done["steps"]) == (6, 6, 12, 3)
-    from scir.data import load_pairs, split_of
-    known = {r.id: r for r in load_pairs("data/pairs.jsonl")[0]}
-    for r in rows[6:]: assert known[r["id"]].chosen == r["chosen"] and known[r["id"]].rejected == r["rejected"] and split_of(r["prompt"]) == "train"
-    again = replayed(policy, tokenizer, recipe.model_copy(update={"train": recipe.arm("dice")}), 6, 0)
+    known = {s.id: s for s in SEEDS}
+    for r in rows[6:]: assert (r["chosen"], r["rejected"]) == (("xa", "xb") if known[r["id"]].label == "a" else ("xb", "xa")) and r["prompt"] == known[r["id"]].prompt
+    again = replayed(tokenizer, recipe.model_copy(update={"train": recipe.arm("dice")}), tmp_path, "seed0/m1", 6)
     assert [p.id for p in again] == [r["id"] for r in rows[6:]] and all(any(p.reference_logps) for p in again)
 
-def test_replayed_pairs_are_none_of_the_scored_ones_that_were_retained(parent, recipe, tmp_path, monkeypatch):
-    from pathlib import Path
-    monkeypatch.chdir(Path(__file__).parents[1])
+def test_replayed_pairs_are_none_of_the_scored_ones_that_were_retained(parent, recipe, tmp_path):
     write_rows(parent/"scores.jsonl", [made("0-1", 1.0, 1.0 if k < 5 else -1.0, lengths=(3, 3), prompt=f"p{k}", a="xy", b="yx") for k in range(8)])
     spec = recipe.train.model_copy(update={"batch_size": 4, "replay": .5})
-    done = optimise(recipe.model_copy(update={"train": spec}), "scir-static", parent, tmp_path/"m2")
+    done = optimise(recipe.model_copy(update={"train": spec}), tmp_path, "seed0/scir-static/m2")
     assert (done["pairs"], done["replayed"]) == (8, 8) and done["retained"] == pytest.approx(5 / 8), "of 8 scored pairs 5 agree"
-    lines = read_rows(tmp_path/"m2/metrics.jsonl")
+    lines = read_rows(tmp_path/"seed0/scir-static/m2/metrics.jsonl")
     assert sum(l["replayed"] for l in lines) / len(lines) == .5 and sum(l["retained"] for l in lines) / len(lines) == pytest.approx(13 / 16)
     assert own_share([{"retained": 1.0, "replayed": 1.0}]) == 0 and own_share([{"retained": .5}, {"retained": 1.0}]) == .75

@@ -23,7 +23,7 @@ def run(tiny_run): return tiny_run
 
 def test_every_stage_left_an_executed_notebook(run):
     notebooks = sorted((run / "notebooks").glob("*.ipynb"))
-    assert len(notebooks) == 21  # warm start; 3 + 2 in iteration 1; 6 + 2 in iteration 2; 6 evaluations; report
+    assert len(notebooks) == 22  # SFT, warm start; 3 + 2 in iteration 1; 6 + 2 in iteration 2; 6 evaluations; report
     for path in notebooks:
         cells = nbformat.read(path, 4).cells
         assert not [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"], path
@@ -58,11 +58,19 @@ def test_results_are_what_the_scores_say(run):
 
 
 def test_every_model_is_measured_against_the_same_reference(run):
-    "Reference log-probs are taken over from M_1's evaluation; they must be those of M_0 itself."
-    rows = {n: [json.loads(l) for l in (run / f"seed0/{n}/evaluation/held-out.jsonl").open()] for n in ("m0", "m1", "scir/m3")}
-    for base, first, last in zip(*rows.values(), strict=True):
-        assert base["id"] == first["id"] == last["id"] and base["logps"] == pytest.approx(first["reference_logps"], abs=1e-4)
-        assert first["reference_logps"] == last["reference_logps"] == base["reference_logps"] and first["logps"] != last["logps"]
+    "Reference log-probs are taken over from M_1's evaluation; they must be those of the SFT model itself. M_0 has nothing before it."
+    from scir.model import for_scoring, load_tokenizer
+    from scir.recipe import load_recipe
+    from scir.score import pair_logps, scored_pairs
+    from scir.store import Score, read_rows
+    os.chdir(ROOT)
+    recipe = load_recipe(run / "recipe.yaml")
+    rows = {n: read_rows(run / f"seed0/{n}/evaluation/held-out.jsonl", Score) for n in ("m0", "m1", "scir/m3")}
+    sft = pair_logps(for_scoring(recipe.model, run / "seed0/sft/adapter"), scored_pairs(load_tokenizer(recipe.model), rows["m1"]), 4096, "")
+    for base, first, last, reference in zip(*rows.values(), sft, strict=True):
+        assert base.id == first.id == last.id and reference == pytest.approx(first.reference_logps, abs=1e-4)
+        assert first.reference_logps == last.reference_logps and first.logps != last.logps
+        assert base.reference_logps == pytest.approx(base.logps, abs=1e-4) and base.logps != pytest.approx(reference, abs=1e-2)
 
 
 def test_adapters_load_in_peft_and_moved(run):
@@ -96,14 +104,14 @@ def test_sampled_ids_are_the_ids_scored(run):
 
 def test_manifest_says_what_was_run(run):
     m = json.loads((run / "manifest.json").read_text())
-    assert m["reference"] == "initial" and m["seeds"] == [0] and len(m["model_hash"]) == 16
-    assert len(m["steps"]) == 21
+    assert m["reference"] == "sft" and m["seeds"] == [0] and len(m["model_hash"]) == 16
+    assert len(m["steps"]) == 22
     for step in m["steps"].values(): assert step["versions"]["torch"] == torch.__version__ and step["seconds"] >= 0 and step["outputs"] and "absent" not in step["outputs"].values()
 
 
 def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it(run):
     again = scir("run", "recipes/tiny.yaml", "--out", run)
-    assert again.returncode == 0 and again.stdout.count(": unchanged") == 21
+    assert again.returncode == 0 and again.stdout.count(": unchanged") == 22
     from scir.pipeline import finished, plan
     from scir.recipe import load_recipe
     os.chdir(ROOT)
@@ -114,7 +122,7 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
     assert stale() == set()
     assert {k.split(":")[0] for k in stale("train.learning_rate=2.0e-3")} == {"optimise"}  # and, once done, what reads its files
     assert {k.split(":")[0] for k in stale("train.beta=0.2")} == {"warm_start", "judge", "optimise", "evaluate"}
-    assert {k.split(":")[0] for k in stale("sampling.temperature=0.5")} == {"sample", "evaluate"}
+    assert {k.split(":")[0] for k in stale("sampling.temperature=0.5")} == {"warm_start", "sample", "evaluate"}
     scores = run / "seed0/m1/scores.jsonl"
     kept = scores.read_text()
     try:
@@ -172,7 +180,7 @@ def test_errors_are_one_line(args, said):
 def test_a_failing_stage_leaves_its_notebook_and_one_line(tmp_path):
     done = scir("run", "recipes/tiny.yaml", "--out", tmp_path / "run", "--set", "data.max_prompt_tokens=1")
     assert done.returncode == 1 and "scir: ValueError: no labelled pair is short enough" in done.stderr
-    cells = nbformat.read(tmp_path / "run/notebooks/warm_start-seed0-m1.ipynb", 4).cells
+    cells = nbformat.read(tmp_path / "run/notebooks/sft-seed0-sft.ipynb", 4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
 
 
@@ -262,13 +270,13 @@ def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
     (reward / "model.safetensors").write_text("1")
     known.write_text(json.dumps({"prompt": "P", "chosen": "a", "rejected": "b"}))
     recipe = lambda **data: parse_recipe({"arms": ["external", "scir"], "model": {"name": "tiny-random"}, "labels": {"external": str(reward)}, "alignment": {"judge": f"reward:{reward}"}, "data": data})
-    steps = [Step("warm_start", "seed0/m1"), Step("sample", "seed0/m1"), Step("label", "seed0/m1"), Step("align", "seed0/scir/m2")]
+    steps = [Step("sft", "seed0/sft"), Step("warm_start", "seed0/m1"), Step("sample", "seed0/m1"), Step("label", "seed0/m1"), Step("align", "seed0/scir/m2")]
     marks = lambda **data: [fingerprint(recipe(**data), tmp_path, s) for s in steps]
     changed = lambda one, other: [s.stage for s, a, b in zip(steps, one, other) if a != b]
     bare, named = marks(), marks(labelled_sets={"known": str(known)})
-    assert changed(bare, marks()) == [] and changed(bare, named) == ["warm_start", "sample", "align"]  # align: another evaluation
+    assert changed(bare, marks()) == [] and changed(bare, named) == ["sft", "warm_start", "sample", "align"]  # align: another evaluation
     known.write_text(json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}))
-    assert changed(named, marks(labelled_sets={"known": str(known)})) == ["warm_start", "sample"]
+    assert changed(named, marks(labelled_sets={"known": str(known)})) == ["sft", "warm_start", "sample"]
     (reward / "model.safetensors").write_text("22")
     assert changed(bare, marks()) == ["label", "align"]
 

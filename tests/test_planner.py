@@ -9,13 +9,13 @@ from torch.profiler import ProfilerActivity, profile
 from scir import doctor, planner
 from scir.model import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
 from scir.optimise import pair_loss, train
-from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, lengths_met, letter_judge, letter_pairs, lettered, line, longest_rows, pair_tokens, pairs_each, peak,
+from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, lengths_met, letter_judge, letter_pairs, lettered, line, longest_answers, longest_rows, pair_tokens, pairs_each, peak,
                           probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
 from scir.recipe import SamplingSpec, load_recipe, parse_recipe
 from scir.rewards import View, margins
 from scir.sample import generate
 from scir.store import Response, read_json, read_rows, write_rows
-from scir.warm_start import warm_start_loss
+from scir.warm_start import sft_loss, warm_start_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
@@ -39,11 +39,15 @@ def the_work(stage, recipe, sizes):
         return lambda: list(generate(model, SimpleNamespace(eos_token_id=-1), [(i, ids, i) for i, ids in enumerate(rows)], recipe.sampling))
     model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    first = stage == "warm_start"
-    pairs = letter_pairs((known if first else sorted(sampled, key=sum, reverse=True))[:recipe.warm_start.batch_size if first else recipe.train.batch_size])
+    rows, section, loss = {
+        "sft": (longest_answers(recipe, sizes), recipe.sft, sft_loss),
+        "warm_start": (known, recipe.warm_start, lambda view: warm_start_loss(view, recipe.warm_start)),
+        "optimise": (sorted(sampled, key=sum, reverse=True), recipe.train, lambda view: pair_loss(view, recipe.arm("scir"))),
+    }[stage]
+    pairs = letter_pairs(rows[:section.batch_size])
     def step():
         view = View(model, tokenizer, pairs, letters)
-        (warm_start_loss(view, recipe.warm_start) if first else pair_loss(view, recipe.arm("scir")))[0].backward()
+        loss(view)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
@@ -140,7 +144,7 @@ def test_what_takes_more_is_planned_as_more():
     a_token = 512 * 2 * 2 * 2 * 16 * 4  # rows, layers, keys and values, heads, size, bytes
     assert cache(1000) - cache(500) > 480 * a_token
     adapter = sum(p.nbytes for p in skeleton(recipe, "cpu").parameters() if p.requires_grad)
-    assert of("judge", "train.reference=previous") == of("judge") + adapter
+    assert of("judge") == of("judge", "train.reference=previous") == of("judge", "train.reference=initial") + adapter
 
 @pytest.mark.parametrize("kind, name", [("cpu", "grouped"), ("cuda", "sdpa")])
 def test_attention_is_that_of_the_device(kind, name):
@@ -197,23 +201,39 @@ def test_the_work_is_that_of_the_run(tiny_run):
     steps = read_json(tiny_run/"manifest.json")["steps"]
     total = lambda stage, field: sum(s["summary"][field] for k, s in steps.items() if k.split(":")[0] == stage)
     assert rows["sample", "decoded"].rows == total("sample", "responses") and rows["evaluate", "decoded"].rows == total("evaluate", "responses")
-    assert rows["warm_start", "trained"].rows == total("warm_start", "pairs")
+    assert rows["warm_start", "trained"].rows == total("warm_start", "pairs") and rows["sft", "trained"].rows == total("sft", "answers")
     assert all(1e8 < s["peak_bytes"] < 5e9 for s in steps.values() if "summary" in s)
     assert total("judge", "pairs") <= rows["judge", "read"].rows / 2 <= 1.2 * total("judge", "pairs")  # equal responses fall out
 
 def test_evaluation_reads_every_set_and_the_reference_once():
-    "M_0, M_1 and two rounds of two arms judge what was labelled and the panel, in both orders; the base's log-probs are read at M_1."
+    "M_0, M_1 and two rounds of two arms judge what was labelled and the panel, in both orders; the reference is read at M_0 and M_1. All but M_1 judge their own answers too."
     recipe = load_recipe("recipes/tiny.yaml")
     sizes = assumed_sizes(recipe)
     pair, n = lambda lengths, judged: pair_tokens(lengths, sizes.frame, judged), len(sizes.held) + len(sizes.labelled)
     own = (sizes.prompts[0], sizes.answer, sizes.answer)
     found = next(w for w in work(recipe, sizes) if (w.stage, w.kind) == ("evaluate", "read"))
     prefill = 6 * len(sizes.held)
-    assert found.rows == prefill + 7 * n
+    assert found.rows == prefill + (6 + 2) * n + 2 * 5 * len(sizes.held)
     previous = next(w for w in work(load_recipe("recipes/tiny.yaml", ("train.reference=previous",)), sizes) if (w.stage, w.kind) == ("evaluate", "read"))
-    assert previous.rows == prefill + (6 + 5) * n  # every trained model reads its predecessor
-    per = lambda lengths, count: count * (6 * pair(lengths, True) + pair(lengths, False))
-    assert found.tokens == pytest.approx(prefill * own[0] + per(own, len(sizes.held)) + per(sizes.labelled[0], len(sizes.labelled)))
+    assert previous.rows == prefill + (6 + 6) * n + 2 * 5 * len(sizes.held)  # every trained model reads its predecessor
+    per = lambda lengths, count: count * (6 * pair(lengths, True) + 2 * pair(lengths, False))
+    theirs = 5 * len(sizes.held) * (pair(own, True) + pair(own, False))
+    assert found.tokens == pytest.approx(prefill * own[0] + per(own, len(sizes.held)) + per(sizes.labelled[0], len(sizes.labelled)) + theirs)
+
+def test_the_warm_start_answers_its_prompts_and_learns_from_the_pairs():
+    "Three answers to each of five seed prompts are three pairs, two of which are kept; their prompts and the longest answers are met in memory too."
+    recipe = load_recipe("recipes/tiny.yaml", ("data.grader=given_words", "data.seed_prompts=5", "sampling.candidates=3", "warm_start.pairs_per_prompt=2", "warm_start.epochs=2"))
+    sizes = counted_sizes(recipe)
+    rows = {w.kind: w.rows for w in work(recipe, sizes) if w.stage == "warm_start"}
+    assert rows == {"decoded": 15, "trained": 2 * (16 + 10), "read": 5 + 16 + 10} and len(sizes.seeds) == 16 and len(sizes.seed_prompts) == 5
+    assert longest_rows(recipe, sizes._replace(seed_prompts=[999]))[0][0] == (999, 12, 12) and longest_rows(recipe, sizes._replace(seed_prompts=[999]))[2][0] == 999
+    assert len(longest_rows(recipe, sizes)[0]) == 26 and len(assumed_sizes(recipe).seed_prompts) == 5
+
+def test_replayed_pairs_have_their_reference_read():
+    def read(*settings):
+        recipe = load_recipe("recipes/tiny.yaml", ("arms=[srlm]", "iterations=1", *settings))
+        return {w.kind: w.rows for w in work(recipe, counted_sizes(recipe)) if w.stage == "optimise"}
+    assert read() == {"trained": 8} and read("train.replay=0.2") == {"trained": 10, "read": 2}
 
 def test_votes_are_read_and_decoded_in_the_rounds_that_need_them():
     def label(*settings):

@@ -95,7 +95,7 @@ def test_a_run_of_two_processes_is_that_of_one(two, tiny_run):
     files = {f.relative_to(tiny_run) for f in tiny_run.rglob("*") if f.is_file() and "notebooks" not in f.parts and f.name != "stdout.txt"}
     assert {f.relative_to(folder) for f in folder.rglob("*") if f.is_file() and "notebooks" not in f.parts} == files
     adapters, rows = [f for f in files if f.suffix == ".safetensors"], [f for f in files if f.suffix == ".jsonl" and f.name != "metrics.jsonl"]
-    assert len(adapters) == 5 and len(rows) > 20
+    assert len(adapters) == 6 and len(rows) > 20
     for f in adapters:
         one, other = load_file(tiny_run / f), load_file(folder / f)
         assert max((one[k] - other[k]).abs().max() for k in one) < 1e-5, f
@@ -117,7 +117,7 @@ def test_one_process_takes_over_a_run_of_two(two):
     "Nothing is done again, and nothing waits for processes that are not there."
     from test_pipeline import scir
     done = scir("run", "recipes/tiny.yaml", "--out", two[0])
-    assert done.returncode == 0 and done.stdout.count("unchanged") == 21, done.stdout
+    assert done.returncode == 0 and done.stdout.count("unchanged") == 22, done.stdout
 
 
 def test_every_row_is_somebodys(monkeypatch):

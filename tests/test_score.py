@@ -187,10 +187,19 @@ def test_metrics_by_hand():
     m = metrics(SCORES)
     value = {k: v["value"] if isinstance(v, dict) else v for k, v in m.items()}
     assert value == pytest.approx({"flip_rate": .75, "verdict_mass": .6, "abs_margin_generative": 1.25, "abs_margin_implicit": 1.75, "inconsistency": .25, "accuracy_generative": .25, "accuracy_implicit": .5, "accuracy_agreed": 1 / 3,
-                                   "accuracy_mean": .25, "accuracy_likelihood": 0, "inconsistency_likelihood": .5, "entropy": np.mean([H(x) for s in SCORES for x in s.margins.values()]), "ece_generative": m["ece_generative"], "ece_implicit": m["ece_implicit"]})
+                                   "accuracy_mean": .25, "accuracy_likelihood": 0, "inconsistency_likelihood": .5, "labelled": 4, "inconsistency_labelled": .25, "rank_correlation": .5, "entropy": np.mean([H(x) for s in SCORES for x in s.margins.values()]), "ece_generative": m["ece_generative"], "ece_implicit": m["ece_implicit"]})
     assert m["accuracy_agreed"]["n"] == 3
 
-def test_unlabelled_pairs_have_no_accuracy(): assert not [k for k in metrics([made("1", 2, 1), *SCORES]) if k.startswith("accuracy")]
+def test_unlabelled_pairs_have_no_accuracy():
+    bare = [s.model_copy(update={"label": None}) for s in SCORES]
+    assert not [k for k in metrics(bare) if k.startswith(("accuracy", "ece", "labelled"))]
+
+def test_a_pair_without_label_counts_for_agreement_and_not_for_accuracy():
+    "A tie by the grader."
+    with_tie, without = metrics([made("1", 2, 1), *SCORES]), metrics(SCORES)
+    same = [k for k in without if k.startswith(("accuracy", "ece"))]
+    assert {k: with_tie[k] for k in same} == {k: without[k] for k in same} and with_tie["labelled"] == without["labelled"] == 4
+    assert with_tie["inconsistency"]["n"] == 5 and with_tie["inconsistency"]["value"] == pytest.approx(.2)
 
 def test_silent_reward_model_is_not_counted_as_inconsistent():
     m = metrics([made("1", 2, 0, "a"), made("2", -1, 1e-6, "b")])

@@ -125,8 +125,8 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
     run, command = tmp_path / "tiny", ["timeout", "600", "scir", "run", "recipes/tiny.yaml", "--set", "iterations=1", "--set", "arms=[scir]", "--out", tmp_path / "tiny", "--processes", "2", "--shard"]
     def scir(env): return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     failed = scir(ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"})
-    noted = json.loads((run / "manifest.json").read_text())["failed"]["warm_start:seed0/m1"]["reason"]
-    assert failed.returncode == 1 and noted.startswith("MemoryError: out of memory with 2 pairs in one of 2 processes at step 3") and "lower batch_size" in noted
+    noted = json.loads((run / "manifest.json").read_text())["failed"]["sft:seed0/sft"]["reason"]
+    assert failed.returncode == 1 and noted.startswith("MemoryError: out of memory with 4 pairs in one of 2 processes at step 3") and "lower batch_size" in noted
     assert failed.stderr.endswith(f"\nscir: {noted.partition(': ')[2]}\n") and failed.stderr.count("scir: ") == 1 and "Traceback" not in failed.stderr
     done = scir(ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,16 +1,18 @@
 import json, math, shutil
 
 import pytest, torch
+from conftest import TEXTS
 from safetensors.torch import load_file
 
+from scir.logprobs import response_logps
 from scir.model import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
 from scir.optimise import assert_reference, pair_loss, unchanged
 from scir.pipeline import STAGES, check_recipe, read_fields
 from scir.recipe import RecipeError, parse_recipe
-from scir.rewards import View
+from scir.rewards import View, text_pair
 from scir.score import score, set_reference
 from scir.trainer import PairTrainer, arguments, fit, save_adapter
-from scir.warm_start import warm_start_loss
+from scir.warm_start import sft_loss, warm_start_loss
 
 def adapter(folder): return load_file(folder/"adapter"/"adapter_model.safetensors")
 
@@ -56,17 +58,27 @@ def test_gradient_checkpointing_changes_no_gradient(make_policy, tokenizer, pair
     one, two = gradients(plain, tokenizer, pairs, recipe), gradients(saving, tokenizer, pairs, recipe.model_copy(update={"model": spec}))
     assert len(one) == 28 and all(g.abs().sum() > 0 for g in one.values()) and close(one, two)
 
-@pytest.mark.parametrize("kind", ["warm start", "optimise"])
+@pytest.mark.parametrize("kind", ["sft", "warm start", "optimise"])
 def test_saved_tensors_of_sequences_are_few(make_policy, tokenizer, pairs, recipe, kind):
     "Between forward and backward only what the loss itself needs is kept."
-    kept, instructions = {}, {p.id: (p.prompt_ids, p.ids_a) for p in pairs}
-    loss_of = lambda view: pair_loss(view, view.recipe.train) if kind == "optimise" else warm_start_loss(view, recipe.warm_start, instructions)
+    kept = {}
+    loss_of = {"optimise": lambda view: pair_loss(view, view.recipe.train), "warm start": lambda view: warm_start_loss(view, recipe.warm_start), "sft": sft_loss}[kind]
     for how in (False, "sequences"):
         model, size = make_policy(), []
         one = recipe.model_copy(update={"model": recipe.model.model_copy(update={"gradient_checkpointing": how})})
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (size.append(t.numel()), t)[1], lambda t: t): loss, _ = loss_of(View(model, tokenizer, pairs, one))
         kept[how] = sum(size)
     assert kept["sequences"] < kept[False] / 10
+
+def test_the_loss_of_sft_is_that_of_the_good_side_alone(make_policy, tokenizer, recipe):
+    "And a batch counts answers, not tokens."
+    model, made = make_policy(), [text_pair(tokenizer, str(i), prompt, answer, other) for i, (prompt, answer, other) in enumerate(TEXTS)]
+    other = [text_pair(tokenizer, str(i), prompt, answer, "else") for i, (prompt, answer, _) in enumerate(TEXTS)]
+    loss, named = sft_loss(View(model, tokenizer, made, recipe))
+    by_hand = [-float(response_logps(model, [p.prompt_ids], [p.ids_a]).detach()) / len(p.ids_a) for p in made]
+    loss = loss.detach()
+    assert float(loss) == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4) and float(named["loss_sft"]) == pytest.approx(float(loss))
+    assert float(sft_loss(View(model, tokenizer, other, recipe))[0].detach()) == pytest.approx(float(loss), abs=1e-5)
 
 @pytest.mark.parametrize("loss", ["pair_loss", "warm_start_loss"])
 def test_accumulation_is_one_big_batch(run, recipe, pairs, loss):
