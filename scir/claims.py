@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AT', 'KEEP', 'WON', 'ANSWER', 'TABLES', 'MEASURES', 'ALONE', 'JOINT', 'ANSWERED', 'ALPHA', 'FINISHED', 'CLAIMS',
-           'ABLATIONS', 'CALLED', 'evaluated', 'unevaluated', 'coordinates', 'pair_rows', 'answer_frame', 'answer_rows',
-           'model_rows', 'step_rows', 'Gathered', 'rows_of', 'gather', 'with_own', 'model_name', 'arm_name',
-           'set_order', 'only', 'per_run', 'labelled', 'speaks', 'measurable', 'margin_correlation', 'measure', 'last',
-           'others', 'matched', 'widened', 'by_seed', 'compare', 'hits', 'share_gap', 'difference', 'over_prompts',
-           'answer_gap', 'holm', 'with_holm', 'comparisons', 'Part', 'firm', 'verdict', 'compared', 'measured_claims',
-           'agreed_claims', 'label_claim', 'success_claim', 'answer_ratios', 'collapse_claim', 'wrong_labels', 'moved',
-           'ablation_claims', 'idle', 'shown', 'gap_shown', 'claim_numbers', 'claims', 'headline', 'headline_of',
-           'accuracy_set']
+           'ABLATIONS', 'COLUMNS', 'CALLED', 'evaluated', 'unevaluated', 'coordinates', 'pair_rows', 'answer_frame',
+           'answer_rows', 'model_rows', 'step_rows', 'Gathered', 'rows_of', 'gather', 'with_own', 'model_name',
+           'arm_name', 'set_order', 'only', 'per_run', 'labelled', 'speaks', 'measurable', 'margin_correlation',
+           'measure', 'last', 'others', 'matched', 'widened', 'by_seed', 'compare', 'hits', 'share_gap', 'difference',
+           'over_prompts', 'answer_gap', 'holm', 'with_holm', 'comparisons', 'Part', 'firm', 'verdict', 'compared',
+           'measured_claims', 'agreed_claims', 'label_claim', 'success_claim', 'answer_ratios', 'collapse_claim',
+           'wrong_labels', 'moved', 'ablation_claims', 'idle', 'shown', 'gap_shown', 'number_row', 'claim_numbers',
+           'worst', 'claims', 'headline', 'headline_of', 'accuracy_set']
 
 # %% ../nbs/19_claims.ipynb #98611470
 from collections import defaultdict
@@ -29,7 +29,7 @@ from .store import Grade, Response, Score, digest, read_json, read_rows
 
 # %% ../nbs/19_claims.ipynb #f14d16bb
 AT = ["run", "seed", "arm", "iteration"]
-KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba", "mass", "likelihood"]  # and a column per reward model
+KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba", "mass", "likelihood"] # and rewards
 WON = ["win_rate", "win_rate_low", "win_rate_high", "win_rate_n", "length_controlled", "judge", "reference"]
 
 def evaluated(run)->list: # node names, base model first
@@ -184,7 +184,8 @@ MEASURES = {  # name -> (name in tables, values of a set's pairs)
     "accuracy_likelihood": ("likelihood accuracy", lambda d: labelled(d).right_likelihood),
 }
 ALONE = ("accuracy_generative", "accuracy_implicit", "accuracy_pointwise")
-JOINT = ("inconsistency", "inconsistency_labelled", "rank_correlation", "accuracy_implicit", "accuracy_agreed", "accuracy_mean")
+JOINT = ("inconsistency", "inconsistency_labelled", "rank_correlation", "accuracy_implicit", "accuracy_agreed",
+         "accuracy_mean")  # measures that need the implicit reward
 
 def speaks(d:pd.DataFrame, name:str)->bool:
     "False where a reward model is silent: the implicit margin of a model against itself is zero."
@@ -194,8 +195,8 @@ def measurable(key:str, d:pd.DataFrame)->bool:
     "Whether a measure is defined: there are pairs, for accuracies some with a label, and its reward models speak."
     if key.startswith("accuracy") or key == "inconsistency_labelled": d = labelled(d)
     if not len(d) or key in JOINT and "implicit" in d and not speaks(d, "implicit"): return False
-    needs = {"inconsistency_likelihood": "generative"}.get(key, key.removeprefix("accuracy_") if key in ALONE else "agree")
-    return needs in d
+    if key == "inconsistency_likelihood": return "generative" in d
+    return key not in ALONE or key.removeprefix("accuracy_") in d
 
 # %% ../nbs/19_claims.ipynb #8437bcca
 def margin_correlation(d:pd.DataFrame, names:list)->dict: # value, low, high, n
@@ -217,7 +218,7 @@ def measure(d:pd.DataFrame, key:str, names:list)->dict: # value, low, high, n, l
 
 # %% ../nbs/19_claims.ipynb #e8d15414
 def last(g:Gathered, arms:tuple=(), table:pd.DataFrame|None=None)->pd.DataFrame:
-    "Rows (of the pairs, unless `table` is given) of `arms`, or of all, after the last iteration that they all have reached."
+    "Rows of `table` (default: pairs) of `arms` (default: all), after the last iteration that they all have reached."
     table, models = (t[t.arm.isin(arms)] if arms else t for t in (g.pairs if table is None else table, g.models))
     reached = models[models.iteration > 1].groupby(["run", "arm", "seed"]).iteration.max().groupby("run").min()
     return table[(table.arm == "sft") | (table.iteration > 1) & (table.iteration == table.run.map(reached))]
@@ -345,7 +346,7 @@ CLAIMS = {
     "g": "where scir's reward models agree, accuracy is above that of either alone",
     "h": "the labels that scir trains on are correct more often than srlm's",
     "i": "strict success under scir is significantly above M_1's and srlm's",
-    "j": "scir does not collapse: tokens 0.5 to 2 times M_1's, distinct-2 within 20%, finished at least 0.8 times as often",
+    "j": "scir does not collapse: 0.5 to 2 times M_1's tokens, distinct-2 within 20%, finished at least 0.8 times as much",
     "k1": "without the confidence term, entropy is significantly higher",
     "k2": "without the agreement gate, labels trained on are significantly more often wrong",
     "k3": "with labels from before training (scir-static), inconsistency is significantly higher",
@@ -368,7 +369,8 @@ def firm(gap:dict, p:float, level:float=ALPHA)->bool:
     return p < level and (gap["low"] > 0 or gap["high"] < 0) and gap["same_way"] == gap["seeds"]
 
 def verdict(p:Part, p_holm:float)->str: # met, missed or not significant
-    "*Missed*: the difference points the other way, or a threshold is not reached. *Not significant*: it points the right way, no more."
+    """*Missed*: the difference points the other way, or a threshold is not reached.
+    *Not significant*: it points the right way, but a test, an interval or a seed does not."""
     said = lambda ok, otherwise="missed": "met" if ok else otherwise
     if p.rule == "correlation": return said(p.ours["value"] >= .7 and p.theirs["value"] <= .3)
     if p.rule == "collapse": return said(p.ours["fine"])
@@ -410,7 +412,8 @@ def agreed_claims(g:Gathered)->list: # of Part
         agreed, alone = (measure(s, k, g.rewards) for k in ("accuracy_agreed", key))
         if not agreed or not alone: continue
         gap = share_gap(*(hits(s, MEASURES[k][1](s)) for k in ("accuracy_agreed", key)))
-        parts.append(Part("g", name, ("agreed", MEASURES[key][0]), f"M_{s.iteration.max()}", agreed, alone, gap, rule="interval"))
+        arms = ("where they agree", MEASURES[key][0])
+        parts.append(Part("g", name, arms, f"M_{s.iteration.max()}", agreed, alone, gap, rule="interval"))
     return parts
 
 # %% ../nbs/19_claims.ipynb #887653a2
@@ -433,7 +436,8 @@ def success_claim(g:Gathered)->list: # of Part
     parts = []
     for other in ("sft", "srlm"):
         d = last(g, ("scir", other), g.answers)
-        ours, theirs = (grouped(s.success, s.prompt) for a in ("scir", other) for s in [d[(d.arm == a) & d.success.notna()]])
+        known = [d[(d.arm == a) & d.success.notna()] for a in ("scir", other)]
+        ours, theirs = (grouped(s.success, s.prompt) for s in known)
         if gap := answer_gap(g, "scir", other, "success"):
             parts.append(Part("i", "", ("scir", other), f"M_{d.iteration.max()}", ours, theirs, gap))
     return parts
@@ -514,28 +518,39 @@ def gap_shown(gap:dict, scale:float=100)->str:
     interval = f" [{scale * gap['low']:+.{digits}f}, {scale * gap['high']:+.{digits}f}]" if "low" in gap else ""
     return f"{scale * gap['difference']:+.{digits}f}{interval}"
 
+COLUMNS = ["claim", "set", "compared", "as", "first", "second", "difference", "p", "p_holm", "seeds so", "n", "verdict"]
+
+def number_row(p:Part, p_holm:float, untrained:set)->dict:
+    "A row of the numbers behind the claims; an arm that did not train decides nothing."
+    still = untrained & ({"scir"} if p.claim == "g" else set(p.arms))
+    said = f"- ({', '.join(sorted(still))} found no pair to train on)" if still else verdict(p, p_holm)
+    seeds = f"{p.gap['same_way']} of {p.gap['seeds']}" if p.gap else "-"
+    gap = gap_shown(p.gap, 1 if "unit" in p.ours else 100)
+    arms = " - ".join(arm_name(a) for a in p.arms)
+    values = (p.claim, p.set or "overall", arms, p.round, shown(p.ours), shown(p.theirs), gap, p.gap.get("p"), p_holm, seeds,
+              p.gap.get("n"), said)
+    return dict(zip(COLUMNS, values, strict=True))
+
 def claim_numbers(g:Gathered)->pd.DataFrame:
     "One row per comparison behind the claims of one run."
-    parts = [*measured_claims(g), *agreed_claims(g), *label_claim(g), *success_claim(g), *collapse_claim(g), *ablation_claims(g)]
+    parts = [*measured_claims(g), *agreed_claims(g), *label_claim(g), *success_claim(g), *collapse_claim(g)]
+    parts += ablation_claims(g)
     tested = [p.gap["p"] if p.rule in ("significant", "half") else np.nan for p in parts]
-    rows, untrained = [], idle(g)
-    for p, p_holm in zip(parts, holm(tested)):
-        still = untrained & ({"scir"} if p.claim == "g" else set(p.arms))
-        said = f"- ({', '.join(sorted(still))} found no pair to train on)" if still else verdict(p, p_holm)
-        arms = [arm_name(a) for a in p.arms]
-        rows.append({"claim": p.claim, "set": p.set or "overall", "compared": " - ".join(arms), "as": p.round,
-                     "first": shown(p.ours), "second": shown(p.theirs), "difference": gap_shown(p.gap, 1 if "unit" in p.ours else 100),
-                     "p": p.gap.get("p"), "p_holm": p_holm, "seeds so": f"{p.gap['same_way']} of {p.gap['seeds']}" if p.gap else "-",
-                     "pairs": p.gap.get("n"), "verdict": said})
-    columns = ["claim", "set", "compared", "as", "first", "second", "difference", "p", "p_holm", "seeds so", "pairs", "verdict"]
-    return pd.DataFrame(rows, columns=columns).astype({"p": float, "p_holm": float, "pairs": "Int64"})
+    rows = [number_row(p, p_holm, idle(g)) for p, p_holm in zip(parts, holm(tested))]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"p": float, "p_holm": float, "n": "Int64"})
+
+def worst(verdicts:pd.Series)->str:
+    "The verdict of a cell: that of its weakest part, and none where a part has none."
+    if verdicts.str.startswith("-").any(): return "-"
+    return next(v for v in ("missed", "not significant", "met") if v in set(verdicts))
 
 def claims(numbers:pd.DataFrame)->pd.DataFrame: # a row per claim, a column per set
-    "The claims of one run: every cell the worst verdict of its parts."
-    worst = lambda v: next((w for w in ("missed", "not significant", "met") if w in set(v)), "-") if not v.str.startswith("-").any() else "-"
-    sets = [s for s in ("overall", *set_order(set(numbers.set) - {"overall"})) if s in set(numbers.set)]
+    "The claims of one run, from their numbers."
+    there = set(numbers.set)
+    sets = ["overall"] * ("overall" in there) + set_order(there - {"overall"})
     cells = numbers.groupby(["claim", "set"]).verdict.agg(worst)
-    rows = [{"claim": f"{c}. {text}"} | {s: cells.get((c, s), "-") for s in sets} for c, text in CLAIMS.items() if c in set(numbers.claim)]
+    rows = [{"claim": f"{c}. {text}"} | {s: cells.get((c, s), "-") for s in sets}
+            for c, text in CLAIMS.items() if c in set(numbers.claim)]
     return pd.DataFrame(rows, columns=["claim", *sets])
 
 # %% ../nbs/19_claims.ipynb #eff72a00
@@ -552,22 +567,27 @@ def headline_of(g:Gathered)->list: # of sentences
     d, answers = last(g, tuple(arms)), last(g, tuple(arms), g.answers)
     at = lambda name, key: {a: m for a in arms if (m := measure(d[(d.arm == a) & (d.set == name)], key, g.rewards))}
     found = {a: f"{m['value']:.0%}" for a, m in at("panel", "inconsistency").items()}
-    who = "The judge and the implicit reward" if g.rewards == ["generative", "implicit"] else "The internal reward models"
-    out = [f"{who} disagreed on {found.pop('sft')} of the pairs of M_1's own answers{_after(found, 'on ')}."] if "sft" in found else []
+    who = "judge and the implicit reward" if g.rewards == ["generative", "implicit"] else "internal reward models"
+    out = []
+    if "sft" in found:
+        first = found.pop("sft")
+        out.append(f"The {who} disagreed on {first} of the pairs of M_1's own answers{_after(found, 'on ', '; ')}.")
     name, parts = accuracy_set(d), []
     for key, what in (("accuracy_implicit", "the implicit reward"), ("accuracy_generative", "the judge")):
         rates = {a: f"{m['value']:.0%}" for a, m in at(name, key).items()}
         if "sft" in rates: parts.append(f"{what} was right on {rates.pop('sft')} of the pairs{_after(rates, 'on ')}")
-    where = {"own": "On each model's own answers, ", "panel": "On M_1's answers, "}.get(name, f"On the set {name}, ") if parts else ""
+    where = {"own": "On each model's own answers, ", "panel": "On M_1's answers, "}.get(name, f"On the set {name}, ")
     good = answers[answers.success.notna()].groupby("arm").success.mean().map("{:.0%}".format).to_dict()
     good = {a: good[a] for a in arms if a in good}
     if "sft" in good: parts.append(f"{good.pop('sft')} of M_1's answers were fully right{_after(good, '')}")
-    return out + ([f"{where}{'; '.join(parts)}."] if parts else [])
+    return out + ([f"{where if name else ''}{'; '.join(parts)}."] if parts else [])
 
-def _after(found, word):
+def _after(found, word, first=", "):
     "', on 32% after self-rewarding training, on 22% after SCIR'"
-    return "".join(f", {word}{value} after {CALLED[a]}" for a, value in found.items())
+    later = ", ".join(f"{word}{value} after {CALLED[a]}" for a, value in found.items())
+    return later and first + later
 
 def accuracy_set(d:pd.DataFrame)->str|None:
     "The set on which accuracy is shown first: own answers, else the panel, else another set with labels."
-    return next((s for s in set_order(d.set.unique()) if labelled(d[d.set == s]).arm.nunique() == d.arm.nunique()), None)
+    known, arms = labelled(d).groupby("set").arm.nunique(), d.arm.nunique()
+    return next((s for s in set_order(known.index) if known[s] == arms), None)

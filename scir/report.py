@@ -8,7 +8,8 @@ __all__ = ['REPORTED', 'UNIT', 'SKY', 'PINK', 'AMBER', 'STYLE', 'READERS', 'SETS
            'answer_cells', 'policy_table', 'reported_table', 'reported', 'alignment_table', 'ablation_table',
            'strongest', 'latest', 'plot_headline', 'families', 'plot_rounds', 'plot_sets', 'plot_own_accuracy',
            'contrasted', 'plot_joints', 'plot_length', 'course', 'plot_retained', 'plot_training', 'plot_calibration',
-           'plot_splits', 'tables', 'figures', 'caption', 'size', 'document', 'plain', 'report', 'kept_tables', 'draw']
+           'plot_splits', 'tables', 'claims_by_run', 'figures', 'caption', 'size', 'rounds_met', 'document', 'compact',
+           'plain', 'report', 'kept_tables', 'draw']
 
 # %% ../nbs/19_report.ipynb #228f4beb
 import re
@@ -19,9 +20,9 @@ import pandas as pd
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from .claims import ABLATIONS, ALONE, KEEP, MEASURES, Gathered, accuracy_set, claim_numbers, claims, comparisons, gap_shown, gather
-from .claims import headline, labelled, last, measure, model_name, moved, only, others, per_run, set_order, speaks, unevaluated, with_holm
-from .claims import widened # also for users of this module
+from .claims import ABLATIONS, ALONE, AT, KEEP, MEASURES, Gathered, accuracy_set, claim_numbers, claims, comparisons
+from .claims import gap_shown, gather, headline, labelled, last, measure, model_name, moved, only, others, per_run
+from .claims import set_order, speaks, unevaluated, widened, with_holm
 from .consistency import BLUE, GREEN, GREY, ORANGE, UNITS, ece, grouped, plot_reliability, reliability, save_figure
 from .recipe import ARMS
 from .store import atomic_path, write_text
@@ -38,9 +39,10 @@ def summary(g:Gathered)->pd.DataFrame: # one row per run, arm, iteration and set
             row |= {key if k == "value" else f"{key}_{k}": v for k, v in measure(d, key, g.rewards).items()}
         if len(known): row |= {f"ece_{n}": ece(reliability(known, n)) for n in g.rewards if speaks(d, n)}
         rows.append(row)
-    places = [{a: i for i, a in enumerate(["base", *ARMS])}, {s: i for i, s in enumerate(set_order(g.pairs.set.unique()))}]
-    ranked = lambda c: c.map(places[c.name == "set"]) if c.name in ("arm", "set") else c
-    return pd.DataFrame(rows).sort_values(["run", "set", "iteration", "arm"], key=ranked, kind="stable").reset_index(drop=True)
+    order = {"arm": ["base", *ARMS], "set": set_order(g.pairs.set.unique())}
+    ranked = lambda c: c.map(order[c.name].index) if c.name in order else c
+    found = pd.DataFrame(rows).sort_values(["run", "set", "iteration", "arm"], key=ranked, kind="stable")
+    return found.reset_index(drop=True)
 
 def cell(row, key:str)->str:
     "'31% [22, 41] (28%-35%)': rate, 95% interval, lowest and highest of the seeds."
@@ -54,11 +56,12 @@ def cell(row, key:str)->str:
 
 def table(found:pd.DataFrame, columns:tuple)->pd.DataFrame:
     "Some measures of a summary as a person reads them."
-    rows, names = [], {"rank_correlation": "rank correlation"} | {k: name for k, (name, _) in MEASURES.items()}
+    names = {"rank_correlation": "rank correlation"} | {k: name for k, (name, _) in MEASURES.items()}
+    rows, several, columns = [], found.run.nunique() > 1, [k for k in columns if k in found]
     for r in found.to_dict("records"):
         known = f", {r['labelled']} labelled" if 0 < r["labelled"] < r["pairs"] else ""
         where = {"set": f"{r['set']}, {r['pairs']} pairs{known}", "model": model_name(r["arm"], r["iteration"])}
-        rows.append(({"run": r["run"]} if found.run.nunique() > 1 else {}) | where | {names[k]: cell(r, k) for k in columns if k in found})
+        rows.append(({"run": r["run"]} if several else {}) | where | {names[k]: cell(r, k) for k in columns})
     return pd.DataFrame(rows)
 
 # %% ../nbs/19_report.ipynb #839e86a8
@@ -70,20 +73,22 @@ def reward_table(found:pd.DataFrame)->pd.DataFrame:
     "Reward modelling on labelled pairs: accuracy of each, of what they agree on, and calibration."
     found = found[found.labelled > 0]
     t = table(found, (*ALONE, "accuracy_agreed", "accuracy_mean", "accuracy_likelihood", "inconsistency_labelled"))
-    names = {"ece_generative": "judge ECE", "ece_implicit": "implicit-reward ECE", "ece_pointwise": "pointwise ECE", "verdict_mass": "verdict mass"}
-    for key, name in names.items():
+    names = {"generative": "judge", "implicit": "implicit-reward", "pointwise": "pointwise"}
+    for key, name in [*((f"ece_{n}", f"{said} ECE") for n, said in names.items()), ("verdict_mass", "verdict mass")]:
         if key in found: t[name] = ["-" if pd.isna(v) else f"{v:.2f}" for v in found[key]]
     return t
 
 def markdown(t:pd.DataFrame)->str:
     "A frame as a Markdown table."
     line = lambda cells: "| " + " | ".join(str(c) for c in cells) + " |"
-    return "\n".join([line(t.columns), line(["---"] * len(t.columns)), *(line(r) for r in t.itertuples(index=False))]) + "\n"
+    rows = [t.columns, ["---"] * len(t.columns), *t.itertuples(index=False)]
+    return "".join(line(r) + "\n" for r in rows)
 
 # %% ../nbs/19_report.ipynb #536551e5
 def ratio(top, bottom, prompts)->dict: # value, low, high
     "Sum of `top` over sum of `bottom`, with a bootstrap interval over prompts."
-    by = pd.DataFrame({"top": np.asarray(top, float), "bottom": np.asarray(bottom, float)}).groupby(np.asarray(prompts)).sum().to_numpy()
+    both = pd.DataFrame({"top": np.asarray(top, float), "bottom": np.asarray(bottom, float)})
+    by = both.groupby(np.asarray(prompts)).sum().to_numpy()
     drawn = np.random.default_rng(0).multinomial(len(by), np.full(len(by), 1 / len(by)), 4000) @ by
     low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), [.025, .975])
     return {"value": by[:, 0].sum() / max(by[:, 1].sum(), 1e-9), "low": low, "high": high}
@@ -110,18 +115,19 @@ def answer_cells(d:pd.DataFrame)->dict:
 def policy_table(g:Gathered)->pd.DataFrame:
     "Every model's answers, and what the model was trained on."
     rows, several = [], g.models.run.nunique() > 1
-    trained = g.models.reindex(columns=[*g.models.columns.union(["correct_labels"])]).set_index(["run", "arm", "iteration"]).sort_index()
     for (run, arm, t), d in g.answers.groupby(["run", "arm", "iteration"], sort=False):
-        m = trained.loc[[(run, arm, t)]]
-        share = lambda c: "-" if m[c].isna().all() else f"{pd.to_numeric(m[c]).mean():.0%}"
-        rows.append(({"run": run} if several else {}) | {"model": model_name(arm, t)} | answer_cells(d) |
-                    {"trained on": share("retained"), "correct labels": share("correct_labels")})
+        m = g.models[(g.models.run == run) & (g.models.arm == arm) & (g.models.iteration == t)]
+        share = lambda c: f"{pd.to_numeric(m[c]).mean():.0%}" if c in m and m[c].notna().any() else "-"
+        trained = {"trained on": share("retained"), "correct labels": share("correct_labels")}
+        rows.append(({"run": run} if several else {}) | {"model": model_name(arm, t)} | answer_cells(d) | trained)
     return pd.DataFrame(rows)
 
 # %% ../nbs/19_report.ipynb #cedb8489
 REPORTED = [  # arm, metric, three values, which M_t has the first, model, source
-    ("scir", "LC win rate, AlpacaEval 2", (14.51, 18.49, 24.92), 2, "Mistral-7B", "arXiv:2502.08922, second-hand (one third-party summary)"),
-    ("srlm", "LC win rate, AlpacaEval 2", (12.58, 11.37, 10.74), 2, "Mistral-7B", "arXiv:2502.08922's baseline, second-hand (the same summary)"),
+    ("scir", "LC win rate, AlpacaEval 2", (14.51, 18.49, 24.92), 2, "Mistral-7B",
+     "arXiv:2502.08922, second-hand (one third-party summary)"),
+    ("srlm", "LC win rate, AlpacaEval 2", (12.58, 11.37, 10.74), 2, "Mistral-7B",
+     "arXiv:2502.08922's baseline, second-hand (the same summary)"),
     ("srlm", "win rate, AlpacaEval 2", (9.94, 15.38, 20.44), 1, "Llama-2-70B", "arXiv:2401.10020, from notes on it"),
     ("srlm", "MT-Bench, of 10", (6.78, 7.01, 7.25), 1, "Llama-2-70B", "arXiv:2401.10020, from notes on it"),
     ("dice", "LC win rate, AlpacaEval 2", (18.20, 25.08, 27.55), 1, "Llama-3-8B", "arXiv:2406.09760, from notes on it"),
@@ -129,8 +135,10 @@ REPORTED = [  # arm, metric, three values, which M_t has the first, model, sourc
 
 def reported_table()->pd.DataFrame:
     "Numbers from other papers."
-    return pd.DataFrame([{"arm": a, "metric": m, "values": ", ".join(map(str, v)), "of": f"M_{first} to M_{first + 2}", "model": model, "source": s}
-                         for a, m, v, first, model, s in REPORTED])
+    columns = ["arm", "metric", "values", "of", "model", "source"]
+    of = lambda first: f"M_{first} to M_{first + 2}"
+    rows = [(a, m, ", ".join(map(str, v)), of(first), model, s) for a, m, v, first, model, s in REPORTED]
+    return pd.DataFrame(rows, columns=columns)
 
 def reported(arm:str, t:int)->str:
     "What others report of an arm's M_t; at M_1, of every arm that starts there."
@@ -139,7 +147,7 @@ def reported(arm:str, t:int)->str:
                      for a, metric, v, first, model, _ in REPORTED if of(a, first)) or "-"
 
 def _over_seeds(m, key):
-    "Mean over seeds, with the mean of their intervals' ends (wider than the mean's own, prompts being the same), and their range."
+    "Mean over seeds, with the mean of their intervals' ends (wider than the mean's own interval), and their range."
     v = pd.to_numeric(m[key]).dropna() if key in m else ()
     if not len(v): return "-"
     ends = [100 * pd.to_numeric(m[f"{key}_{e}"]).mean() for e in ("low", "high")] if f"{key}_low" in m else [np.nan]
@@ -150,12 +158,14 @@ def alignment_table(g:Gathered)->pd.DataFrame:
     "Win rates against the reference, where a judge was named, beside what others report of the same arm."
     rows, several = [], g.models.run.nunique() > 1
     for (run, arm, t), m in g.models[g.models.win_rate.notna()].groupby(["run", "arm", "iteration"], sort=False):
-        won = {name: _over_seeds(m, key) for name, key in (("win rate", "win_rate"), ("length-controlled", "length_controlled"))}
-        rows.append(({"run": run} if several else {}) | {"model": model_name(arm, t), **won, "reported, second-hand": reported(arm, t)})
+        cells = (model_name(arm, t), _over_seeds(m, "win_rate"), _over_seeds(m, "length_controlled"), reported(arm, t))
+        named = dict(zip(("model", "win rate", "length-controlled", "reported, second-hand"), cells))
+        rows.append(({"run": run} if several else {}) | named)
     return pd.DataFrame(rows)
 
 # %% ../nbs/19_report.ipynb #9cc784e8
-UNIT = {"inconsistency": "inconsistency, points", "entropy": "mean entropy, nats", "wrong labels": "wrong labels among those trained on, points"}
+UNIT = {"inconsistency": "inconsistency, points", "entropy": "mean entropy, nats",
+        "wrong labels": "wrong labels among those trained on, points"}
 
 def ablation_table(g:Gathered)->pd.DataFrame:
     "Each ablation of one run against scir: what it lacks, and what that changed."
@@ -166,29 +176,34 @@ def ablation_table(g:Gathered)->pd.DataFrame:
         for name in set_order(d.set.unique()):
             if not (found := moved(d, arm, what, name)): continue
             gap = found[2]
-            rows.append({"arm": arm, "as": f"M_{d.iteration.max()}", "without": lacks, "set": name, "measure": UNIT[what],
-                         "difference to scir": gap_shown(gap, 1 if what == "entropy" else 100), "p": gap["p"],
-                         "seeds so": f"{gap['same_way']} of {gap['seeds']}", "pairs": gap["n"]})
-    return with_holm(pd.DataFrame(rows), ["arm"]).rename(columns={"p_holm": "p_holm, over sets"}) if rows else pd.DataFrame()
+            said, seeds = gap_shown(gap, 1 if what == "entropy" else 100), f"{gap['same_way']} of {gap['seeds']}"
+            where = {"arm": arm, "as": f"M_{d.iteration.max()}", "without": lacks, "set": name, "measure": UNIT[what]}
+            rows.append(where | {"arm - scir": said, "p": gap["p"], "seeds so": seeds, "pairs": gap["n"]})
+    return with_holm(pd.DataFrame(rows), ["arm"])
 
 # %% ../nbs/19_report.ipynb #6a920a37
 def strongest(t:pd.DataFrame)->list: # of lines
     "The strongest competitor of scir in every quantity of a table of comparisons."
     out = []
-    for (name, what), d in t.groupby(["set", "quantity"], sort=False) if len(t) else ():
-        if what == "tokens": continue
+    if "run" in t:
+        runs = {run: strongest(d.drop(columns="run")) for run, d in t.groupby("run", sort=False)}
+        return [f"{run}: {line}" for run, lines in runs.items() for line in lines]
+    for (name, what), d in t[t.quantity != "tokens"].groupby(["set", "quantity"], sort=False):
         r = d.loc[(d.difference * (-1 if what == "inconsistency" else 1)).idxmin()]
         unit, scale = ("", 1) if what == "score" else (" points", 100)
         said = "significant" if r.p_holm < .05 and r.same_way == r.seeds else "not significant"
-        out.append(f"{what}, {name}: strongest competitor: {r.arms.removeprefix('scir - ')} ({r.arms} = {gap_shown(dict(r), scale)}{unit}, {said})")
+        found = f"{r.arms.removeprefix('scir - ')} ({r.arms} = {gap_shown(dict(r), scale)}{unit}, {said})"
+        out.append(f"{what}, {name}: strongest competitor: {found}")
     return out
 
 # %% ../nbs/19_report.ipynb #d430e7d3
 SKY, PINK, AMBER = "#56B4E9", "#CC79A7", "#E69F00"
-STYLE = {"base": (GREY, "-", "o"), "sft": ("black", "-", "s"), "srlm": (BLUE, "-", "o"), "srlm-pointwise": (SKY, "--", "v"),
-         "dice": (GREEN, "-", "D"), "cream": (PINK, "--", "P"), "external": (AMBER, "-.", "X"), "scir": (ORANGE, "-", "o"),
-         "scir-no-consistency": (BLUE, "--", "v"), "scir-no-confidence": (GREEN, "-.", "D"), "scir-no-gate": (PINK, ":", "P"),
-         "scir-static": (AMBER, (0, (3, 1, 1, 1)), "X")}
+STYLE = {  # arm -> colour, line, marker
+    "base": (GREY, "-", "o"), "sft": ("black", "-", "s"), "srlm": (BLUE, "-", "o"), "srlm-pointwise": (SKY, "--", "v"),
+    "dice": (GREEN, "-", "D"), "cream": (PINK, "--", "P"), "external": (AMBER, "-.", "X"), "scir": (ORANGE, "-", "o"),
+    "scir-no-consistency": (BLUE, "--", "v"), "scir-no-confidence": (GREEN, "-.", "D"),
+    "scir-no-gate": (PINK, ":", "P"), "scir-static": (AMBER, (0, (3, 1, 1, 1)), "X"),
+}
 READERS = {"accuracy_generative": ("judge", BLUE, "s"), "accuracy_implicit": ("implicit reward", ORANGE, "o"),
            "accuracy_pointwise": ("pointwise", GREEN, "^"), "accuracy_agreed": ("where they agree", "black", "D")}
 
@@ -196,38 +211,49 @@ def latest(g:Gathered)->dict: # arm -> its rows
     "Every arm after the last iteration that it shares with scir; without scir, with all other arms."
     shared = {a: last(g, ("scir", a)) for a in others(g)} or {a: last(g) for a in g.models.arm.unique()}
     core = tuple(a for a in ("sft", "srlm", "scir") if a in set(g.models.arm))
-    shared["scir"] = last(g, core)
+    if others(g): shared["scir"] = last(g, core)
     return {a: d for a in ARMS if a in shared and len(d := shared[a][shared[a].arm == a])}
 
 def _dots(ax, found, color, mark, shift=0.0, label=None): # found: one dict, or none, per line
     for y, r in enumerate(found):
         if not r: continue
-        c = color[y] if isinstance(color, list) else color
         reach = [[max(r["value"] - r["low"], 0)], [max(r["high"] - r["value"], 0)]]
-        ax.errorbar(r["value"], y + shift, xerr=reach, color=c, marker=mark, ms=6, capsize=3,
-                    lw=1.4, ls="", label=label)
+        look = {"color": color, "marker": mark, "ms": 6, "capsize": 3, "lw": 1.4, "ls": ""}
+        ax.errorbar(r["value"], y + shift, xerr=reach, label=label, **look)
         label = None
 
+def _row(n, width, height, wider=0.0, **share): # a row of panels
+    import matplotlib.pyplot as plt
+    look = {"squeeze": False, "layout": "constrained", "sharey": True} | share
+    return plt.subplots(1, n, figsize=(width * n + wider, height), **look)
+
 def plot_headline(g:Gathered):
-    "Inconsistency on M_1's answers, and accuracy on own answers (or on another set with labels), per arm. None without trained pairs."
+    "Inconsistency on M_1's answers, and accuracy on own answers (or on another set with labels), per arm."
     import matplotlib.pyplot as plt
     arms = latest(g)
-    first, name = ("panel" if "panel" in set(g.pairs.set) else "held-out"), accuracy_set(pd.concat(arms.values())) if arms else None
+    first = "panel" if "panel" in set(g.pairs.set) else "held-out"
+    name = accuracy_set(pd.concat(arms.values())) if arms else None
     at = lambda d, s, key: measure(d[d.set == s], key, g.rewards)
     if not any(at(d, first, "inconsistency") for d in arms.values()): return None
-    fig, axes = plt.subplots(1, 2 if name else 1, figsize=(5 * (2 if name else 1) + 1, .55 * len(arms) + 1.7), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = _row(2 if name else 1, 5.5, .55 * len(arms) + 1.7)
     found = [at(d, first, "inconsistency") for d in arms.values()]
-    _dots(axes[0][0], found, [STYLE[a][0] for a in arms], "o")
-    for y, r in enumerate(found):
-        if r: axes[0][0].annotate(f"{r['value']:.0%}", (r["value"], y), (0, 6), textcoords="offset points", ha="center", fontsize=9)
-    axes[0][0].set_title(f"Judge and implicit reward disagree\n({SETS.get(first, first)})", fontsize=11)
-    axes[0][0].set(xlim=(0, min(1, 1.1 * max(r["high"] for r in found if r))), xlabel="fraction of pairs")
+    who = "Judge and implicit reward" if g.rewards == ["generative", "implicit"] else "The internal reward models"
+    _disagreement(axes[0][0], found, f"{who} disagree\n({SETS.get(first, first)})")
     axes[0][0].set_yticks(range(len(arms)), [model_name(a, d.iteration.max()) for a, d in arms.items()])
     axes[0][0].set_ylim(len(arms) - .5, -.6)
     if name: _accuracies(axes[0][1], {k: [at(d, name, k) for d in arms.values()] for k in READERS}, name)
+    for ax in axes[0]: ax.xaxis.set_major_formatter("{x:.0%}")
     return fig
 
 SETS = {"panel": "M_1's answers, same pairs for all", "own": "each model's own answers"}
+
+def _disagreement(ax, found, title): # found: a dict per arm
+    _dots(ax, found, "black", "o")
+    for y, r in enumerate(found):
+        place = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+        if r: ax.annotate(f"{r['value']:.0%}", (r["value"], y), (0, 6), **place)
+    ax.set_title(title, fontsize=11)
+    ax.set(xlim=(0, min(1, 1.1 * max(r["high"] for r in found if r))), xlabel="of the pairs")
 
 def _accuracies(ax, found, name): # found: measure -> a dict per arm
     there = [k for k in READERS if any(found[k])]
@@ -237,14 +263,15 @@ def _accuracies(ax, found, name): # found: measure -> a dict per arm
     low = min(r["low"] for k in there for r in found[k] if r)
     ax.axvline(.5, color=GREY, lw=1, ls="--", label="chance")
     ax.set_title(f"Accuracy\n({SETS.get(name, name)}; pairs with a label)", fontsize=11)
-    ax.set(xlim=(min(.4, low - .02), 1.01), xlabel="fraction of pairs that are right")
+    ax.set(xlim=(min(.4, low - .02), 1.01), xlabel="of the pairs")
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, .5))
 
 # %% ../nbs/19_report.ipynb #7ba93d93
 def families(arms)->dict: # title -> arms
     "Trained arms in panels: scir among the methods, and among its ablations."
     arms = [a for a in ARMS if a in set(arms) - {"sft"}]
-    made = {"methods": [a for a in arms if not a.startswith("scir-")], "ablations": [a for a in arms if a.startswith("scir")]}
+    methods, ablations = ([a for a in arms if not a.startswith("scir-")], [a for a in arms if a.startswith("scir")])
+    made = {"methods": methods, "ablations": ablations}
     return {k: v for k, v in made.items() if set(v) - ({"scir"} if k == "ablations" else set())} or {"methods": []}
 
 def _bars(ax, line, key, **kw):
@@ -257,27 +284,29 @@ def _rounds(ax, s, key, arms): # one line per arm, from their common M_1
         (color, style, mark), line = STYLE[arm], s[s.arm == arm].sort_values("iteration")
         apart = (i - (len(arms) - 1) / 2) * .07
         if len(common) and len(line):
-            ends = [common.iteration.iloc[-1], line.iteration.iloc[0] + apart], [common[key].iloc[-1], line[key].iloc[0]]
-            ax.plot(*ends, color=color, ls=style, lw=1.4)
+            x = [common.iteration.iloc[-1], line.iteration.iloc[0] + apart]
+            ax.plot(x, [common[key].iloc[-1], line[key].iloc[0]], color=color, ls=style, lw=1.4)
         if len(line): _bars(ax, line, key, x=line.iteration + apart, color=color, ls=style, marker=mark, label=arm)
     if len(common): _bars(ax, common, key, x=common.iteration, color="black", ls="-", marker="s", label="up to M_1")
 
-def plot_rounds(found:pd.DataFrame, panels:list, label:str): # panels: (title, set, measure)
-    "Measures per iteration, one run: a column per panel, a line per arm; bars are 95% intervals. None where there is no value."
+def plot_rounds(found:pd.DataFrame, panels:list, label:str, chance:bool=False): # panels: (title, set, measure)
+    "Measures per iteration, one run: a column per panel, a line per arm; bars are 95% intervals."
     import matplotlib.pyplot as plt
     has = lambda name, key: found[(found.set == name) & found[key].notna()] if key in found else found[:0]
     panels, rows = [p for p in panels if len(has(*p[1:]))], families(found.arm)
     if not panels: return None
-    size = (3.6 * len(panels) + 1.8, 2.9 * len(rows) + .3)
-    fig, axes = plt.subplots(len(rows), len(panels), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(rows), len(panels), figsize=(3.6 * len(panels) + 1.8, 2.9 * len(rows) + .3),
+                             sharex=True, sharey=True, squeeze=False, layout="constrained")
     for (family, arms), across in zip(rows.items(), axes):
         for ax, (title, name, key) in zip(across, panels):
             _rounds(ax, has(name, key), key, arms)
+            if chance: ax.axhline(.5, color=GREY, lw=1, ls="--")
             ax.set_title(title + (f": {family}" if len(rows) > 1 else ""), fontsize=10)
             ax.set_xticks(t := sorted(found.iteration.unique()), [f"M_{i}" for i in t])
         _legend(across[-1], across)
     tops = max(has(name, key)[f"{key}_high"].max() for _, name, key in panels)
-    axes[0][0].set_ylim(0, min(1.02, 1.08 * tops + .02))
+    floor = min(has(name, key)[f"{key}_low"].min() for _, name, key in panels) - .04 if chance else 0
+    axes[0][0].set_ylim(max(floor, 0), min(1.02, 1.08 * tops + .02))
     fig.supylabel(label, fontsize=10)
     return fig
 
@@ -289,7 +318,8 @@ def plot_sets(found:pd.DataFrame, key:str, label:str):
 def plot_own_accuracy(found:pd.DataFrame):
     "Accuracy of each reward model, and where they agree, per iteration on own answers (without them, on the panel)."
     name = "own" if "own" in set(found.set) else "panel"
-    return plot_rounds(found, [(f"{label}, {name}", name, k) for k, (label, *_) in READERS.items()], "accuracy, 95% interval")
+    panels = [(f"{label}, {name}", name, k) for k, (label, *_) in READERS.items()]
+    return plot_rounds(found, panels, "accuracy, 95% interval", chance=True)
 
 # %% ../nbs/19_report.ipynb #026f121c
 def contrasted(g:Gathered, name:str)->tuple: # rows of set `name`, at most three arms
@@ -302,14 +332,15 @@ MANY = 200  # pairs; more dots would hide each other
 
 def _density(ax, x, y, agree, most):
     if len(x) < MANY: return ax.scatter(x, y, s=14, c=np.where(agree, BLUE, ORANGE), alpha=.6, lw=0)
-    return ax.hexbin(x, y, gridsize=24, extent=(0, 1, 0, 1), mincnt=1, norm="log", vmin=1, vmax=most, cmap="viridis_r", linewidths=.2)
+    look = {"norm": "log", "vmin": 1, "vmax": most, "cmap": "viridis_r", "linewidths": .2}
+    return ax.hexbin(x, y, gridsize=24, extent=(0, 1, 0, 1), mincnt=1, **look)
 
 def plot_joints(g:Gathered, name:str):
     "P(a better) of the judge against that of the implicit reward, all seeds; in the shaded quarters they disagree."
     import matplotlib.pyplot as plt
     (d, arms), (one, other) = contrasted(g, name), g.rewards[:2]
     if not arms: return None
-    fig, axes = plt.subplots(1, len(arms), figsize=(3.6 * len(arms) + .8, 3.9), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = _row(len(arms), 3.6, 3.9, .8)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm]
         for x, y in ((0, .5), (.5, 0)): ax.add_patch(plt.Rectangle((x, y), .5, .5, color=ORANGE, alpha=.13, lw=0))
@@ -318,7 +349,8 @@ def plot_joints(g:Gathered, name:str):
         ax.axvline(.5, color=GREY, lw=.6)
         r = grouped(~s.agree, s.prompt)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"P(a better), {one}")
-        ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}\ndisagree: {r['value']:.0%} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]", fontsize=10)
+        said = f"disagree: {r['value']:.0%} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
+        ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}\n{said}", fontsize=10)
     axes[0][0].set_ylabel(f"P(a better), {other}")
     if len(s) >= MANY: fig.colorbar(drawn, ax=axes[0][-1], label="pairs per cell, log scale", shrink=.8)
     return fig
@@ -326,11 +358,10 @@ def plot_joints(g:Gathered, name:str):
 # %% ../nbs/19_report.ipynb #ec39b1b4
 def plot_length(g:Gathered):
     "Implicit margin against length difference on own answers (or the panel), all seeds, with the rank correlation."
-    import matplotlib.pyplot as plt
     name = "own" if "own" in set(g.pairs.set) else "panel"
     d, arms = contrasted(g, name)
     if "implicit" not in g.rewards or not arms: return None
-    fig, axes = plt.subplots(1, len(arms), figsize=(3.6 * len(arms), 3.4), sharex=True, squeeze=False, layout="constrained")
+    fig, axes = _row(len(arms), 3.6, 3.4, sharex=True, sharey=False)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm]
         length = s.tokens_a - s.tokens_b
@@ -345,8 +376,8 @@ def plot_length(g:Gathered):
 
 # %% ../nbs/19_report.ipynb #9999c67b
 def course(g:Gathered, arm:str, key:str)->pd.DataFrame: # step, value, end
-    """A quantity by optimizer step, counted over iterations: mean over seeds, then over neighbouring steps (a tenth of an iteration).
-    `end` marks an iteration's last step."""
+    """A quantity by optimizer step, counted over iterations: mean over seeds, then over neighbouring steps
+    (a tenth of an iteration). `end` marks an iteration's last step."""
     d = g.steps[(g.steps.arm == arm) & g.steps.get(key, pd.Series(np.nan, g.steps.index)).notna()]
     if key in ("loss_consistency", "loss_confidence") and "inconsistency" in d: d = d[d.inconsistency.notna()]
     if key == "retained" and len(d): d = d.assign(retained=d.retained * _offered(g, d))
@@ -377,11 +408,10 @@ def _legend(ax, axes): # one legend beside `ax` for all `axes`
     if found: ax.legend(found.values(), found, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
 
 def plot_retained(g:Gathered):
-    "Fraction of the scored pairs that enter the DPO loss, by optimizer step; a marker ends an iteration. None without training."
-    import matplotlib.pyplot as plt
+    "Fraction of the scored pairs that enter the DPO loss, by optimizer step; a marker ends an iteration."
     rows = {k: v for k, v in families(g.steps.arm.unique()).items() if any(len(course(g, a, "retained")) for a in v)}
     if not rows: return None
-    fig, axes = plt.subplots(1, len(rows), figsize=(5.4 * len(rows) + .6, 3.3), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = _row(len(rows), 5.4, 3.3, .6)
     for ax, (family, arms) in zip(axes[0], rows.items()):
         _courses(ax, g, arms, "retained")
         ax.set_title(f"fraction of the scored pairs trained on: {family}", fontsize=10)
@@ -390,8 +420,8 @@ def plot_retained(g:Gathered):
     axes[0][0].set_ylabel("retained fraction")
     return fig
 
-TERMS = {"loss_dpo": "DPO term, nats", "loss_consistency": "symmetric KL, nats", "loss_confidence": "mean entropy, nats",
-         "inconsistency": "inconsistency in the batch", "abs_margin_generative": "judge's mean |margin|, nats",
+TERMS = {"loss_dpo": "DPO term, nats", "loss_consistency": "symmetric KL, nats",
+         "loss_confidence": "mean entropy, nats", "inconsistency": "inconsistency in the batch", "abs_margin_generative": "judge's mean |margin|, nats",
          "abs_margin_implicit": "implicit mean |margin|, nats"}
 
 def plot_training(g:Gathered, family:str="methods"):
@@ -402,7 +432,8 @@ def plot_training(g:Gathered, family:str="methods"):
     if not keys: return None
     across = min(3, len(keys))
     down = -(-len(keys) // across)
-    fig, axes = plt.subplots(down, across, figsize=(3.4 * across + 1.6, 2.7 * down), layout="constrained", squeeze=False)
+    size = (3.4 * across + 1.6, 2.7 * down)
+    fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for ax, key in zip(axes.flat, keys):
         _courses(ax, g, arms, key)
         ax.set_title(TERMS[key], fontsize=10)
@@ -413,12 +444,11 @@ def plot_training(g:Gathered, family:str="methods"):
 # %% ../nbs/19_report.ipynb #75f86096
 def plot_calibration(g:Gathered, name:str):
     "Reliability of the reward models on labelled pairs, all seeds. None without labels."
-    import matplotlib.pyplot as plt
     d, arms = contrasted(g, name)
     d = labelled(d)
     arms = [a for a in arms if a in set(d.arm)]
     if not arms: return None
-    fig, axes = plt.subplots(1, len(arms), figsize=(3.6 * len(arms), 3.4), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = _row(len(arms), 3.6, 3.4)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm].reset_index(drop=True)
         plot_reliability({n: _clipped(reliability(s, n, 5)) for n in g.rewards if speaks(s, n)}, "", ax)
@@ -429,75 +459,96 @@ def plot_calibration(g:Gathered, name:str):
 def _clipped(t): # an end of an interval may lie a rounding error inside the value
     return t.assign(low=t[["low", "value"]].min(axis=1), high=t[["high", "value"]].max(axis=1))
 
-def _bin(c, whole): return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}" if whole and c.left > 0 else f"{max(c.left, 0):.2g} to {c.right:.2g}"
+def _bin(c, whole):
+    if whole and c.left > 0: return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}"
+    return f"{max(c.left, 0):.2g} to {c.right:.2g}"
 
 def plot_splits(g:Gathered, name:str, bins:int=3):
     "Inconsistency by confidence and by length difference, all seeds; thirds of all pairs, the same for all arms."
-    import matplotlib.pyplot as plt
     d, arms = contrasted(g, name)
     if not arms: return None
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True, layout="constrained")
-    for ax, column in zip(axes, ("confidence", "length_difference")):
+    fig, axes = _row(2, 4.5, 3.3)
+    for ax, column in zip(axes[0], ("confidence", "length_difference")):
         cut = pd.qcut(d[column], bins, duplicates="drop") if d[column].nunique() > 1 else pd.cut(d[column], 1)
         bars = cut.cat.categories
-        for i, arm in enumerate(arms):
-            s, apart = d[d.arm == arm], .12 * (i - (len(arms) - 1) / 2)
-            r = pd.DataFrame([{"x": j + apart, **grouped(~k.agree, k.prompt)} for j, c in enumerate(bars) if len(k := s[cut[s.index] == c])])
-            r = _clipped(r)
-            ax.errorbar(r.x, r.value, yerr=[r.value - r.low, r.high - r.value], color=STYLE[arm][0], marker=STYLE[arm][2], ls="", capsize=3,
-                        label=model_name(arm, s.iteration.max()))
+        for i, arm in enumerate(arms): _split(ax, d[d.arm == arm], cut, .12 * (i - (len(arms) - 1) / 2), STYLE[arm])
         ax.set(xlabel=f"{UNITS[column]} ({name})", ylim=(0, 1.02), xlim=(-.5, len(bars) - .5))
         ax.set_xticks(range(len(bars)), [_bin(c, column == "length_difference") for c in bars])
-    axes[0].set_ylabel("inconsistency, 95% interval")
-    _legend(axes[1], axes)
+    axes[0][0].set_ylabel("inconsistency, 95% interval")
+    _legend(axes[0][1], axes[0])
     return fig
 
-# %% ../nbs/19_report.ipynb #972d121b
-READING = ("Every claim was declared before the run. Columns are sets of pairs. *own*: the model's own answers to held-out prompts; *panel*: M_1's answers, "
-           "the same pairs for every model of a seed; *held-out*: labelled pairs of the warm start's sources that training never saw; *overall*: not about pairs. "
-           "*met* needs p < 0.01 after Holm's adjustment over all tests of the table, and every seed pointing the same way, where the claim says significantly. "
-           "*missed*: the difference points the other way, or a threshold is not reached. *not significant*: it points the right way, no more. "
-           "*-*: not measured.")
+def _split(ax, s, cut, apart, style): # one model's rates in the bins
+    at = [(j + apart, s[cut[s.index] == c]) for j, c in enumerate(cut.cat.categories)]
+    r = _clipped(pd.DataFrame([{"x": x, **grouped(~k.agree, k.prompt)} for x, k in at if len(k)]))
+    look = {"color": style[0], "marker": style[2], "ls": "", "capsize": 3}
+    name = model_name(s.arm.iloc[0], s.iteration.max())
+    ax.errorbar(r.x, r.value, yerr=[r.value - r.low, r.high - r.value], label=name, **look)
 
-CAPTION = ("Cells: value [95% interval] (min-max over seeds), means over pairs and seeds. Intervals are about prompts, for these seeds: Wilson's, using the "
-           "effective sample size where a prompt comes more than once. Inconsistency: fraction of all pairs on which the internal reward models disagree. "
-           "Rank correlation: of their margins; ranks within each seed, averaged over seeds, bootstrap over prompts. Accuracy: on pairs with a label (the grader "
-           "calls some a tie). Judge-likelihood disagreement: judge against log-probability per token. Flip rate (position inconsistency): the judge's verdict "
-           "stays with the position when the answers swap. ECE: expected calibration error. Verdict mass: p(A) + p(B). Strict success: fraction of answers with "
-           "a score of 1. Trained on: fraction of the scored pairs. Correct labels: among the pairs trained on, by the grader. Differences: first minus second; "
-           "same pairs on panel and labelled sets (bootstrap and sign-flip test over prompts), different pairs on own answers (square-and-add, clustered by prompt), "
-           "means per prompt for answers. p_holm of the comparisons: over the arms of one set and quantity.")
+# %% ../nbs/19_report.ipynb #972d121b
+READING = """\
+Every claim was declared before the run. Columns are sets of pairs. *own*: the model's own answers to held-out prompts.
+*panel*: M_1's answers, the same pairs for every model of a seed. *held-out*: labelled pairs of the warm start's sources
+that training never saw. *overall*: not about pairs.
+*met*: the claim holds. Where it says significantly, p < 0.01 after Holm's adjustment over all tests of this table, and
+every seed points the same way; so too for claim a. *missed*: the difference points the other way, or a threshold is not
+reached. *not significant*: it points the right way, no more. *-*: not measured. Claim f is missed when the 95% interval
+lies below zero, claim g is met when it lies above zero, both without adjustment; claim h needs every seed to agree."""
+
+CAPTION = """\
+Cells: value [95% interval] (min-max over seeds), means over pairs and seeds. Intervals are about prompts, for these
+seeds: Wilson's, using the effective sample size where a prompt comes more than once.
+Inconsistency: fraction of all pairs on which the internal reward models disagree. Rank correlation: of their margins;
+ranks within each seed, averaged over seeds, bootstrap over prompts. Accuracy: on pairs with a label (the grader calls
+some a tie). Judge-likelihood disagreement: judge against log-probability per token. Flip rate (position inconsistency):
+the judge's verdict stays with the position when the answers swap. ECE: expected calibration error. Verdict mass:
+p(A) + p(B). Strict success: fraction of answers with a score of 1. Trained on: fraction of the scored pairs. Correct
+labels: among the pairs trained on, by the grader.
+Differences: first minus second, of rates in points; same pairs on panel and labelled sets (bootstrap and sign-flip test
+over prompts), different pairs on own answers (square-and-add, clustered by prompt), means per prompt for answers.
+p_holm: over all tests of the claims, over the arms of one set and quantity in the comparisons, over the sets of an
+ablation."""
 
 DRAWN = {  # figure -> caption, in the order in which they are shown
-    "headline": "Left: how often the judge and the implicit reward disagree. Right: how often each of them, and the verdict they agree on, is right. Each arm after the last round that it shares with scir; bars are 95% intervals over prompts.",
+    "headline": "Left: how often the judge and the implicit reward disagree. Right: how often each of them, and the "
+                "verdict they agree on, is right. Each arm after the last round that it shares with scir; "
+                "95% intervals over prompts.",
     "inconsistency": "Inconsistency per iteration.",
-    "own_accuracy": "Accuracy on own answers per iteration.",
+    "own_accuracy": "Accuracy on own answers per iteration; the dashed line is chance.",
     "retained": "Fraction of the scored pairs that enter the DPO loss, by training step. A marker ends an iteration.",
     "joint": "Judge against implicit reward. In the shaded quarters they disagree.",
-    "length": "Implicit margin against the length difference of the pair, own answers.",
+    "length": "Implicit margin against the length difference of the pair, on own answers.",
     "splits": "Inconsistency by confidence and by length difference.",
     "calibration": "Accuracy by stated confidence; on the diagonal a model is right as often as it claims.",
     "flip_rate": "Position inconsistency of the judge (flip rate) per iteration.",
-    "training": "Loss terms, inconsistency and margins by training step, mean over seeds, smoothed over a tenth of an iteration. The DPO term is a mean over the batch; a pair left out counts zero. A marker ends an iteration.",
+    "training": "Loss terms, inconsistency and margins by training step, mean over seeds, smoothed over a tenth of an "
+                "iteration. In the DPO term, a pair left out counts zero. A marker ends an iteration.",
 }
 
 def tables(g:Gathered)->dict: # name -> frame
     "Every table of the report."
     found, numbers = summary(g), per_run(claim_numbers, g)
-    runs = dict(iter(numbers.groupby("run", sort=False))) if "run" in numbers else {}
-    decided = {r: claims(t) for r, t in runs.items()}
-    decided = pd.concat([t.assign(run=r)[["run", *t.columns]] for r, t in decided.items()]).fillna("-") if runs else claims(numbers)
-    return {"summary": found, "claims": decided, "claim_numbers": numbers, "inconsistency": inconsistency_table(found),
-            "reward_models": reward_table(found), "policy": policy_table(g), "alignment": alignment_table(g),
-            "ablation": per_run(ablation_table, g), "comparisons": per_run(comparisons, g), "reported": reported_table()}
+    made = {"summary": found, "claims": claims_by_run(numbers), "claim_numbers": numbers}
+    made |= {"inconsistency": inconsistency_table(found), "reward_models": reward_table(found)}
+    made |= {"policy": policy_table(g), "alignment": alignment_table(g), "ablation": per_run(ablation_table, g)}
+    return made | {"comparisons": per_run(comparisons, g), "reported": reported_table()}
+
+def claims_by_run(numbers:pd.DataFrame)->pd.DataFrame:
+    "The claims of every run, one below the other."
+    if "run" not in numbers: return claims(numbers)
+    made = [claims(t).assign(run=run) for run, t in numbers.groupby("run", sort=False)]
+    joined = pd.concat(made, ignore_index=True).fillna("-")
+    return joined[["run", *joined.columns.drop("run")]]
 
 def figures(g:Gathered, found:pd.DataFrame)->dict: # name -> figure
     "Every figure that one run can draw, in the order of `DRAWN`."
     sets = set_order(found.set.unique())
     main = [s for s in ("own", "panel", "held-out") if s in sets]
-    made = {"headline": plot_headline(g), "inconsistency": plot_sets(found, "inconsistency", "inconsistency, 95% interval"),
-            "own_accuracy": plot_own_accuracy(found), "retained": plot_retained(g)}
-    made |= {f"joint_{s}": plot_joints(g, s) for s in main} | {"length": plot_length(g)} | {f"splits_{s}": plot_splits(g, s) for s in main}
+    rates = plot_sets(found, "inconsistency", "inconsistency, 95% interval")
+    made = {"headline": plot_headline(g), "inconsistency": rates, "own_accuracy": plot_own_accuracy(found)}
+    made |= {"retained": plot_retained(g)}
+    made |= {f"joint_{s}": plot_joints(g, s) for s in main} | {"length": plot_length(g)}
+    made |= {f"splits_{s}": plot_splits(g, s) for s in main}
     made |= {f"calibration_{s}": plot_calibration(g, s) for s in sets}
     made |= {"flip_rate": plot_sets(found, "flip_rate", "flip rate, 95% interval"), "training": plot_training(g),
              "training_ablations": plot_training(g, "ablations")}
@@ -515,39 +566,59 @@ def size(g:Gathered, found:pd.DataFrame)->str:
         one, f = only(g, run), found[found.run == run]
         seeds, pairs = one.models.seed.nunique(), f.groupby("set")[["pairs", "labelled"]].max()
         sets = ", ".join(f"{s} {pairs.pairs[s]} ({pairs.labelled[s]} labelled)" for s in set_order(pairs.index))
-        met = {a: last(one, ("scir", a)).iteration.max() for a in others(one) if a != "sft"}
-        rounds = "; ".join(f"{', '.join(a for a in met if met[a] == t)} as M_{t}" for t in sorted(set(met.values()), reverse=True))
-        few = " With fewer than three seeds, how much of a difference is due to the seed is unknown." if seeds < 3 else ""
-        lines.append(f"**{run}**: {seeds} seed{'s' * (seeds > 1)}; pairs per seed: {sets}.{f' Compared with scir: {rounds}.' if rounds else ''}{few}")
+        line = f"**{run}**: {seeds} seed{'s' * (seeds > 1)}; pairs per seed: {sets}.{rounds_met(one)}"
+        if seeds < 3: line += " With fewer than three seeds, how much of a difference is due to the seed is unknown."
+        lines.append(line)
     return "\n\n".join(lines) + "\n"
 
-APPENDIX = (("Numbers behind the claims", "claim_numbers"), ("Agreement and accuracy", "inconsistency"), ("Reward modelling, labelled pairs", "reward_models"),
-            ("Policy: answers to held-out prompts", "policy"), ("Win rates", "alignment"), ("Ablations", "ablation"),
-            ("scir against the other arms", "comparisons"), ("Reported elsewhere, not measured here", "reported"))
+def rounds_met(g:Gathered)->str:
+    "At which iteration each arm is compared with scir."
+    met = {a: last(g, ("scir", a)).iteration.max() for a in others(g) if a != "sft"}
+    rounds = [f"{', '.join(a for a in met if met[a] == t)} as M_{t}" for t in sorted(set(met.values()), reverse=True)]
+    return f" Compared with scir: {'; '.join(rounds)}." if rounds else ""
+
+APPENDIX = (("Numbers behind the claims", "claim_numbers"), ("Agreement and accuracy", "inconsistency"),
+            ("Reward modelling, labelled pairs", "reward_models"), ("Policy: answers to held-out prompts", "policy"),
+            ("Win rates", "alignment"), ("Ablations", "ablation"), ("scir against the other arms", "comparisons"),
+            ("Reported elsewhere, not measured here", "reported"))
 
 def document(made:dict, said:list, sizes:str, drawn:list)->str:
     "The page as Markdown. `drawn` holds (file, figure's name, run or '')."
     image = lambda file, name, run: f"![{caption(name)}]({file}.png)\n\n*{f'{run}. ' if run else ''}{caption(name)}*\n"
     top, rest = [d for d in drawn if d[1] == "headline"], [d for d in drawn if d[1] != "headline"]
+    none = "No claim applies: an arm or a label is missing.\n"
     parts = [*(image(*d) for d in top), "\n\n".join(said) + "\n"]
-    parts += [f"## Claims\n\n{markdown(made['claims'])}\n{READING}\n" if len(made["claims"]) else "No claim applies: an arm or a label is missing.\n"]
-    near = "\n".join(f"- {line}" for t in [made["comparisons"]] for line in (strongest(t) if "run" not in t else ()))
+    parts += ["## Claims\n", f"{markdown(made['claims'])}\n{READING}\n" if len(made["claims"]) else none]
     parts += [f"## Appendix\n\n{sizes}\n{CAPTION}\n"]
     for title, key in APPENDIX:
-        if len(made[key]): parts.append(f"### {title}\n\n{near + chr(10) * 2 if key == 'comparisons' and near else ''}{markdown(plain(made[key]))}")
+        t = compact(made[key]) if key == "comparisons" else made[key]
+        if not len(t): continue
+        parts.append(f"### {title}\n")
+        if key == "comparisons": parts.append("".join(f"- {line}\n" for line in strongest(made[key])))
+        parts.append(markdown(plain(t)))
     return "\n".join(parts + (["### Figures\n", *(image(*d) for d in rest)] if rest else []))
+
+def compact(t:pd.DataFrame)->pd.DataFrame:
+    "Comparisons with difference and interval in one cell."
+    if not len(t): return t
+    scale = lambda r: 1 if r.quantity in ("tokens", "score") else 100
+    shown = [gap_shown(r._asdict(), scale(r)) for r in t.itertuples()]
+    kept = t.drop(columns=["difference", "low", "high", "prompts", "same_way", "seeds"])
+    kept.insert(kept.columns.get_loc("p"), "difference", shown)
+    return kept.assign(**{"seeds so": [f"{r.same_way} of {r.seeds}" for r in t.itertuples()]})
 
 def plain(t:pd.DataFrame)->pd.DataFrame:
     "A table with rounded numbers, and `-` for what is missing."
-    small = lambda v: "-" if pd.isna(v) else f"{v:.2g}" if isinstance(v, float) and 0 < abs(v) < .001 else f"{v:.3g}" if isinstance(v, float) else v
-    return t.astype(object).map(small)
+    short = lambda v: f"{v:.2g}" if 0 < abs(v) < .001 else f"{v:.3g}"
+    return t.astype(object).map(lambda v: "-" if pd.isna(v) else short(v) if isinstance(v, float) else v)
 
 # %% ../nbs/19_report.ipynb #371c8944
 def report(runs, out=None)->dict: # name -> path
-    """Write the page (results.md), tables (CSV), figures (PNG, SVG) and the gathered rows (Parquet) of one run or several, and print the headline.
-    `out` defaults to the one run's report/."""
+    """Write the page (results.md), tables (CSV), figures (PNG, SVG) and the gathered rows (Parquet) of one run or
+    several, and print the headline. `out` defaults to the one run's report/."""
     runs = [Path(r) for r in ([runs] if isinstance(runs, (str, Path)) else runs)]
-    if out is None and len(runs) > 1: raise ValueError("a report on several runs needs a folder of its own; name it with --out")
+    if out is None and len(runs) > 1:
+        raise ValueError("a report on several runs needs a folder of its own; name it with --out")
     out, g = Path(out or runs[0]/"report"), gather(runs)
     made, said = tables(g), headline(g)
     for name, t in kept_tables(g).items():
@@ -563,8 +634,8 @@ def report(runs, out=None)->dict: # name -> path
 
 def kept_tables(g:Gathered)->dict: # name -> frame
     "The gathered rows as a kept report stores them: without what can be derived."
-    pairs = g.pairs[(g.pairs.arm != "sft") | (g.pairs.set != "own")][["run", "seed", "arm", "iteration", "set", *KEEP, *g.rewards]]
-    return {"pairs": pairs, "models": g.models, "steps": g.steps, "answers": g.answers.astype({"score": float, "success": float})}
+    pairs = g.pairs[(g.pairs.arm != "sft") | (g.pairs.set != "own")][[*AT, "set", *KEEP, *g.rewards]]
+    return {"pairs": pairs, "models": g.models, "steps": g.steps, "answers": g.answers}
 
 def draw(g:Gathered, found:pd.DataFrame, out:Path)->list: # of (file, figure's name, run or '')
     "Write the figures of every run."
