@@ -346,7 +346,7 @@ CLAIMS = {
     "g": "where scir's reward models agree, accuracy is above that of either alone",
     "h": "the labels that scir trains on are correct more often than srlm's",
     "i": "strict success under scir is significantly above M_1's and srlm's",
-    "j": "scir does not collapse: 0.5 to 2 times M_1's tokens, distinct-2 within 20%, finished at least 0.8 times as much",
+    "j": "scir does not collapse: 0.5 to 2 times M_1's tokens, distinct-2 within 20%, finished at least 0.8 times",
     "k1": "without the confidence term, entropy is significantly higher",
     "k2": "without the agreement gate, labels trained on are significantly more often wrong",
     "k3": "with labels from before training (scir-static), inconsistency is significantly higher",
@@ -527,8 +527,8 @@ def number_row(p:Part, p_holm:float, untrained:set)->dict:
     seeds = f"{p.gap['same_way']} of {p.gap['seeds']}" if p.gap else "-"
     gap = gap_shown(p.gap, 1 if "unit" in p.ours else 100)
     arms = " - ".join(arm_name(a) for a in p.arms)
-    values = (p.claim, p.set or "overall", arms, p.round, shown(p.ours), shown(p.theirs), gap, p.gap.get("p"), p_holm, seeds,
-              p.gap.get("n"), said)
+    values = (p.claim, p.set or "overall", arms, p.round, shown(p.ours), shown(p.theirs), gap, p.gap.get("p"), p_holm,
+              seeds, p.gap.get("n"), said)
     return dict(zip(COLUMNS, values, strict=True))
 
 def claim_numbers(g:Gathered)->pd.DataFrame:
@@ -575,7 +575,7 @@ def headline_of(g:Gathered)->list: # of sentences
     name, parts = accuracy_set(d), []
     for key, what in (("accuracy_implicit", "the implicit reward"), ("accuracy_generative", "the judge")):
         rates = {a: f"{m['value']:.0%}" for a, m in at(name, key).items()}
-        if "sft" in rates: parts.append(f"{what} was right on {rates.pop('sft')} of the pairs{_after(rates, 'on ')}")
+        if "sft" in rates: parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
     where = {"own": "On each model's own answers, ", "panel": "On M_1's answers, "}.get(name, f"On the set {name}, ")
     good = answers[answers.success.notna()].groupby("arm").success.mean().map("{:.0%}".format).to_dict()
     good = {a: good[a] for a in arms if a in good}
