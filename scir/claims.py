@@ -208,9 +208,10 @@ def measure(d:pd.DataFrame, key:str, names:list)->dict: # value, low, high, n, l
     "A measure on one model's pairs of one set, and the lowest and highest of its seeds; empty where it is not defined."
     if not measurable(key, d): return {}
     if key == "rank_correlation":
-        found, above = margin_correlation(d, names), np.triu_indices(len(names), 1)
-        each = [s[names].corr("spearman").to_numpy()[above].mean() for _, s in d.groupby("seed")]
-        return found | {"least": min(each), "most": max(each)}
+        if d[names].nunique().min() < 2: return {}
+        above = np.triu_indices(len(names), 1)
+        each = pd.Series([s[names].corr("spearman").to_numpy()[above].mean() for _, s in d.groupby("seed")])
+        return margin_correlation(d, names) | {"least": each.min(), "most": each.max()}
     values = MEASURES[key][1](d)
     if not len(values): return {}
     each = values.groupby(d.seed[values.index]).mean()
@@ -575,7 +576,8 @@ def headline_of(g:Gathered)->list: # of sentences
     name, parts = accuracy_set(d), []
     for key, what in (("accuracy_implicit", "the implicit reward"), ("accuracy_generative", "the judge")):
         rates = {a: f"{m['value']:.0%}" for a, m in at(name, key).items()}
-        if "sft" in rates: parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
+        if "sft" not in rates: continue
+        parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
     where = {"own": "On each model's own answers, ", "panel": "On M_1's answers, "}.get(name, f"On the set {name}, ")
     good = answers[answers.success.notna()].groupby("arm").success.mean().map("{:.0%}".format).to_dict()
     good = {a: good[a] for a in arms if a in good}

@@ -466,7 +466,8 @@ def _bin(c, whole):
     if whole and c.left > 0: return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}"
     return f"{max(c.left, 0):.2g} to {c.right:.2g}"
 
-SPLIT = {"confidence": "confidence of the more confident model", "length_difference": "length difference of the pair, tokens"}
+SPLIT = {"confidence": "confidence of the more confident model",
+         "length_difference": "length difference of the pair, tokens"}
 
 def plot_splits(g:Gathered, name:str, bins:int=3):
     "Inconsistency by confidence and by length difference, all seeds; thirds of all pairs, the same for all arms."
