@@ -207,6 +207,7 @@ STYLE = {  # arm -> colour, line, marker
 READERS = {"accuracy_generative": ("judge", BLUE, "s"), "accuracy_implicit": ("implicit reward", ORANGE, "o"),
            "accuracy_pointwise": ("pointwise", GREEN, "^"), "accuracy_agreed": ("where they agree", "black", "D")}
 
+# %% ../nbs/19_report.ipynb #534d29f2
 def latest(g:Gathered)->dict: # arm -> its rows
     "Every arm after the last iteration that it shares with scir; without scir, with all other arms."
     shared = {a: last(g, ("scir", a)) for a in others(g)} or {a: last(g) for a in g.models.arm.unique()}
@@ -422,6 +423,7 @@ def plot_retained(g:Gathered):
     axes[0][0].set_ylabel("retained fraction")
     return fig
 
+# %% ../nbs/19_report.ipynb #371142eb
 TERMS = {"loss_dpo": "DPO term, nats", "loss_consistency": "symmetric KL, nats",
          "loss_confidence": "mean entropy, nats", "inconsistency": "inconsistency in the batch",
          "abs_margin_generative": "judge's mean |margin|, nats",
@@ -531,6 +533,7 @@ DRAWN = {  # figure -> caption, in the order in which they are shown
                 "iteration. In the DPO term, a pair left out counts zero. A marker ends an iteration.",
 }
 
+# %% ../nbs/19_report.ipynb #74d94122
 def tables(g:Gathered)->dict: # name -> frame
     "Every table of the report."
     found, numbers = summary(g), per_run(claim_numbers, g)
