@@ -1,5 +1,6 @@
 """The report on tables small enough to count by hand: rates, differences, claims, figures, and what is kept."""
 import json, shutil
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -131,7 +132,7 @@ def test_a_third_reward_model_is_shown():
                                                      rewards=[*NAMES, "pointwise"])
     assert report.reward_table(report.summary(g)).iloc[0]["pointwise accuracy"].startswith("50%")
     panel = g._replace(pairs=g.pairs.assign(set="panel"))
-    assert claims.headline(panel)[0].startswith("The internal reward models disagreed on 50%")
+    assert claims.headline(panel)[0].startswith("The internal reward models disagreed on 25%")
 
 # differences
 
@@ -493,6 +494,7 @@ EFFECT = {"sft": (1, 3.0, .4, .3), "srlm": (2, 1.5, .7, .45), "scir": (2, .3, 1.
           "scir-no-confidence": (2, .3, .6, .7), "scir-no-gate": (2, .6, .5, .6),
           "scir-static": (2, 1.3, 1.0, .6)}  # apart, knowing, success
 
+@cache
 def made(seed, effect, prompts=60, per=3, seeds=2):
     "Margins around a hidden truth, two of three pairs labelled; without an effect, models differ in noise only."
     rng, frames, answered, models = np.random.default_rng(seed), [], [], []
