@@ -363,6 +363,7 @@ def warm_up(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
         rows_of("warm_start", "read", read, middle(seeds), sizes.frame, False),
     ]
 
+# %% ../nbs/24_planner.ipynb #6b997a55
 def own_lengths(sizes:Sizes)->tuple:
     "Mean lengths of a pair of sampled answers."
     return mean(sizes.prompts), sizes.answer, sizes.answer
@@ -382,6 +383,7 @@ def trained_rounds(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
         ]
     return out
 
+# %% ../nbs/24_planner.ipynb #53e61aaa
 def evaluated(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
     """Every model answers and judges every set; M_0 and M_1 read their reference, and the others too where it is their predecessor.
     All but M_1, whose answers are the panel, judge their own answers and read the reference on them."""

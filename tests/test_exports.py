@@ -355,7 +355,7 @@ def moved(tiny_run, tmp_path):
 EXPORTED = (("adapter", export_adapter), ("merged", export_merged), ("dataset", export_dataset))
 
 @pytest.mark.parametrize("setting, why", [
-    (("train.beta=0.7",), f"optimise:{NODE} is stale: train.beta was 0.1, is 0.7"), (("sampling.temperature=0.5", "data.prompt_limit=7"), "sample:seed0/scir/m2 is stale: data.prompt_limit was 8, is 7; sampling.temperature was 1.0, is 0.5"),
+    (("train.beta=0.7",), f"optimise:{NODE} is stale: train.beta was 0.1, is 0.7"), (("sampling.temperature=0.5", "data.prompt_limit=7"), "warm_start:seed0/m1 is stale: data.prompt_limit was 8, is 7; sampling.temperature was 1.0, is 0.5"),
     (("lora.r=2",), "sft:seed0/sft is stale: lora.r was 4, is 2"), (("arms=[scir]", "iterations=1"), "")])
 def test_weights_of_other_settings_are_not_exported(moved, tmp_path, at_root, setting, why):
     run = moved(*setting)

@@ -63,6 +63,10 @@ def test_a_pairs_better_side_is_the_graders():
         assert rows and {r["split"] for r in rows} == {split}
         for r in rows: assert given_words(r["prompt"], r["chosen"]) == 1 > given_words(r["prompt"], r["rejected"])
 
+def test_a_pair_whose_sides_are_equally_good_is_left_out(monkeypatch):
+    monkeypatch.setattr("scir.testbed.spoiled", lambda sentence, *rest: ("not at all", sentence))
+    assert pairs("test") == []
+
 def test_a_spoiled_answer_has_the_fault_that_it_is_named_after():
     names = {"cut off": "not finished", "two sentences": "more than one sentence", "repetition": "repetition"}
     rows = [r for s in SPLITS for r in pairs(s)]
