@@ -198,6 +198,7 @@ def show(folder:Path)->None:
     "Print the main tables and where the rest is."
     for name, t in tables(folder).items(): typer.echo(f"\n{name.replace('_', ' ')}\n" + t.round(3).to_string(index=False, max_colwidth=90))
     typer.echo(f"\ntables:  {folder/'results.md'}\nfigures: " + ", ".join(str(p) for p in sorted(folder.glob("*.png"))))
+    if (headline := folder/"headline.txt").exists(): typer.echo("\n" + headline.read_text(encoding="utf-8").rstrip())
 
 def records(folder:Path)->dict: # name -> list of rows
     "The main tables for a program."
