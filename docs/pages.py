@@ -24,21 +24,22 @@ def table(columns: list, rows: list) -> str:
 def kept(run: str, name: str) -> pd.DataFrame: return pd.read_csv(KEPT/run/f"{name}.csv", dtype=str).fillna("")
 
 
+def headline() -> str:
+    """The kept run's result in two sentences."""
+    return " ".join((KEPT/"smol"/"headline.txt").read_text().split("\n")).strip()
+
+
 def result_table() -> str:
-    """The main quantities of the last models, of the sets that are labelled by the seed pairs' sources, and of own answers."""
-    t = kept("smol-full", "inconsistency").merge(kept("smol-full", "reward_models"), on=["set", "model"], how="left").fillna("-")
-    t = t[t.model.isin(["M_1 = sft", "srlm M_3", "dice M_3", "scir M_3"]) & ~t.set.str.startswith("llmbar")]
-    columns = ["set", "model", "inconsistency", "judge right", "implicit right"]
-    return table(columns, t[columns].map(plain).values)
+    """Agreement and accuracy of every model of the kept run on its own answers, and on M_1's."""
+    t = kept("smol", "inconsistency")
+    t = t[t.set.str.startswith(("panel", "own"))]
+    return table(list(t.columns), t.map(plain).values)
 
 
 def verdicts() -> str:
-    """How many of the rules were met, and of those about contradictions."""
-    claims = kept("smol-full", "claims")
-    count = lambda t: (len(t), *((t.verdict == v).sum() for v in ("met", "not met", "not decided")))
-    every, half = count(claims), count(claims[claims.claim.str.contains("at most half as often")])
-    return (f"Of {every[0]} rules that were asked, {every[1]} were met, {every[2]} were not, and {every[3]} were left open. "
-            f"Of the {half[0]} among them that ask SCIR's models to contradict each other at most half as often as another arm's, {half[1]} were met, {half[2]} were not, and {half[3]} were left open.")
+    """The claims of the kept run, a row each and a column per set."""
+    t = kept("smol", "claims")
+    return table(list(t.columns), t.map(plain).values)
 
 
 def manifests(run: str) -> list: return [json.loads(f.read_text()) for f in sorted((KEPT/run).glob("manifest*.json"))]
@@ -163,8 +164,8 @@ def howtos() -> str:
 def extra() -> dict:  # page -> text
     """Pages that stand nowhere else."""
     log = ROOT/"CHANGELOG.md"
-    return {f"results/{run}.md": report(run) for run in ("smol-full", "smol")} | ({"changelog.md": log.read_text()} if log.exists() else {})
+    return {f"results/{run}.md": report(run) for run in ("smol",)} | ({"changelog.md": log.read_text()} if log.exists() else {})
 
 
-MADE = {f.__name__: f for f in (result_table, verdicts, measured, stages, recipe, standing, arms, memory, effort, api, picture, howtos)}
+MADE = {f.__name__: f for f in (headline, result_table, verdicts, measured, stages, recipe, standing, arms, memory, effort, api, picture, howtos)}
 MADE |= {"guides": lambda: "\n".join(f.stem for f in guides()), "changelog": lambda: "changelog" if (ROOT/"CHANGELOG.md").exists() else ""}
