@@ -140,10 +140,10 @@ def test_a_grader_that_is_not_there_is_refused_before_a_run(mine):
 
 def test_scores_of_answers_and_their_summary(mine):
     of = lambda i, text, prompt="P": Response(id=f"{i}/0", prompt_id=str(i), prompt=prompt, candidate=0, response=text, response_ids=[1], finished=True, seed=0)
-    grades = graded_answers([of(0, ""), of(1, "abc"), of(2, "a", "P?")], mine("short"))
-    assert grades == [Grade(id="0/0", prompt_id="0", score=1), Grade(id="1/0", prompt_id="1", score=.7), Grade(id="2/0", prompt_id="2", score=None)]
+    grades = graded_answers([of(0, ""), of(1, "abc"), of(2, "a", "P?"), of(3, "a" * 10)], mine("short"))
+    assert grades == [Grade(id="0/0", prompt_id="0", score=1), Grade(id="1/0", prompt_id="1", score=.7), Grade(id="2/0", prompt_id="2", score=None), Grade(id="3/0", prompt_id="3", score=0)]
     found = score_summary(grades)
-    assert found["score"] == pytest.approx(.85) and found["success"]["value"] == .5 and found["success"]["n"] == 2 and score_summary(grades[2:]) == {}
+    assert found["score"] == pytest.approx(1.7 / 3) and found["success"]["value"] == pytest.approx(1 / 3) and found["success"]["n"] == 3 and score_summary(grades[2:3]) == {}
 
 # files ----------------------------------------------------------------------
 
