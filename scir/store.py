@@ -62,6 +62,7 @@ class Response(Row):
     finished: bool # False: cut at max_new_tokens
     seed: int
 
+# %% ../nbs/01_store.ipynb #ee1681b4
 class Grade(Row):
     "What the grader says of one response."
     id: str # prompt_id/candidate

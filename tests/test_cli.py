@@ -425,8 +425,8 @@ def test_exit_codes(args, code, words):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path):
     given = {"run": ["recipes/tiny.yaml"], "status": ["r"], "report": ["r"], "verify": ["r"], "judge": ["--model", TINY, "--pairs", "p"], "sample": ["--model", TINY, "--prompts", "p"],
-             "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path/"o")], "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"], "doctor": [], "bench": []}[name]
-    where = {"run": "pipeline.run_recipe", "status": "pipeline.quiet", "report": "report.report", "verify": "pipeline.quiet", "fit-reward": "data.load_pairs", "doctor": "doctor.examine", "bench": "bench.bench"}
+             "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path/"o")], "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"], "doctor": [], "bench": [], "testbed": ["--out", str(tmp_path/"t")]}[name]
+    where = {"run": "pipeline.run_recipe", "status": "pipeline.quiet", "report": "report.report", "verify": "pipeline.quiet", "fit-reward": "data.load_pairs", "doctor": "doctor.examine", "bench": "bench.bench", "testbed": "testbed.write_testbed"}
     def broken(*a, **kw): raise LookupError("lost")
     monkeypatch.setattr(f"scir.{where.get(name, 'pipeline.quiet')}", broken)
     plain, debug = (CliRunner().invoke(app, [name, *given, *more]) for more in ([], ["--debug"]))
@@ -441,7 +441,7 @@ def test_ctrl_c_of_a_run_is_one_line_and_the_run_goes_on(tmp_path):
     with open(tmp_path/"out", "w") as out, open(tmp_path/"err", "w") as err:
         process = subprocess.Popen([SCIR, "run", "recipes/tiny.yaml", "--out", tmp_path/"run", "--set", "iterations=1"], cwd=ROOT, env=PLAIN, stdout=out, stderr=err, start_new_session=True)
         deadline = time.time() + 60
-        while "warm_start" not in (tmp_path/"out").read_text() and time.time() < deadline: time.sleep(.1)
+        while "sft" not in (tmp_path/"out").read_text() and time.time() < deadline: time.sleep(.1)
         time.sleep(2)  # the fork server is at its imports
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(60) == 130

@@ -195,7 +195,7 @@ def test_a_job_of_an_earlier_command_is_waited_for(tmp_path, monkeypatch, capsys
         assert busy(run, f"{file_name(step)}.job")
         begun = now()
         side_by_side(recipe, run, [step], at, 1)
-    assert capsys.readouterr().out.endswith("warm_start:seed0/m1: done\n") and pipeline.seen(recipe, run, step) == State("done")
+    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and pipeline.seen(recipe, run, step) == State("done")
     assert read_json(notebook_of(run, step))["metadata"]["papermill"]["start_time"] <= begun  # not executed again
 
 

@@ -83,7 +83,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_what_a_run_needs_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {n.removeprefix("scir/shipped/") for n in names if n.startswith("scir/shipped/")}
-    ours = {str(f.relative_to(ROOT)) for pattern in ("recipes/*.yaml", "nbs/run/*.ipynb", "data/*.jsonl") for f in ROOT.glob(pattern)}
+    ours = {str(f.relative_to(ROOT)) for pattern in ("recipes/*.yaml", "nbs/run/*.ipynb", "data/*.jsonl", "data/testbed/*") for f in ROOT.glob(pattern)}
     assert shipped == ours
     assert {f"scir/{f.name}" for f in ROOT.glob("scir/*.py")} == {n for n in names if n.endswith(".py")}
 

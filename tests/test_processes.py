@@ -184,7 +184,7 @@ def test_processes_end_with_the_command(tmp_path, sent, code):
     "Ctrl-C is said once; and nobody works on when the command is killed."
     with open(tmp_path / "err", "w") as err:
         command = subprocess.Popen(scir(tmp_path / "run"), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True)
-        next(line for line in command.stdout if "warm_start" in line)
+        next(line for line in command.stdout if "sft" in line)
         begun = psutil.Process(command.pid).children(recursive=True)
         os.killpg(command.pid, sent)
         assert command.wait(40) == code and len(begun) >= 2
