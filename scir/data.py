@@ -287,7 +287,8 @@ def find_grader(name:str): # (prompt, answer) -> score
     from scir.testbed import GRADERS
     file, _, function = name.rpartition(":")
     if file and not Path(file).is_file(): raise RecipeError(f"data.grader {name}: {file} is not a file")
-    found = (runpy.run_path(file) if file else GRADERS).get(function)
+    try: found = (runpy.run_path(file) if file else GRADERS).get(function)
+    except Exception as e: raise RecipeError(f"data.grader {name}: {file} cannot be run: {type(e).__name__}: {e}") from None
     if callable(found): return found
     raise RecipeError(f"data.grader {name}: no such function; name one of {', '.join(GRADERS)}, or FILE.py:FUNCTION")
 

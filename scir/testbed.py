@@ -141,7 +141,8 @@ ABOUT = "Write one sentence about the topic {}, {}."
 def format_rule(prompt:str, answer:str)->float|None: # 0 or 1; None for another kind of prompt
     "Whether an answer keeps to the format that its prompt asks for."
     rule = next((follows for name, (_, follows) in RULES.items() if prompt.endswith(f", {name}.")), None)
-    return None if rule is None or not prompt.startswith("Write one sentence about the topic ") else float(rule(answer.strip()))
+    if rule is None or not prompt.startswith("Write one sentence about the topic "): return None
+    return float(bool(answer.strip()) and rule(answer.strip()))
 
 def format_pairs(seed:int=0)->list: # dicts with prompt, chosen, rejected, how, split
     "Pairs of the format family, from the sentences of the test topics."

@@ -221,3 +221,12 @@ def test_a_split_that_nobody_knows_is_one_line_with_its_row(tmp_path):
     (tmp_path/"p.jsonl").write_text('{"prompt": "a", "split": "train"}\n{"prompt": "b", "split": "dev"}\n')
     with pytest.raises(ValueError, match="row 2: split 'dev' is none of train, validation, test") as e: load_prompts(str(tmp_path/"p.jsonl"))
     assert "\n" not in str(e.value)
+
+
+def test_an_empty_answer_keeps_to_no_format(): assert format_rule(ABOUT.format("harbor", "without any comma"), " ") == 0
+
+
+def test_a_grader_that_cannot_be_run_is_one_line(tmp_path):
+    (tmp_path/"broken.py").write_text("def score(prompt, answer: return 1\n")
+    with pytest.raises(RecipeError, match=r"broken\.py cannot be run: SyntaxError") as e: find_grader(f"{tmp_path/'broken.py'}:score")
+    assert len(str(e.value).splitlines()) == 1
