@@ -29,7 +29,7 @@ def graded(tmp_path_factory):
     "recipes/tiny.yaml for one round of SCIR, with six seed prompts, a grader and replay; run once from outside."
     folder = tmp_path_factory.mktemp("graded")
     (folder/"grader.py").write_text(GRADER)
-    settings = f"data.grader={folder}/grader.py:score", "data.seed_prompts=6", "sampling.candidates=3", "warm_start.pairs_per_prompt=2", "train.replay=0.25", "arms=[scir]", "iterations=1"
+    settings = f"data.grader={folder}/grader.py:score", "data.seed_prompts=6", "sampling.candidates=3", "warm_start.pairs_per_prompt=2", "train.replay=0.25", "sft.epochs=1", "arms=[scir]", "iterations=1"
     done = scir("run", "recipes/tiny.yaml", "--out", folder/"run", *(w for s in settings for w in ("--set", s)))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder/"run"
