@@ -196,7 +196,7 @@ STAGES = {
                    lambda r, n: [f"{n}/adapter", f"{n}/responses.jsonl", f"{n}/scores.jsonl", *([f"{parent_node(n)}/adapter"] if node_parts(n)[2] > 1 else [])], _labelled),
     "consistency": Stage("05_consistency", _consistency, ("consistency",), (),
                          lambda r, n: [f"{n}/scores.jsonl"], lambda r, n: [f"{n}/consistency", f"{n}/agreed.jsonl"]),
-    "optimise": Stage("06_optimise", _optimise, ("optimise",), ("model", "rewards", "judge", "train"),
+    "optimise": Stage("06_optimise", _optimise, ("optimise",), ("model", "rewards", "judge", "train", "warm_start"),
                       _optimised_from, lambda r, n: [f"{n}/adapter", f"{n}/metrics.jsonl", f"{n}/preferences.jsonl"]),
     "evaluate": Stage("07_evaluate", _evaluate, ("evaluate",), ("model", *POOL, *LABELLED, "data.test_limit", "data.grader", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
                       _evaluated_from, _evaluation),
@@ -796,6 +796,8 @@ def check_shards(recipe:Recipe)->None:
     import torch
     if torch.__version__ < (2, 7): raise RecipeError(f"--shard needs torch 2.7 or newer, and {torch.__version__} is installed; pip install -U torch, or leave out --shard")
     if recipe.model.quantize: raise RecipeError("model.quantize: 4-bit weights are not sharded; leave out --shard, or set model.quantize to null")
+    if replay := [a for a in recipe.arms if a != "sft" and recipe.arm(a).replay]:
+        raise RecipeError(f"train.replay: with replayed pairs ({', '.join(replay)}) the processes would read different numbers of batches; leave out --shard, or set train.replay to 0 and leave out dice")
     if recipe.model.gradient_checkpointing == "sequences": raise RecipeError("model.gradient_checkpointing: with sequences all layers would be gathered at once in backward; set it to true, or leave out --shard")
 
 def join_others(shard:bool=False)->None:

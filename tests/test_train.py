@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from scir.logprobs import response_logps
 from scir.model import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
-from scir.optimise import assert_reference, pair_loss, unchanged
+from scir.optimise import assert_reference, own_loss, pair_loss, unchanged
 from scir.pipeline import STAGES, check_recipe, read_fields
 from scir.recipe import RecipeError, parse_recipe
 from scir.rewards import View, text_pair
@@ -307,3 +307,21 @@ def test_no_stage_depends_on_trackers(recipe):
     tracked = parse_recipe(recipe.model_dump() | {"report_to": "tensorboard"})
     assert tracked.report_to == ("tensorboard",) and tracked != recipe
     for s in STAGES.values(): assert read_fields(tracked, s.fields) == read_fields(recipe, s.fields)
+
+# replay ------------------------------------------------------------------
+
+def test_replayed_pairs_continue_the_warm_start(policy, tokenizer, pairs, recipe):
+    "Five own pairs and three seed pairs: the mean over all eight of SCIR's loss and the warm start's."
+    set_reference(policy, pairs, 4096)
+    spec = recipe.train.model_copy(update={"replay": .4, "lambda_sft": .5})
+    for p in pairs[5:]: p.extra = p.extra | {"label": "a"}
+    view = lambda rows: View(policy, tokenizer, rows, recipe)
+    mixed, metrics = pair_loss(view(pairs), spec)
+    own, alone = own_loss(view(pairs[:5]), spec)
+    seeds, _ = warm_start_loss(view(pairs[5:]), recipe.warm_start)
+    torch.testing.assert_close(mixed, (5 * own + 3 * seeds) / 8)
+    assert metrics["replayed"] == 3 / 8 and float(metrics["retained"]) == pytest.approx(5 / 8 * float(alone["retained"]) + 3 / 8)
+    assert metrics["inconsistency"] == alone["inconsistency"]
+    only, told = pair_loss(view(pairs[5:]), spec)
+    torch.testing.assert_close(only, seeds)
+    assert told["retained"] == told["replayed"] == 1
