@@ -55,7 +55,9 @@ def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
     "A batch: SCIR, or an arm's part of it, on the arm's own pairs, and the warm start's loss on replayed seed pairs. The mean over all pairs."
     seeds = [p for p in view.pairs if "label" in p.extra]
     own = [p for p in view.pairs if "label" not in p.extra]
-    if not seeds: return own_loss(view, spec)
+    if not seeds:
+        loss, metrics = own_loss(view, spec)
+        return loss, metrics | ({"replayed": 0.0} if spec.replay else {})
     seed_loss, _ = warm_start_loss(replace(view, pairs=seeds), view.recipe.warm_start)
     replayed = len(seeds) / len(view.pairs)
     if not own: return seed_loss, {"retained": torch.tensor(1.0), "replayed": replayed}
