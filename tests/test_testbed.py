@@ -73,7 +73,9 @@ def test_a_spoiled_answer_has_the_fault_that_it_is_named_after():
     assert {r["how"] for r in rows} == {"one word missing", "two words missing", "another sentence", *names}
     for r in rows:
         if r["how"] in names: assert names[r["how"]] in faults(r["rejected"]), r
-        elif "missing" in r["how"]: assert given_words(r["prompt"], r["rejected"]) < 1 and not faults(r["rejected"]), r
+        elif "missing" in r["how"]:
+            lacking = {"one": 1, "two": 2}[r["how"].split()[0]]
+            assert given_words(r["prompt"], r["rejected"]) == pytest.approx(1 - lacking / 3), r
 
 # graders --------------------------------------------------------------------
 
