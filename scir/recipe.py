@@ -114,6 +114,7 @@ class WarmStartSpec(Section):
     lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): the verdict must be one of the two", "D", ge=0)
     lambda_bias: float = spec(0.1, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", "D", ge=0)
     lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs; gives the implicit reward a meaning from the start", "D", ge=0)
+    random_labels: bool = spec(False, "a control that must fail: every seed pair's label is drawn at random", "D")
 
 class SamplingSpec(Section):
     "Responses of M_t to the prompt pool."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'YES_NO', 'POINTWISE', 'Pair', 'text_pair', 'View', 'reward', 'generative', 'implicit', 'pointwise',
-           'check_rewards', 'margins']
+           'longer', 'check_rewards', 'margins']
 
 # %% ../nbs/06_rewards.ipynb #1cf013da
 from dataclasses import dataclass, field
@@ -109,6 +109,14 @@ def pointwise(view:View)->torch.Tensor:
     a, b = verdict_margins(view.model, seqs, verdicts, view.recompute)[0].view(2, -1)
     return a - b
 
+# %% ../nbs/06_rewards.ipynb #25ab8dc5
+@reward
+def longer(view:View)->torch.Tensor:
+    "How much longer a is than b, in words; no gradient. A control."
+    words = [len(p.response_a.split()) - len(p.response_b.split()) for p in view.pairs]
+    return torch.tensor(words, dtype=torch.float32, device=view.model.device)
+
+# %% ../nbs/06_rewards.ipynb #1d79f4c2
 def check_rewards(recipe:Recipe)->None:
     "Raise RecipeError for reward models that nobody registered, with the known names."
     if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")

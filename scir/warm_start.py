@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['sft_loss', 'seed_pairs', 'good_answers', 'supervised', 'warm_start_loss', 'graded_pairs', 'own_answers',
-           'labelled_seeds', 'seed_row', 'read_seeds', 'warm_start']
+           'labelled_seeds', 'relabel', 'seed_row', 'read_seeds', 'warm_start']
 
 # %% ../nbs/09_warm_start.ipynb #074cda12
+import random
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .loss import dpo_loss
 from .recipe import Recipe, WarmStartSpec, node_parts, sft_node
 from .rewards import Pair, View, generative, implicit
 from .score import candidate_pairs, label_by_grader, labelled_pairs
-from .store import Response, SeedPair, read_rows, write_rows
+from .store import Response, SeedPair, read_rows, row_seed, write_rows
 
 # %% ../nbs/09_warm_start.ipynb #80bde659
 def sft_loss(view:View)->tuple: # scalar, metrics
@@ -112,10 +113,19 @@ def own_answers(recipe:Recipe, sft_adapter, folder, tokenizer, seed:int)->list: 
 def labelled_seeds(recipe:Recipe, sft_adapter, folder, tokenizer, seed:int)->tuple: # list of Pair, drops by reason
     "All labelled pairs of step 2: written ones, at most `data.pair_limit` of them, and graded ones."
     written, dropped = seed_pairs(tokenizer, recipe)
-    written = written[:recipe.data.pair_limit]
-    if not recipe.data.seed_prompts: return written, dropped
-    graded, more = graded_pairs(tokenizer, own_answers(recipe, sft_adapter, folder, tokenizer, seed), recipe, seed)
-    return written + graded, dropped | more
+    written, graded = written[:recipe.data.pair_limit], []
+    if recipe.data.seed_prompts:
+        answers = own_answers(recipe, sft_adapter, folder, tokenizer, seed)
+        graded, more = graded_pairs(tokenizer, answers, recipe, seed)
+        dropped = dropped | more
+    if recipe.warm_start.random_labels: relabel(written + graded, seed)
+    return written + graded, dropped
+
+def relabel(pairs:list, seed:int)->None:
+    "A control: labels that say nothing, drawn for each pair on its own."
+    for p in pairs:
+        p.target = float(random.Random(row_seed(seed, p.id)).random() < 0.5)
+        p.extra |= {"label": "a" if p.target else "b", "subset": "random"}
 
 def seed_row(p:Pair)->SeedPair:
     "A pair of the warm start as a row of its file."

@@ -1,6 +1,8 @@
 """SFT, then the warm start against it: on the tiny model, with seed prompts and a grader of one's own. What each step learns from, which reference it has, and what the evaluation adds."""
 import math, shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch
 
@@ -9,13 +11,13 @@ from scir.consistency import metrics
 from scir.data import better_side, evaluation_prompts, find_grader, grade, load_pairs, row_split, seed_prompts
 from scir.evaluate import score_summary
 from scir.labels import needed_rewards
-from scir.model import adapters, for_scoring, load_tokenizer
+from scir.model import adapters, for_scoring, load_tokenizer, tiny_model
 from scir.optimise import replayed, training_pairs
 from scir.recipe import load_recipe
-from scir.rewards import View
+from scir.rewards import View, longer, text_pair
 from scir.score import pair_logps
 from scir.store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows, write_rows
-from scir.warm_start import read_seeds, seed_pairs, warm_start
+from scir.warm_start import read_seeds, relabel, seed_pairs, seed_row, warm_start
 from test_pipeline import ROOT, scir
 
 GRADER = "def score(prompt, answer):\n    return None if not answer.strip() else len(answer) % 3 / 2\n"
@@ -137,6 +139,25 @@ def test_seeds_come_back_from_their_file(graded, recipe):
     rows, tokenizer = read_rows(graded/"seed0/m1/seed_pairs.jsonl", SeedPair), load_tokenizer(recipe.model)
     for r, p in zip(rows, read_seeds(tokenizer, graded/"seed0/m1/seed_pairs.jsonl"), strict=True):
         assert (p.id, p.prompt, p.ids_a, p.ids_b, p.extra["label"], p.extra["subset"]) == (r.id, r.prompt, r.ids_a, r.ids_b, r.label, r.subset) and p.prompt_ids
+
+# controls --------------------------------------------------------------------
+
+def test_random_labels_say_nothing_and_are_replayed_as_they_are(graded, recipe):
+    rows = read_seeds(load_tokenizer(recipe.model), graded/"seed0/m1/seed_pairs.jsonl") * 20
+    pairs = [replace(p, id=str(i), extra=dict(p.extra)) for i, p in enumerate(rows)]
+    known = [p.target for p in pairs]
+    relabel(pairs, 0)
+    kept = sum(p.target == k for p, k in zip(pairs, known)) / len(pairs)
+    assert 0.4 < kept < 0.6
+    again = [replace(p, extra={}) for p in pairs]
+    relabel(again, 0)
+    assert [p.target for p in again] == [p.target for p in pairs]
+    assert all((seed_row(p).label == "a") == bool(p.target) and seed_row(p).subset == "random" for p in pairs)
+
+def test_longer_ignores_the_policy(recipe):
+    _, tokenizer = tiny_model()
+    pairs = [text_pair(tokenizer, "1", "Name a colour.", "It is red.", "Red."), text_pair(tokenizer, "2", "Name a colour.", "Red.", "Blue.")]
+    assert longer(View(SimpleNamespace(device="cpu"), tokenizer, pairs, recipe)).tolist() == [2, 0]
 
 # evaluation -----------------------------------------------------------------
 
