@@ -287,7 +287,7 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
     fits_together(jobs, settings := as_settings(cluster), processes, shard)
     loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
     if dry_run or processes > 1:  # the faults of a recipe are said once, before several processes would
-        with aside(json): settled = ready(loaded, folder := place(loaded, out), shard)
+        with aside(json): settled = ready(loaded, folder := place(loaded, out), shard, say=dry_run)
         if dry_run: return rehearse(settled, folder, here, words_again(), jobs, processes, json)
         os.chdir(here)
         return launch(words_again(), processes, debug)

@@ -11,8 +11,8 @@ __all__ = ['LABELLED', 'POOL', 'SEEDS', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 
            'check_owner', 'alone', 'begin', 'reason', 'noted', 'work', 'do', 'check_words', 'check_recipe',
            'notebook_of', 'shown', 'in_a_kernel', 'asked', 'execute', 'end_with', 'gpus', 'Pool', 'executor', 'in_turn',
            'hearing_ctrl_c', 'side_by_side', 'make_models', 'recipe_sources', 'say_shipped', 'by_itself', 'launch_line',
-           'check_shards', 'join_others', 'leave_others', 'assist', 'seen', 'one_by_one', 'told', 'place', 'ready',
-           'run_recipe']
+           'check_shards', 'join_others', 'leave_others', 'assist', 'seen', 'one_by_one', 'told', 'place', 'look_ahead',
+           'ready', 'run_recipe']
 
 # %% ../nbs/21_pipeline.ipynb #1424070f
 import atexit, json, multiprocessing, os, platform, signal, subprocess, sys, threading, time
@@ -837,15 +837,26 @@ def place(recipe:Recipe, run:Path|None)->Path: # the run directory
     os.chdir(root())
     return run or Path("data/runs")/recipe.name
 
-def ready(recipe:Recipe, run:Path, shard:bool=False)->Recipe:
+def look_ahead(recipe:Recipe, say:bool=True)->None:
+    "Ask what the doctor asks of a run's data and model, and print the warnings and what the adapter reaches. Raises RecipeError, a line for each fault."
+    from scir.doctor import RUN_CHECKS, ask
+    found = [f for check in RUN_CHECKS for f in ask(check, recipe, True)]
+    line = lambda f: f.finding + (f"; {f.mend}" if f.mend else "")
+    if faults := [line(f) for f in found if f.state == "fault"]: raise RecipeError("\n".join(faults))
+    for f in found:
+        if say and (f.state == "warn" or f.what == "adapter"): print(f"{f.what}: {line(f)}", flush=True)
+
+def ready(recipe:Recipe, run:Path, shard:bool=False, say:bool=True)->Recipe:
     "A recipe as it will be run, with its built-in models made; raises RecipeError for what would fail later."
     from scir.model import load_tokenizer
+    quiet()
     check_recipe(recipe)
     check_owner(recipe, run)
     if shard or sharded(): check_shards(recipe)
     recipe = settled(recipe, run)
     make_models(recipe)
     check_words(load_tokenizer(recipe.model), recipe)
+    look_ahead(recipe, say)
     return recipe
 
 def run_recipe(recipe:Recipe,

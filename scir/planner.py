@@ -181,7 +181,8 @@ def as_on(kind:str, model):
     if base.config._attn_implementation in ("sdpa", "grouped"): base.set_attn_implementation("grouped" if kind == "cpu" else "sdpa")  # the machine that plans may be of the other kind
     base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
     with patch("torch.nn.functional.scaled_dot_product_attention", attention_of(kind)), patch("scir.logprobs.similar", lambda rows, _: by_device(rows, kind)), \
-         patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None), patch("transformers.masking_utils.fast_all", lambda x: False):
+         patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None), patch("transformers.masking_utils.fast_all", lambda x: False), \
+         patch("transformers.integrations.moe._can_use_grouped_mm", lambda *a: False):  # torch's own has no shapes for float32
         yield
 
 # %% ../nbs/24_planner.ipynb #4af9755e

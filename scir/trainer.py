@@ -209,7 +209,8 @@ def save_adapter(model, folder)->None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     config = read_json(temporary/"adapter_config.json")
-    write_json(temporary/"adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})  # a set, in another order in every process
+    listed = {k: sorted(config[k]) for k in ("target_modules", "target_parameters") if isinstance(config.get(k), list)}  # sets, in another order in every process
+    write_json(temporary/"adapter_config.json", config | listed)
     for f in temporary.iterdir(): flush(f)
     flush(temporary)
     shutil.rmtree(folder, ignore_errors=True)

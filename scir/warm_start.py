@@ -60,16 +60,19 @@ def good_answers(tokenizer, recipe:Recipe)->tuple: # list of Pair whose side a i
 # %% ../nbs/09_warm_start.ipynb #6c6bdd66
 def supervised(recipe:Recipe, folder, seed:int=0)->dict: # summary
     "Train the SFT model from M_0; writes adapter/ and metrics.jsonl into `folder`."
-    from scir.model import for_training, load_base, load_tokenizer, new_adapter
+    from scir.model import for_training, load_base, load_tokenizer, new_adapter, reach_summary, reach_text
     from scir.trainer import arguments, fit, optimizer_steps
     spec, tokenizer = recipe.sft, load_tokenizer(recipe.model)
     answers, dropped = good_answers(tokenizer, recipe)
-    model = for_training(new_adapter(load_base(recipe.model), recipe.lora, seed), recipe.model)
+    base = load_base(recipe.model)
+    reach = reach_summary(base, recipe.lora)
+    print(reach_text(reach), flush=True)
+    model = for_training(new_adapter(base, recipe.lora, seed), recipe.model)
     check_projection(model)
     steps = optimizer_steps(len(answers), spec.epochs, spec.batch_size)
     args = arguments(Path(folder)/"checkpoints", seed, steps=steps, batch_size=spec.batch_size, learning_rate=spec.learning_rate, save_steps=recipe.train.save_steps)
     history = fit(model, tokenizer, answers, sft_loss, recipe, folder, args)
-    return {"answers": len(answers), "dropped": dropped, "steps": len(history), "final": history[-1]}
+    return {"answers": len(answers), "dropped": dropped, "steps": len(history), "final": history[-1], "adapter": reach}
 
 # %% ../nbs/09_warm_start.ipynb #772db9f9
 def warm_start_loss(view:View, spec:WarmStartSpec)->tuple: # scalar, metrics
