@@ -24,6 +24,7 @@ from typing import NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
+from .chat import as_text, messages
 from .logprobs import PLAIN_TEMPLATE, encode_turns
 from .engines import open_engine, room
 from .recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node, run_of
@@ -36,7 +37,7 @@ def alpaca_eval(rows:list, # Response rows
                 datasplit:str="eval",
                )->list: # dicts, in the order of the rows
     "AlpacaEval's model outputs, candidate 0 of each prompt (https://github.com/tatsu-lab/alpaca_eval#evaluating-a-model)."
-    return [{"instruction": r.prompt, "output": r.response, "generator": generator, "dataset": dataset, "datasplit": datasplit} for r in rows if r.candidate == 0]
+    return [{"instruction": as_text(r.prompt), "output": r.response, "generator": generator, "dataset": dataset, "datasplit": datasplit} for r in rows if r.candidate == 0]
 
 def alpaca_annotations(duels:list, # Duel rows
                        generator:str, # the model
@@ -496,7 +497,7 @@ def preference_set(file:Path, o:Origin)->list: # dicts with prompt, chosen, reje
     names, rows = [f"margin_{r}" for r in o.recipe.rewards], read_rows(file)
     if not rows: raise ValueError(f"{file}: no pair in it, so nothing to export")
     said = lambda role, text: [{"role": role, "content": text}]
-    return [{"prompt": said("user", r["prompt"]), "chosen": said("assistant", r["chosen"]), "rejected": said("assistant", r["rejected"])} | {k: v for k, v in r.items() if k in ("id", "confidence")}
+    return [{"prompt": messages(r["prompt"]), "chosen": said("assistant", r["chosen"]), "rejected": said("assistant", r["rejected"])} | {k: v for k, v in r.items() if k in ("id", "confidence")}
             | dict.fromkeys(names) | signed_margins(r, scores) for r in rows]
 
 # %% ../nbs/18_exports.ipynb #3dcfd0af

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .chat import Prompted, as_text
 from .logprobs import encode_chat, encode_piece, hidden_at, project
 
 # %% ../nbs/05_judge.ipynb #28520c28
@@ -34,9 +35,9 @@ def find_verdicts(tokenizer, words:tuple=("A", "B"))->Verdicts:
     return Verdicts(*(verdict_ids(tokenizer, w) for w in words))
 
 # %% ../nbs/05_judge.ipynb #e2888e61
-def judge_ids(tokenizer, judge, prompt:str, first:str, second:str)->list:
-    "Ids of one presentation; `judge` carries `template` (holes: {prompt}, {first}, {second}) and `system`."
-    return encode_chat(tokenizer, judge.template, {"prompt": prompt, "first": first, "second": second}, judge.system)
+def judge_ids(tokenizer, judge, prompt:Prompted, first:str, second:str)->list:
+    "Ids of one presentation, a conversation as text; `judge` carries `template` (holes: {prompt}, {first}, {second}) and `system`."
+    return encode_chat(tokenizer, judge.template, {"prompt": as_text(prompt), "first": first, "second": second}, judge.system)
 
 def verdict_margins(model,
                     seqs:list, # B presentations, as ids
