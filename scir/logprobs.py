@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_messages', 'encode_prompt',
-           'encode_turns', 'encode_response', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right', 'hidden_states',
-           'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'check_projection', 'batches',
-           'in_batches']
+           'encode_turns', 'turn_end', 'encode_response', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right',
+           'hidden_states', 'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'check_projection',
+           'batches', 'in_batches']
 
 # %% ../nbs/04_logprobs.ipynb #02ecdbf7
 import re
@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .chat import Message, Prompted, messages
+from .chat import DATE, Message, Prompted, messages, stop_clock
 from .model import additive_mask, body, make_room, out_of_memory
 from .store import exchange, sharded
 
 # %% ../nbs/04_logprobs.ipynb #24d3a97b
 PLAIN_TEMPLATE = "### Instruction:\n{content}\n\n### Response:\n"  # for base models, which have no chat template
 _HOLE = "\ue000{}\ue001"
+_HOLES = re.compile("\ue000(.*?)\ue001")
 
 def render_chat(tokenizer,
                 turns:tuple, # of Message; holes written as {name}
@@ -33,12 +34,30 @@ def render_chat(tokenizer,
     "Render the tokenizer's chat template around `turns` and cut it at the holes."
     chat = messages(turns)
     for name in fields: chat = [m | {"content": m["content"].replace("{" + name + "}", _HOLE.format(name))} for m in chat]
+    marked = _HOLES.findall("".join(m["content"] for m in chat))
     if system: chat = [{"role": "system", "content": system}, *chat]
+    pieces = _HOLES.split(text := _render(tokenizer, chat))
+    lost = [name for name in marked if name not in pieces]
+    if chat[0]["role"] == "system" and (system.strip() not in text if system else lost == marked[:1]): raise ValueError(_no_system(tokenizer))
+    if pieces[1::2] != marked: raise ValueError(f"model {tokenizer.name_or_path}: its chat template drops or changes the text of messages")
+    return pieces
+
+def _render(tokenizer, chat)->str:
     if tokenizer.chat_template is None:
-        text = "".join(PLAIN_TEMPLATE.replace("{content}", m["content"]) if m["role"] == "user" else m["content"] + "\n\n" for m in chat)
-    else:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] == "user", date_string="01 Jan 2025")  # a template that prints today would change the ids overnight
-    return re.split("\ue000(.*?)\ue001", text)
+        return "".join(PLAIN_TEMPLATE.replace("{content}", m["content"]) if m["role"] == "user" else m["content"] + "\n\n" for m in chat)
+    asks = {"tokenize": False, "add_generation_prompt": chat[-1]["role"] == "user", "date_string": DATE}
+    try: return tokenizer.apply_chat_template(chat, chat_template=stop_clock(tokenizer.get_chat_template()), **asks)
+    except Exception as e: # whatever a template's code may raise
+        if chat[0]["role"] == "system" and _takes(tokenizer, chat[1:]): raise ValueError(_no_system(tokenizer)) from None
+        raise ValueError(f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}") from None
+
+def _takes(tokenizer, chat)->bool:
+    try: return bool(_render(tokenizer, chat))
+    except ValueError: return False
+
+def _no_system(tokenizer)->str:
+    return (f"model {tokenizer.name_or_path}: its chat template has no system role, which judge.system and system messages of the data "
+            "need; set model.system_role to user, which puts them into the first user turn, or leave them out")
 
 @lru_cache(maxsize=8)
 def _dummy_prefix(tokenizer)->bool:
@@ -101,9 +120,19 @@ def encode_turns(tokenizer,
     talk = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(turns)]
     return encode_messages(tokenizer, talk, system)
 
+@lru_cache(maxsize=8)
+def turn_end(tokenizer)->int:
+    "The id that ends an answer: the token that the chat template puts after an assistant's turn, or eos where it puts none."
+    if tokenizer.chat_template is None: return tokenizer.eos_token_id
+    talk = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
+    try: after = render_chat(tokenizer, talk, ("q", "a"))[-1]
+    except ValueError: return tokenizer.eos_token_id # it renders no answers, so it cannot say
+    ids = encode_piece(tokenizer, after.lstrip())
+    return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else tokenizer.eos_token_id
+
 def encode_response(tokenizer, response:str)->list:
     "Ids of a finished response: its text, then the end-of-turn id."
-    return encode_text(tokenizer, response) + [tokenizer.eos_token_id]
+    return encode_text(tokenizer, response) + [turn_end(tokenizer)]
 
 # %% ../nbs/04_logprobs.ipynb #db8b7fdd
 def project(model,

@@ -60,7 +60,7 @@ class Response(Row):
     prompt: Prompted
     candidate: int
     response: str
-    response_ids: list[int] # as sampled; ends with the end-of-turn id when finished
+    response_ids: list[int] # as sampled; a finished response ends with the end-of-turn id, whichever id it stopped at
     finished: bool # False: cut at max_new_tokens
     seed: int
 
