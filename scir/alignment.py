@@ -19,6 +19,7 @@ from statistics import NormalDist
 import numpy as np
 from tqdm.auto import tqdm
 
+from .chat import Prompted, as_text, messages
 from .consistency import rate
 from .data import read_source, unusable
 from .engines import NO_ANSWER, complete, connect
@@ -44,7 +45,7 @@ def duels(pairs:list, # (id, instruction, output, reference)
          )->list: # of Duel
     "Show every pair to the judge in both orders."
     found = ask([row for _, i, o, r in pairs for row in ((i, o, r), (i, r, o))])
-    return [Duel(id=k, instruction=i, output=o, reference=r, verdicts=v, preference=preference(v))
+    return [Duel(id=k, instruction=as_text(i), output=o, reference=r, verdicts=v, preference=preference(v))
             for (k, i, o, r), v in zip(pairs, zip(found[::2], found[1::2]))]
 
 # %% ../nbs/17_alignment.ipynb #ade47fb2
@@ -155,15 +156,11 @@ def load_reward(name:str, dtype:str="auto")->tuple: # model in eval mode, tokeni
     if hasattr(model, "score"): model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))  # in bfloat16 close rewards would be equal
     return model.eval(), tokenizer
 
-def reward_inputs(tokenizer, prompt:str, response:str)->dict: # name -> list of ints
+def reward_inputs(tokenizer, prompt:Prompted, response:str)->dict: # name -> list of ints
     "The finished exchange as model inputs."
-    from scir.logprobs import encode_piece, encode_text
-    if tokenizer.chat_template is None: return dict(tokenizer(prompt, response, split_special_tokens=True))
-    marks = ("\ue000prompt\ue001", "\ue000response\ue001")
-    chat = [{"role": "user", "content": marks[0]}, {"role": "assistant", "content": marks[1]}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, date_string="01 Jan 2025")
-    a, b, c = re.split("|".join(marks), text)
-    ids = encode_piece(tokenizer, a) + encode_text(tokenizer, prompt) + encode_piece(tokenizer, b) + encode_text(tokenizer, response) + encode_piece(tokenizer, c)
+    from scir.logprobs import encode_messages
+    if tokenizer.chat_template is None: return dict(tokenizer(as_text(prompt), response, split_special_tokens=True))
+    ids = encode_messages(tokenizer, [*messages(prompt), {"role": "assistant", "content": response}])
     return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
 # %% ../nbs/17_alignment.ipynb #653d50ac
@@ -258,9 +255,9 @@ class Reply(Row):
     model: str
     text: str
 
-def chat_request(model:str, judge:JudgeSpec, instruction:str, first:str, second:str)->dict:
+def chat_request(model:str, judge:JudgeSpec, instruction:Prompted, first:str, second:str)->dict:
     "One presentation as a chat completion request; holes inside the answers stay as they are."
-    fields = {"prompt": instruction, "first": first, "second": second}
+    fields = {"prompt": as_text(instruction), "first": first, "second": second}
     content = re.sub(r"\{(prompt|first|second)\}", lambda m: fields[m[1]], judge.template)
     system = [{"role": "system", "content": judge.system}] if judge.system else []
     return {"model": model, "messages": system + [{"role": "user", "content": content}], "temperature": 0, "max_tokens": TOKENS}

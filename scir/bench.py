@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .chat import as_text
 from .data import load_pairs, merged, prompt_pool
 from .judge import judge_ids, verdict_margins
 from .logprobs import batches, encode_chat, encode_prompt, trees
@@ -147,7 +148,7 @@ def judge_figures(w:Work)->dict:
     "Verdicts from logits against sampled votes, and against a bare forward."
     base, theirs, few, many = load_base(w.recipe.model), w.theirs(), w.pairs[:4], w.pairs[:32]
     seqs = w.presentations(many)
-    votes = [encode_chat(w.tokenizer, w.recipe.labels.vote_template, {"prompt": p.prompt, "response": r}, None) for p in few for r in (p.response_a, p.response_b) for _ in range(3)]
+    votes = [encode_chat(w.tokenizer, w.recipe.labels.vote_template, {"prompt": as_text(p.prompt), "response": r}, None) for p in few for r in (p.response_a, p.response_b) for _ in range(3)]
     sampled = SamplingSpec(temperature=.7, top_p=.9, max_new_tokens=w.recipe.labels.vote_tokens)
     def read(pairs):
         orders = w.presentations(pairs)
@@ -289,7 +290,7 @@ SMALL, LARGE = 14, 140
 def growth(w:Work, n:int)->list: # seconds
     "Sample and judge `n` prompts, as the stages do, files and all."
     model, spec = for_sampling(w.recipe.model), w.spec.model_copy(update={"batch_size": 8, "max_new_tokens": w.tokens // 4})
-    prompts = sorted(w.prompts, key=lambda p: len(p.prompt))[::-1][:LARGE:LARGE // n]  # few or many, the same lengths
+    prompts = sorted(w.prompts, key=lambda p: len(as_text(p.prompt)))[::-1][:LARGE:LARGE // n]  # few or many, the same lengths
     if len(prompts) != n: raise ValueError(f"bench: {len(w.prompts)} prompts, {LARGE} are needed")
     def run():
         with tempfile.TemporaryDirectory() as d:

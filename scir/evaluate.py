@@ -11,8 +11,9 @@ from pathlib import Path
 
 from scipy.special import expit
 
+from .chat import as_text
 from .consistency import frame, grouped, metrics
-from .data import evaluation_rows, find_grader, grade, load_pairs, prompt_pool, read_source, row_split
+from .data import evaluation_rows, find_grader, grade, load_pairs, prompt_pool, row_split, shown_first
 from .engines import open_engine
 from .model import adapters, for_scoring, load_tokenizer, model_path
 from .recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node, run_of
@@ -106,8 +107,8 @@ def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None, split:
         kept = [r for r in rows if row_split(r) == split]
         rows, dropped = kept, dropped | {f"not in the {split} split": len(rows) - len(kept)}
         if not rows: raise ValueError(f"data source {source}: no row falls in the {split} split")
-    shown = {(r["prompt"], r["response_a"], r["response_b"]) for r in read_source(source) if {"prompt", "response_a", "response_b"} <= set(r)}
-    side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown else drawn_side
+    shown = shown_first(source)
+    side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown is not None else drawn_side
     pairs, too_long = labelled_pairs(tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side)
     return pairs, dropped | too_long
 
@@ -143,6 +144,6 @@ def _parts(name, recipe):
 def score_frame(scores:list):
     "Scores as a table for other tools: texts, label, each model's margin and probability of a, both orders, agreement."
     d = frame(scores)
-    texts = {k: [getattr(s, k) for s in scores] for k in ("prompt", "response_a", "response_b")}
-    d = d.assign(**texts, **{f"p_{n}": expit(d[n]) for n in scores[0].margins})
+    texts = {k: [getattr(s, k) for s in scores] for k in ("response_a", "response_b")}
+    d = d.assign(prompt=[as_text(s.prompt) for s in scores], **texts, **{f"p_{n}": expit(d[n]) for n in scores[0].margins})
     return d.rename(columns={n: f"margin_{n}" for n in scores[0].margins})

@@ -9,9 +9,9 @@ __all__ = ['SECTIONS', 'COLUMNS', 'EXPORTS', 'PUBLISHED', 'MEANING', 'REFERENCES
            'export_reward_bench', 'Origin', 'origin', 'training', 'records', 'summary_of', 'outdated', 'check_done',
            'shown', 'on_hub', 'lineage', 'licence_of', 'measures', 'said_measure', 'said_rate', 'table', 'measured',
            'won', 'eval_results', 'reference_of', 'trained_on', 'data_facts', 'facts', 'settings', 'how_made',
-           'model_card', 'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged', 'finished',
-           'export_adapter', 'export_merged', 'preference_file', 'signed_margins', 'preference_set', 'dataset_card',
-           'export_dataset', 'check_push', 'push']
+           'model_card', 'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged',
+           'stop_where_answers_end', 'finished', 'export_adapter', 'export_merged', 'preference_file', 'signed_margins',
+           'preference_set', 'dataset_card', 'export_dataset', 'check_push', 'push']
 
 # %% ../nbs/18_exports.ipynb #c9ff9c2e
 import os, shlex, shutil, time
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
+from .chat import as_text, messages
 from .logprobs import PLAIN_TEMPLATE, encode_turns
 from .engines import open_engine, room
 from .model import PACKAGED
@@ -37,7 +38,7 @@ def alpaca_eval(rows:list, # Response rows
                 datasplit:str="eval",
                )->list: # dicts, in the order of the rows
     "AlpacaEval's model outputs, candidate 0 of each prompt (https://github.com/tatsu-lab/alpaca_eval#evaluating-a-model)."
-    return [{"instruction": r.prompt, "output": r.response, "generator": generator, "dataset": dataset, "datasplit": datasplit} for r in rows if r.candidate == 0]
+    return [{"instruction": as_text(r.prompt), "output": r.response, "generator": generator, "dataset": dataset, "datasplit": datasplit} for r in rows if r.candidate == 0]
 
 def alpaca_annotations(duels:list, # Duel rows
                        generator:str, # the model
@@ -447,6 +448,15 @@ def merged(spec:ModelSpec, adapter):
     base = load_base(spec.model_copy(update={"quantize": None, "dtype": "float32"}))
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True).to(compute_dtype(spec))
 
+def stop_where_answers_end(model, spec:ModelSpec)->None:
+    "Have others' `generate` stop at the end of an answer as the chat template has it, where the base's settings would go on."
+    from scir.logprobs import turn_end
+    from scir.model import load_tokenizer
+    from scir.sample import end_ids
+    tokenizer, config = load_tokenizer(spec), model.generation_config
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if turn_end(tokenizer) not in known: config.eos_token_id = sorted(end_ids(config, tokenizer))
+
 def finished(model:str)->tuple: # Origin, its adapter's folder
     "A run's model whose training is done as the recipe says now; raises ValueError for another, FileNotFoundError without adapter."
     from scir.model import safe_adapter
@@ -469,6 +479,7 @@ def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->d
     o, adapter = finished(model)
     with whole_folder(out) as tmp:
         made = merged(o.recipe.model, adapter)
+        stop_where_answers_end(made, o.recipe.model)
         made.save_pretrained(tmp)
         save_tokenizer(o.recipe.model, tmp)
         for f in (f for terms in ("LICEN[CS]E*", "NOTICE*") for f in Path(model_path(o.recipe.model)).glob(terms)): shutil.copyfile(f, tmp/f.name)
@@ -498,7 +509,7 @@ def preference_set(file:Path, o:Origin)->list: # dicts with prompt, chosen, reje
     names, rows = [f"margin_{r}" for r in o.recipe.rewards], read_rows(file)
     if not rows: raise ValueError(f"{file}: no pair in it, so nothing to export")
     said = lambda role, text: [{"role": role, "content": text}]
-    return [{"prompt": said("user", r["prompt"]), "chosen": said("assistant", r["chosen"]), "rejected": said("assistant", r["rejected"])} | {k: v for k, v in r.items() if k in ("id", "confidence")}
+    return [{"prompt": messages(r["prompt"]), "chosen": said("assistant", r["chosen"]), "rejected": said("assistant", r["rejected"])} | {k: v for k, v in r.items() if k in ("id", "confidence")}
             | dict.fromkeys(names) | signed_margins(r, scores) for r in rows]
 
 # %% ../nbs/18_exports.ipynb #3dcfd0af

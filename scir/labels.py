@@ -99,12 +99,13 @@ def parse_vote(text:str)->float|None:
 def vote(engine, # what decodes: (jobs, spec) -> rows
          tokenizer, responses:list, spec:LabelSpec, judge_system:str|None, batch_size:int, out, seed:int=0)->dict: # response id -> mean points, or None
     "`spec.votes` sampled votes on every response; `out` keeps their texts and is continued after a kill."
+    from scir.chat import as_text
     from scir.logprobs import encode_chat
     from scir.recipe import SamplingSpec
     from scir.sample import text_of
     from tqdm.auto import tqdm
     journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
-    jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": r.prompt, "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
+    jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": as_text(r.prompt), "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
     left = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
     rows = engine(share(left), how)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="votes", unit="vote", disable=rank() > 0) as bar:

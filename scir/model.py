@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from .chat import set_template
 from .recipe import LoraSpec, MODELS, ModelSpec, Recipe, RecipeError, node_parts, parent_node, sft_node
 from .store import sharded
 
@@ -223,7 +224,15 @@ def load_tokenizer(spec:ModelSpec):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     if tokenizer.eos_token_id is None: raise ValueError(f"model {spec.name}: its tokenizer has no eos token, so a response cannot end")
+    tokenizer.chat_template = _as_set(spec, tokenizer.chat_template)
     return tokenizer
+
+def _as_set(spec, template):
+    "The chat template as the recipe sets it."
+    if template is None and spec.template_args: raise ValueError(f"model {spec.name}: it has no chat template; leave out model.template_args")
+    if template is None: return None
+    try: return set_template(template, spec.template_args, spec.system_role == "user")
+    except ValueError as e: raise ValueError(f"model {spec.name}: {e}") from None
 
 def load_base(spec:ModelSpec):
     "M_0 on this process's device (on the CPU where `shard` is to deal it out), quantised if the recipe says so, in eval mode and frozen."

@@ -26,6 +26,7 @@ from typing import Callable, NamedTuple
 from pydantic import BaseModel
 
 import scir
+from .chat import CLOCK
 from .recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, own_recipe, parent_node, sft_node
 from .staleness import Package, code_of, read_package
 from .store import digest, exchange, hash_path, hide_secrets, peak_bytes, processes, rank, read_json, remove, sharded, unfinished, unfinished_parts, write_json, write_text
@@ -385,7 +386,7 @@ def start_manifest(recipe:Recipe, run:Path)->None:
     with manifest_of(run) as manifest:
         known = {"model_hash": None, "begun": {}, "failed": {}, "steps": {}} | manifest
         manifest.clear()
-        manifest |= {"recipe": digest(recipe.model_dump(mode="json")), "seeds": recipe.seeds, "reference": recipe.train.reference, "model": recipe.model.model_dump(mode="json"),
+        manifest |= {"recipe": digest(recipe.model_dump(mode="json")), "seeds": recipe.seeds, "reference": recipe.train.reference, "model": recipe.model.model_dump(mode="json"), "template_clock": CLOCK.isoformat(),
                      **{k: known[k] for k in ("model_hash", "begun", "failed", "steps")}}
         write_text(run/"recipe.yaml", dump_recipe(recipe))
 
@@ -557,9 +558,11 @@ def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
 
 # %% ../nbs/21_pipeline.ipynb #ed7f6c5e
 def check_words(tokenizer, recipe:Recipe)->None:
-    "Raise RecipeError for words that a judge must say in one token and, with this tokenizer, cannot."
-    from scir.judge import find_verdicts
+    "Raise RecipeError for words that are not single tokens of this tokenizer, and for a chat template that cannot ask the judge."
+    from scir.judge import check_template, find_verdicts
     from scir.rewards import YES_NO
+    try: check_template(tokenizer, recipe.judge)
+    except ValueError as e: raise RecipeError(str(e)) from None
     asked = {recipe.judge.verdicts: "name others in judge.verdicts"} | ({YES_NO: "leave pointwise out of rewards"} if "pointwise" in recipe.rewards else {})
     for words, way_out in asked.items():
         try: find_verdicts(tokenizer, words)

@@ -63,6 +63,16 @@ class ModelSpec(Section):
     gradient_checkpointing: bool | Literal["sequences"] = spec(False, "compute activations again in backward, for less memory and one more forward: layer by layer, or `sequences`, one prompt's sequences at a time")
     trust_remote_code: bool = spec(False, "run code that comes with the model; off unless said here")
     allow_pickle: bool = spec(False, "load weights that are not safetensors; off unless said here")
+    template_args: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], bool | int | float | str | None] = spec({}, "variables of the chat template, such as `enable_thinking: false`")
+    system_role: Literal["template", "user"] = spec("template", "system messages (`judge.system`, and those of the data) as the chat template has them, or, for a template without a system role, at the start of the first user turn")
+
+    @field_validator("template_args")
+    @classmethod
+    def free(cls, args):
+        "What every rendering sets is not the recipe's to set."
+        taken = set(args) & {"messages", "add_generation_prompt", "date_string", "strftime_now"}
+        if taken: raise ValueError(f"{', '.join(sorted(taken))}: set for every prompt, the date to the same day; leave it out")
+        return args
 
 class LoraSpec(Section):
     "The adapter: what is trained. Kept in float32."

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from .chat import Prompted, as_text
 from .judge import Verdicts, average_orders, find_verdicts, judge_ids, verdict_margins
 from .logprobs import encode_chat, encode_prompt, encode_response, response_logps
 from .loss import implicit_margin
@@ -22,7 +23,7 @@ from .recipe import Recipe, RecipeError
 class Pair:
     "Two responses to one prompt, encoded."
     id: str
-    prompt: str
+    prompt: Prompted
     response_a: str
     response_b: str
     prompt_ids: list
@@ -32,7 +33,7 @@ class Pair:
     target: float = float("nan") # P(a is the chosen side) where it is fixed beforehand
     extra: dict = field(default_factory=dict) # whatever the rows carried besides
 
-def text_pair(tokenizer, id:str, prompt:str, a:str, b:str, **kw)->Pair:
+def text_pair(tokenizer, id:str, prompt:Prompted, a:str, b:str, **kw)->Pair:
     "A pair of written responses; each ends with the end-of-turn id."
     return Pair(id, prompt, a, b, encode_prompt(tokenizer, prompt), encode_response(tokenizer, a), encode_response(tokenizer, b), **kw)
 
@@ -104,7 +105,7 @@ POINTWISE = "Question: {prompt}\n\nAnswer: {response}\n\nIs this a good answer, 
 def pointwise(view:View)->torch.Tensor:
     "Log-odds of Yes for a, minus those for b."
     verdicts = find_verdicts(view.tokenizer, YES_NO)
-    seqs = [encode_chat(view.tokenizer, POINTWISE, {"prompt": p.prompt, "response": r}, view.recipe.judge.system)
+    seqs = [encode_chat(view.tokenizer, POINTWISE, {"prompt": as_text(p.prompt), "response": r}, view.recipe.judge.system)
             for side in ("response_a", "response_b") for p in view.pairs for r in [getattr(p, side)]]
     a, b = verdict_margins(view.model, seqs, verdicts, view.recompute)[0].view(2, -1)
     return a - b

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .logprobs import encode_prompt
+from .logprobs import encode_prompt, turn_end
 from .model import make_room, out_of_memory
 from .recipe import SamplingSpec
 from .store import Journal, Response, exchange, processes, rank, row_seed, share, sharded
@@ -136,9 +136,9 @@ def _under(a, b):
 
 # %% ../nbs/10_sample.ipynb #3d3520ac
 def end_ids(config, tokenizer)->set:
-    "All ids that end a response: the tokenizer's and those of the model's generation config."
+    "All ids that end a response: what the chat template puts after one, the tokenizer's eos and those of the model's generation config."
     configured = config.eos_token_id
-    return {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    return {turn_end(tokenizer), tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [] if configured is None else [configured])
 
 @torch.no_grad()
 def generate(model, tokenizer,
@@ -188,6 +188,7 @@ def sample(engine, # what decodes: (jobs, spec) -> rows, such as `partial(genera
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="responses", unit="resp", disable=rank() > 0) as bar:
         for key, ids, finished in rows:
             p, c, _, s = jobs[key]
+            if finished: ids = [*ids[:-1], turn_end(tokenizer)] # whichever id it stopped at, answers end alike
             journal.add(Response(id=key, prompt_id=p.id, prompt=p.prompt, candidate=c, response=text_of(tokenizer, ids, finished), response_ids=ids, finished=finished, seed=s))
             bar.update(min(processes(), bar.total - bar.n))
     return summarise(journal.finish(list(jobs))) | {"dropped": {"prompt too long": len(prompts) - len(kept)}}

@@ -18,6 +18,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .chat import Message, Prompted
+
 # %% ../nbs/01_store.ipynb #08546a2b
 class Row(BaseModel):
     "A line of a JSONL file."
@@ -28,13 +30,13 @@ Split = Literal["train", "validation", "test"]
 class Prompt(Row):
     "An unlabelled prompt."
     id: str
-    prompt: str
+    prompt: Prompted
     split: Split | None = None # None: decided by the hash of the prompt
 
 class LabelledPair(Row):
     "A pair whose better side is known; trl, axolotl and LLaMA-Factory read these columns as they are."
     id: str
-    prompt: str
+    prompt: Prompted
     chosen: str
     rejected: str
     subset: str = ""  # where the pair comes from or how it was made
@@ -43,7 +45,7 @@ class LabelledPair(Row):
 class SeedPair(Row):
     "A labelled pair that the warm start learned from, as token ids."
     id: str
-    prompt: str
+    prompt: Prompted
     response_a: str
     response_b: str
     ids_a: list[int]
@@ -55,10 +57,10 @@ class Response(Row):
     "One sampled response."
     id: str # prompt_id/candidate
     prompt_id: str
-    prompt: str
+    prompt: Prompted
     candidate: int
     response: str
-    response_ids: list[int] # as sampled; ends with the end-of-turn id when finished
+    response_ids: list[int] # as sampled; a finished response ends with the end-of-turn id, whichever id it stopped at
     finished: bool # False: cut at max_new_tokens
     seed: int
 
@@ -73,7 +75,7 @@ class Score(Row):
     "What the internal models say of a pair (a, b)."
     id: str
     prompt_id: str
-    prompt: str
+    prompt: Prompted
     response_a: str
     response_b: str
     ids_a: list[int]
@@ -140,9 +142,13 @@ def read_json(path, default=None):
     try: return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else default
     except ValueError as e: raise ValueError(f"{path}: damaged, not JSON ({e}); put a copy back, or remove it, and what it stands for is made again from the start") from None
 
+def _message(value)->dict: # for json, which does not know Message
+    if isinstance(value, Message): return value.model_dump()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
 def write_rows(path, rows)->None:
     "Write rows (pydantic or dict) as JSON Lines, atomically."
-    lines = (r.model_dump_json() if isinstance(r, BaseModel) else json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows)
+    lines = (r.model_dump_json() if isinstance(r, BaseModel) else json.dumps(r, ensure_ascii=False, allow_nan=False, default=_message) for r in rows)
     write_text(path, "".join(line + "\n" for line in lines))
 
 def read_rows(path, kind:type=dict)->list:
@@ -251,7 +257,8 @@ class Journal:
 # %% ../nbs/01_store.ipynb #a211f867
 def digest(*parts)->str:
     "sha256 over the JSON of `parts`, 16 hex digits."
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    def plain(value): return value.model_dump() if isinstance(value, Message) else str(value)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 def row_seed(run_seed:int, *key)->int:
     "A 63-bit seed for one row."

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .chat import first_turn
 from .data import evaluation_prompts, load_instructions, load_pairs, merged, row_split, seed_prompts, take
 from .logprobs import check_projection, encode_prompt, encode_response, response_logps
 from .loss import dpo_loss
@@ -35,7 +36,7 @@ def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason
     d = recipe.data
     rows, dropped = merged(load_pairs, d.pairs)
     held, free = evaluation_prompts(d), [r for r in rows if row_split(r) == "train"]
-    train = take([r for r in free if r.prompt not in held])
+    train = take([r for r in free if first_turn(r.prompt) not in held])
     if len(train) < len(free): dropped = dropped | {"in an evaluation set": len(free) - len(train)}
     if not train: raise ValueError(f"data.pairs {', '.join(d.pairs)}: no row falls in the train split; more rows are needed")
     pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens)
@@ -50,7 +51,7 @@ def good_answers(tokenizer, recipe:Recipe)->tuple: # list of Pair whose side a i
     else:
         found, dropped = load_instructions(d.instructions)
         held = evaluation_prompts(d)
-        rows = [(p, answer) for p, answer in found if p not in held]
+        rows = [(p, answer) for p, answer in found if first_turn(p) not in held]
         dropped = dropped | {"in an evaluation set": len(found) - len(rows)}
     encoded = [Pair(str(i), p, answer, "", encode_prompt(tokenizer, p), encode_response(tokenizer, answer), []) for i, (p, answer) in enumerate(rows)]
     fitting = [p for p in encoded if len(p.prompt_ids) <= d.max_prompt_tokens and len(p.ids_a) <= d.max_response_tokens]

@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from scir.chat import Message, as_text, conversation, first_turn, messages
 from scir.data import bucket, evaluation_rows, in_split, load_instructions, load_pairs, load_prompts, merged, prompt_pool, read_source, split_of
 from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, all_nodes, dump_recipe, field_names, load_recipe, node_name, node_parts, override,
                          parent_node, parse_recipe)
@@ -35,7 +36,7 @@ HH = [dict(chosen="\n\nHuman: One?\n\nAssistant: Yes.\n\nHuman: Two?\n\nAssistan
 SELF = [dict(instruction="Add.", instances=[dict(input="1 2", output="3"), dict(input="2 2", output="4")]), dict(instruction="Sing.", instances=[dict(input="", output="la")])]
 MT = [dict(question_id=81, category="writing", turns=["First?", "Second?"])]
 LLMBAR = [dict(prompt="P?", response_a="bad", response_b="good", label="b"), dict(prompt="Q?", response_a="fine", response_b="poor", label="A")]
-TURNS = "One?\n\nAssistant: Yes.\n\nHuman: Two?"
+TURNS = (Message(role="user", content="One?"), Message(role="assistant", content="Yes."), Message(role="user", content="Two?"))
 
 @pytest.mark.parametrize("rows, prompts", [(OASST, ["Root?"]), (ULTRA, ["P?"]), (ALPACA, ["Do."]), (BENCH, ["P?"]), (HH, [TURNS]), (SELF, ["Add.\n\n1 2", "Sing."]), (MT, ["First?"]),
                                            (LLMBAR, ["P?", "Q?"]), ([dict(instruction="I", input="x", output="o")], ["I\n\nx"])])
@@ -88,11 +89,11 @@ def test_wrong_columns_list_what_was_expected(file):
         with pytest.raises(ValueError, match=r"\['colour'\].*prompt") as e: load(file([{"colour": "red"}]))
         assert one_line(e)
 
-@pytest.mark.parametrize("label", ["c", "", None, 1])
+@pytest.mark.parametrize("label", ["c", True, -1, 3, "gpt-4"])
 def test_wrong_label_names_row_and_label(file, label):
-    rows = [dict(prompt="P", response_a="x", response_b="y", label=l) for l in ([0, label] if label == 1 else ["a", label])]
-    with pytest.raises(ValueError, match=f"row {1 if label == 1 else 2}.*neither 'a' nor 'b'") as e: load_pairs(file(rows))
-    assert one_line(e)
+    rows = [dict(prompt="P", response_a="x", response_b="y", label=l) for l in ("a", label)]
+    with pytest.raises(ValueError, match="row 2: label .* is neither 'a' nor 'b'") as e: load_pairs(file(rows))
+    assert one_line(e) and repr(label) in str(e.value)
 
 def test_useless_rows_are_dropped_and_counted(file):
     rows = [dict(prompt=p, chosen=c, rejected=r) for p, c, r in [("P", "x", "y"), (" ", "x", "y"), ("P", "", "y"), ("P", "same", "same "), ("P", "x", "y"), ("Q", None, "y")]]
@@ -102,7 +103,7 @@ def test_useless_rows_are_dropped_and_counted(file):
     assert len(found) == 1 and dropped == {"empty": 1, "duplicate": 1, "not a prompt": 1}
     with pytest.raises(ValueError, match="no usable row.*'empty': 2"): load_prompts(file([{"prompt": ""}, {"prompt": "\t"}]))
 
-@pytest.mark.parametrize("label, says", [(9, "9 is neither 1 nor 2"), (None, "None is neither 1 nor 2"), ("a", "'a' is neither 1 nor 2")])
+@pytest.mark.parametrize("label, says", [(9, "9 is neither 1 nor 2"), (0, "0 is neither 1 nor 2"), ("a", "'a' is neither 1 nor 2")])
 def test_a_wrong_label_of_llmbar_is_not_taken_for_2(file, label, says):
     with pytest.raises(ValueError, match=f"row 2: label {says}"): load_pairs(file([dict(input="P", output_1="a", output_2="b", label=1), dict(input="Q", output_1="a", output_2="b", label=label)]))
 
