@@ -8,9 +8,9 @@ __all__ = ['CGROUP', 'TOKEN', 'CONTEXT', 'CHECKPOINTING', 'SMALLER', 'RUN_CHECKS
            'attention', 'four_bits', 'threads', 'threads_here', 'kernel', 'answered', 'constrained', 'package',
            'packages', 'python', 'text_encoding', 'disk', 'space', 'is_file', 'offline', 'model_found', 'models',
            'data', 'Inputs', 'inputs', 'readable', 'kept', 'from_hub', 'grader', 'hub_token', 'verdicts', 'token_ids',
-           'context', 'measured', 'shorter', 'adapter', 'decoding', 'engine', 'optimizer', 'adapter_bytes', 'row_bytes',
-           'room_on_disk', 'mending', 'stage_memory', 'duration', 'memory_and_hours', 'open_recipe', 'planned',
-           'examine', 'lines', 'summary']
+           'context', 'measured', 'shorter', 'fits', 'adapter', 'decoding', 'engine', 'optimizer', 'adapter_bytes',
+           'row_bytes', 'room_on_disk', 'mending', 'stage_memory', 'duration', 'memory_and_hours', 'open_recipe',
+           'planned', 'examine', 'lines', 'summary']
 
 # %% ../nbs/25_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
@@ -435,6 +435,15 @@ def shorter(pairs:list, room:int, question:int)->str:
     if not kept(best): return "shorten judge.template, or name a model with a longer context"
     answer = (room - question - best) // 2
     return f"add --set data.max_prompt_tokens={best} --set data.max_response_tokens={answer}, which keeps {kept(best)} of {len(pairs)} pairs, or name a model with a longer context"
+
+def fits(context:int|None, question:int, prompt:int, answer:int)->Finding: # tokens
+    "The judge's question with the longest prompt and two of the longest answers."
+    reached = question + prompt + 2 * answer
+    if context is None or reached <= context: return Finding("context", f"{context or 'any number of'} tokens; the longest question to the judge has {reached}")
+    left = (context - question) // 3
+    if left < 1: return Finding("context", f"{context} tokens; the judge's question alone has {question}", "fault", "shorten judge.template or judge.system")
+    return Finding("context", f"{context} tokens; the longest question to the judge may have {reached}", "warn",
+                   f"add --set data.max_prompt_tokens={left} --set data.max_response_tokens={left} --set sampling.max_new_tokens={left}")
 
 def _empty(recipe): # the model without weights; None where it is not here
     from scir.planner import config_of, skeleton
