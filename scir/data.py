@@ -58,9 +58,9 @@ FILE_KINDS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _
 def read_source(source:str)->list: # dicts
     "Rows of a local file or a hub data set; raises FileNotFoundError or ValueError in one line."
     path = locate(source)
-    if path.suffix in FILE_KINDS or source.startswith((".", "/")):
+    if path.suffix.lower() in FILE_KINDS or source.startswith((".", "/")):
         if not path.is_file(): raise FileNotFoundError(f"data source {source}: no such file")
-        if path.suffix not in FILE_KINDS: raise ValueError(f"data source {source}: a file of {', '.join(FILE_KINDS)} is needed")
+        if path.suffix.lower() not in FILE_KINDS: raise ValueError(f"data source {source}: a file of {', '.join(FILE_KINDS)} is needed")
         if path.stat().st_size == 0: raise ValueError(f"data source {source}: the file is empty")
         try: return _read_file(path)
         except UnicodeDecodeError as e: raise ValueError(f"data source {source}: not UTF-8 (byte {e.start}); save it as UTF-8") from None
@@ -73,7 +73,7 @@ def read_source(source:str)->list: # dicts
 
 def _read_file(path):
     "Rows with the same columns, None where one has no such field."
-    rows = FILE_KINDS[path.suffix](path)
+    rows = FILE_KINDS[path.suffix.lower()](path)
     if odd := next((n for n, r in enumerate(rows, 1) if not isinstance(r, dict)), None): raise ValueError(f"row {odd} is no object with named fields")
     columns = dict.fromkeys(c for r in rows for c in r)
     return [{c: r.get(c) for c in columns} for r in rows]

@@ -245,7 +245,7 @@ def space()->Finding:
 def is_file(source:str)->bool:
     "Whether a data source names a file, as `read_source` decides."
     from scir.data import FILE_KINDS
-    return Path(source).suffix in FILE_KINDS or source.startswith((".", "/"))
+    return Path(source).suffix.lower() in FILE_KINDS or source.startswith((".", "/"))
 
 def offline()->bool:
     "Whether the hub may not be asked."
@@ -434,7 +434,7 @@ def shorter(pairs:list, room:int, question:int)->str:
     best = max(prompts[::1 + len(prompts) // 100], key=kept)
     if not kept(best): return "shorten judge.template, or name a model with a longer context"
     answer = (room - question - best) // 2
-    return f"add --set data.max_prompt_tokens={best} --set data.max_response_tokens={answer}, which keeps {kept(best)} of {len(pairs)} pairs"
+    return f"add --set data.max_prompt_tokens={best} --set data.max_response_tokens={answer}, which keeps {kept(best)} of {len(pairs)} pairs, or name a model with a longer context"
 
 def fits(context:int|None, question:int, prompt:int, answer:int)->Finding: # tokens
     "The judge's question with the longest prompt and two of the longest answers."

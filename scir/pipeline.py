@@ -599,10 +599,11 @@ def shown(run:Path, step:Step)->bool:
     return whole and ended[:19] >= read_json(run/"manifest.json")["steps"][step.key]["finished"][:19]
 
 def in_a_kernel(*args, **kw)->None:
-    "papermill's `execute_notebook`; up to three times where the kernel ends before it can be asked anything, as when another process takes its port."
+    "papermill's `execute_notebook`, the kernel on socket files; up to three times where the kernel ends before it can be asked anything, as when another process takes its TCP port."
     import papermill
+    from scir.kernels import SocketManager
     for left in (2, 1, 0):
-        try: return papermill.execute_notebook(*args, **kw)
+        try: return papermill.execute_notebook(*args, kernel_manager_class=SocketManager, **kw)
         except RuntimeError as e:
             if not left or "Kernel died before replying" not in str(e): raise
 

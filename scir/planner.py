@@ -13,7 +13,7 @@ __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Si
 
 # %% ../nbs/24_planner.ipynb #c036352c
 import random, string, tempfile, weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import ceil, comb
 from pathlib import Path
 from statistics import fmean as mean
@@ -182,7 +182,7 @@ def as_on(kind:str, model):
     base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
     with patch("torch.nn.functional.scaled_dot_product_attention", attention_of(kind)), patch("scir.logprobs.similar", lambda rows, _: by_device(rows, kind)), \
          patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None), patch("transformers.masking_utils.fast_all", lambda x: False), \
-         patch("transformers.integrations.moe._can_use_grouped_mm", lambda *a: False):  # torch's own has no shapes for float32
+         patch("transformers.integrations.moe._can_use_grouped_mm", lambda *a: False), patch("torch.autocast", lambda *a, **k: nullcontext()):  # torch's own know no meta device
         yield
 
 # %% ../nbs/24_planner.ipynb #4af9755e

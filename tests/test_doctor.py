@@ -181,7 +181,8 @@ def test_data_and_token_of_the_hub(monkeypatch, tmp_path):
 def test_verdicts_context_optimizer():
     assert verdicts(made()).state == "ok" and verdicts(made(judge={"verdicts": ["First", "Second"]})).mend == "add --set 'judge.verdicts=[A, B]'"
     assert optimizer(made()) is None and optimizer(made(train={"optimizer": "paged_adamw_8bit"})).state == "fault"
-    assert context(made()).state == "ok" and context(made(data={"max_prompt_tokens": 4000})).state == "warn"
+    assert context(made()).state == context(made(data={"max_prompt_tokens": 4000})).state == "ok"  # no prompt is that long
+    assert context(made(sampling={"max_new_tokens": 2000})).state == "warn"
 
 @pytest.mark.parametrize("longest", [300, 1000])
 def test_what_mends_the_context_does(longest):
