@@ -558,31 +558,39 @@ def claims(numbers:pd.DataFrame)->pd.DataFrame: # a row per claim, a column per 
 CALLED = {"sft": "M_1", "srlm": "self-rewarding training", "scir": "SCIR"}
 
 def headline(g:Gathered)->list: # of sentences
-    "What each run shows, in two sentences."
+    "What each run shows, in three sentences."
     said = {run: headline_of(only(g, run)) for run in g.models.run.unique()}
     return [s if len(said) == 1 else f"{run}: {s}" for run, sentences in said.items() for s in sentences]
 
 def headline_of(g:Gathered)->list: # of sentences
-    "The sentences of one run."
+    "One run: how often the reward models disagree, how good the answers are, and how often each reward model is right."
     arms = [a for a in CALLED if a in set(g.models.arm)]
     d, answers = last(g, tuple(arms)), last(g, tuple(arms), g.answers)
-    at = lambda name, key: {a: m for a in arms if (m := measure(d[(d.arm == a) & (d.set == name)], key, g.rewards))}
-    found = {a: f"{m['value']:.0%}" for a, m in at("panel", "inconsistency").items()}
+    return [s for s in (_disagreed(g, d, arms), _answered(answers, arms), _right(g, d, arms)) if s]
+
+def _rates(g, d, arms, name, key): # arm -> '40%'
+    found = {a: measure(d[(d.arm == a) & (d.set == name)], key, g.rewards) for a in arms}
+    return {a: f"{m['value']:.0%}" for a, m in found.items() if m}
+
+def _disagreed(g, d, arms):
+    rates = _rates(g, d, arms, "panel", "inconsistency")
     who = "judge and the implicit reward" if g.rewards == ["generative", "implicit"] else "internal reward models"
-    out = []
-    if "sft" in found:
-        first = found.pop("sft")
-        out.append(f"The {who} disagreed on {first} of the pairs of M_1's own answers{_after(found, 'on ', '; ')}.")
+    if "sft" not in rates: return None
+    return f"The {who} disagreed on {rates.pop('sft')} of the pairs of M_1's own answers{_after(rates, 'on ', '; ')}."
+
+def _answered(answers, arms):
+    good = answers[answers.success.notna()].groupby("arm").success.mean()
+    rates = {a: f"{good[a]:.0%}" for a in arms if a in good}
+    if "sft" not in rates: return None
+    return f"{rates.pop('sft')} of M_1's answers were fully right by the grader{_after(rates, '', '; ')}."
+
+def _right(g, d, arms):
     name, parts = accuracy_set(d), []
-    for key, what in (("accuracy_implicit", "the implicit reward"), ("accuracy_generative", "the judge")):
-        rates = {a: f"{m['value']:.0%}" for a, m in at(name, key).items()}
-        if "sft" not in rates: continue
-        parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
-    where = {"own": "On each model's own answers, ", "panel": "On M_1's answers, "}.get(name, f"On the set {name}, ")
-    good = answers[answers.success.notna()].groupby("arm").success.mean().map("{:.0%}".format).to_dict()
-    good = {a: good[a] for a in arms if a in good}
-    if "sft" in good: parts.append(f"{good.pop('sft')} of M_1's answers were fully right{_after(good, '')}")
-    return out + ([f"{where if name else ''}{'; '.join(parts)}."] if parts else [])
+    for key, what in (("accuracy_generative", "the judge"), ("accuracy_implicit", "the implicit reward")):
+        rates = _rates(g, d, arms, name, key)
+        if "sft" in rates: parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
+    where = {"own": "On each model's own answers", "panel": "On M_1's answers"}.get(name, f"On the set {name}")
+    return f"{where}, {'; '.join(parts)}." if parts else None
 
 def _after(found, word, first=", "):
     "', on 32% after self-rewarding training, on 22% after SCIR'"

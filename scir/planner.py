@@ -185,8 +185,17 @@ def as_on(kind:str, model):
         yield
 
 # %% ../nbs/24_planner.ipynb #4af9755e
-KNOWN = {"mistralai/Mistral-7B-v0.1": {"model_type": "mistral"},
-         "smollm2-135m-instruct": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}}
+KNOWN = {
+    "mistralai/Mistral-7B-v0.1": {"model_type": "mistral"},
+    "smollm2-135m-instruct": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "qwen2.5-coder-0.5b-instruct": {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": False,
+    },
+}
 
 def config_of(spec:ModelSpec):
     "The model's configuration, or None where it is neither here nor known by name."

@@ -115,14 +115,14 @@ class SFTSpec(Section):
 
 class WarmStartSpec(Section):
     "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
-    pairs_per_prompt: int = spec(2, "graded pairs of the SFT model's answers to each of `data.seed_prompts`, at most", "D", "pairs", ge=1)
+    pairs_per_prompt: int = spec(1, "graded pairs of the SFT model's answers to each of `data.seed_prompts`, at most", "D", "pairs", ge=1)
     epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per optimizer step", "D", "pairs", ge=1)
     learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
-    lambda_sft: float = spec(0.2, "weight of the chosen responses' negative log-likelihood per token", "D", ge=0)
-    lambda_judge: float = spec(1.0, "weight of the judge's logistic loss on the order-averaged margin", "D", ge=0)
+    lambda_sft: float = spec(1.0, "weight of the chosen responses' negative log-likelihood per token", "D", ge=0)
+    lambda_judge: float = spec(3.0, "weight of the judge's logistic loss on the order-averaged margin", "D", ge=0)
     lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): the verdict must be one of the two", "D", ge=0)
-    lambda_bias: float = spec(0.1, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", "D", ge=0)
+    lambda_bias: float = spec(0.01, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", "D", ge=0)
     lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs; gives the implicit reward a meaning from the start", "D", ge=0)
     random_labels: bool = spec(False, "a control that must fail: every seed pair's label is drawn at random", "D")
 
@@ -187,13 +187,13 @@ class TrainSpec(Section):
     "Penalised DPO, M_t to M_{t+1}."
     label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec("agreement", "who labels a pair: all internal models at this step, all of them once before training, one of them once, sampled 5-point votes, CREAM's soft label, or an outside reward model", "P")
     length_debias: bool = spec(False, "take alpha * length off the labelling reward, alpha such that chosen and rejected are on average equally long (DICE)", "S")
-    replay: float = spec(0.0, "share of labelled seed pairs among the training pairs, in every arm (DICE: one half), against forgetting", "S", ge=0, lt=1)
-    beta: float = spec(0.1, "DPO's beta, also the implicit reward's scale", "S", "1/nat", gt=0)
-    implicit_length: Literal["sum", "per_token"] = spec("sum", "the implicit reward of an answer: its summed log-ratio, which grows with length on the model's own answers, or the mean per token (then beta is larger)", "D")
-    lambda_consistency: float = spec(1.0, "weight of the symmetric KL between the reward models", "S", ge=0)
+    replay: float = spec(0.25, "fraction of labelled seed pairs among the training pairs, in every arm, against forgetting (DICE: one half); their loss is the warm start's", "D", ge=0, lt=1)
+    beta: float = spec(5.0, "DPO's beta, also the implicit reward's scale; with `implicit_length: sum` 0.1 to 0.3 is usual (length-normalised DPO with 5: arXiv:2411.15124)", "D", "1/nat", gt=0)
+    implicit_length: Literal["sum", "per_token"] = spec("per_token", "the implicit reward of an answer: the mean log-ratio per token, or its sum, which grows with length on the model's own answers", "D")
+    lambda_consistency: float = spec(4.0, "weight of the symmetric KL between the reward models", "D", ge=0)
     consistency_moves: str = spec("less_confident", "whom the symmetric KL moves: `both` models, the `less_confident` one of a pair, taught by the other, or the one reward model of this name", "D")
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
-    lambda_sft: float = spec(0.0, "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps the form of the answers, as in iterative RPO (arXiv:2404.19733)", "D", ge=0)
+    lambda_sft: float = spec(0.5, "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps the form of the answers, as in iterative RPO (arXiv:2404.19733)", "D", ge=0)
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")
     reference: Literal["sft", "initial", "previous"] = spec("sft", "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; never M_t itself, whose implicit margin is zero", "S")

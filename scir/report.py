@@ -229,32 +229,36 @@ def _row(n, width, height, wider=0.0, **share): # a row of panels
     return plt.subplots(1, n, figsize=(width * n + wider, height), **look)
 
 def plot_headline(g:Gathered):
-    "Inconsistency on M_1's answers, and accuracy on own answers (or on another set with labels), per arm."
-    import matplotlib.pyplot as plt
+    "Per arm: inconsistency on M_1's answers, strict success where there is a grader, accuracy on own answers (or on another set with labels)."
     arms = latest(g)
     first = "panel" if "panel" in set(g.pairs.set) else "held-out"
     name = accuracy_set(pd.concat(arms.values())) if arms else None
-    at = lambda d, s, key: measure(d[d.set == s], key, g.rewards)
-    if not any(at(d, first, "inconsistency") for d in arms.values()): return None
-    fig, axes = _row(2 if name else 1, 5.5, .55 * len(arms) + 1.7)
-    found = [at(d, first, "inconsistency") for d in arms.values()]
+    at = lambda s, key: [measure(d[d.set == s], key, g.rewards) for d in arms.values()]
+    disagreed, good = at(first, "inconsistency"), [_success(g, a, d.iteration.max()) for a, d in arms.items()]
+    if not any(disagreed): return None
+    fig, axes = _row(1 + any(good) + (name is not None), 4.6, .55 * len(arms) + 1.7, .8)
     who = "Judge and implicit reward" if g.rewards == ["generative", "implicit"] else "The internal reward models"
-    _disagreement(axes[0][0], found, f"{who} disagree\n({SETS.get(first, first)})")
+    _rate(axes[0][0], disagreed, f"{who} disagree\n({SETS.get(first, first)})", "of the pairs")
+    if any(good): _rate(axes[0][1], good, "Answers that are fully right\n(by the grader; no model judges)", "of the answers")
+    if name: _accuracies(axes[0][-1], {k: at(name, k) for k in READERS}, name)
     axes[0][0].set_yticks(range(len(arms)), [model_name(a, d.iteration.max()) for a, d in arms.items()])
     axes[0][0].set_ylim(len(arms) - .5, -.6)
-    if name: _accuracies(axes[0][1], {k: [at(d, name, k) for d in arms.values()] for k in READERS}, name)
     for ax in axes[0]: ax.xaxis.set_major_formatter("{x:.0%}")
     return fig
 
+def _success(g, arm, iteration): # like measure's
+    d = g.answers[(g.answers.arm == arm) & (g.answers.iteration == iteration) & g.answers.success.notna()]
+    return grouped(d.success, d.prompt) if len(d) else None
+
 SETS = {"panel": "M_1's answers, same pairs for all", "own": "each model's own answers"}
 
-def _disagreement(ax, found, title): # found: a dict per arm
+def _rate(ax, found, title, label): # found: a dict per arm
     _dots(ax, found, "black", "o")
     for y, r in enumerate(found):
         place = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
         if r: ax.annotate(f"{r['value']:.0%}", (r["value"], y), (0, 6), **place)
     ax.set_title(title, fontsize=11)
-    ax.set(xlim=(0, min(1, 1.1 * max(r["high"] for r in found if r))), xlabel="of the pairs")
+    ax.set(xlim=(0, min(1, 1.1 * max(r["high"] for r in found if r))), xlabel=label)
 
 def _accuracies(ax, found, name): # found: measure -> a dict per arm
     there = [k for k in READERS if any(found[k])]
@@ -518,8 +522,8 @@ p_holm: over all tests of the claims, over the arms of one set and quantity in t
 ablation."""
 
 DRAWN = {  # figure -> caption, in the order in which they are shown
-    "headline": "Left: how often the judge and the implicit reward disagree. Right: how often each of them, and the "
-                "verdict they agree on, is right. Each arm after the last round that it shares with scir; "
+    "headline": "How often the judge and the implicit reward disagree; how many answers are fully right, where there is a "
+                "grader; how often each reward model, and the verdict they agree on, is right. Each arm after the last round that it shares with scir; "
                 "95% intervals over prompts.",
     "inconsistency": "Inconsistency per iteration.",
     "own_accuracy": "Accuracy on own answers per iteration; the dashed line is chance.",

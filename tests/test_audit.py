@@ -13,6 +13,7 @@ from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_json, read_rows, unfinished, write_rows
 from scir.trainer import SEAL, last_checkpoint
 from test_pipeline import ROOT, scir
+from test_staleness import edit, edited
 
 SAMPLE = Step("sample", "seed0/m1")
 
@@ -45,10 +46,10 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
             for name in ("hash_path", "notebook_hash"): m.setattr(pipeline, name, lambda p, end=end, plain=getattr(pipeline, name): "other" if str(p).endswith(end) else plain(p))
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
-        m.setitem(pipeline.LOADED, "score", "other")
+        edit(m, "score", "score")
         assert why(recipe, run, "judge:seed0/m1") == "the code of scir.score changed" and state(recipe, run, SAMPLE).name == "done"
-        m.setitem(pipeline.FUNCTIONS, "_sample", "other")
-        assert why(recipe, run, SAMPLE.key) == "the code of scir.pipeline, sample changed"
+        edit(m, "pipeline", "_sample")
+        assert why(recipe, run, SAMPLE.key) == "the code of scir.pipeline changed"
     (run / "seed0/m1/scores.jsonl").unlink()
     assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
 
@@ -127,13 +128,13 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
 def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
     "A kernel or a fork server that was started before an edit would do the step with the old code."
     recipe, run = copy
-    monkeypatch.setattr(pipeline, "hash_path", lambda p, plain=pipeline.hash_path: "edited" if str(p).endswith("scir/score.py") else plain(p))
+    monkeypatch.setattr(pipeline, "files_of", lambda folder: {"score": "edited"})
+    pipeline.check_code("judge")  # only a comment was edited, or a function that judging does not call
+    now = pipeline.read_package(pipeline.CODE)
+    now.defined["score"]["score"] = edited(now.defined["score"]["score"])
+    monkeypatch.setattr(pipeline, "read_package", lambda folder: now)
     with pytest.raises(RuntimeError, match="the code of scir.score changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(pipeline, "stage_functions", lambda: pipeline.FUNCTIONS | {"_judge": "edited"})
-    with pytest.raises(RuntimeError, match="the code of scir.pipeline, judge changed"): begin(recipe, run, Step("judge", "seed0/m1"))
 
 def test_a_run_of_another_recipe_is_left_alone(copy):
     done = scir("run", "recipes/tiny.yaml", "--set", "name=other", "--out", copy[1])

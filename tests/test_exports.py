@@ -236,7 +236,7 @@ def test_a_card_holds_the_runs_own_numbers(shared, tiny_run, to, library, relati
     assert set(kept) == {k for k in found["held-out"] if k.startswith(("accuracy", "inconsistency")) and k != "inconsistency_labelled"} and len(kept) > 5
     for k, (name, kind, value) in kept.items(): assert name == "held-out" and kind == k.split("_")[0] and value == pytest.approx(found["held-out"][k]["value"], abs=1e-4)
     for k, r in ((k, r) for m in found.values() for k, r in m.items() if isinstance(r, dict) and r.get("value") is not None): assert said_measure(k, r) in card.text
-    assert "| DPO's beta | 0.1 |" in card.text and "| iteration | M_3 |" in card.text and "| seed | 0 |" in card.text and "2502.08922" in card.text and "| reference policy | the SFT model, from which M_1 was trained |" in card.text
+    assert "| DPO's beta | 5.0 |" in card.text and "| iteration | M_3 |" in card.text and "| seed | 0 |" in card.text and "2502.08922" in card.text and "| reference policy | the SFT model, from which M_1 was trained |" in card.text
     recipe = load_recipe(tiny_run/"recipe.yaml")
     written = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert written["train"] == recipe.arm("scir").model_dump(mode="json") and written["lora"] == recipe.lora.model_dump(mode="json")
@@ -355,7 +355,7 @@ def moved(tiny_run, tmp_path):
 EXPORTED = (("adapter", export_adapter), ("merged", export_merged), ("dataset", export_dataset))
 
 @pytest.mark.parametrize("setting, why", [
-    (("train.beta=0.7",), f"optimise:{NODE} is stale: train.beta was 0.1, is 0.7"), (("sampling.temperature=0.5", "data.prompt_limit=7"), "warm_start:seed0/m1 is stale: data.prompt_limit was 8, is 7; sampling.temperature was 1.0, is 0.5"),
+    (("train.beta=0.7",), f"optimise:{NODE} is stale: train.beta was 5.0, is 0.7"), (("sampling.temperature=0.5", "data.prompt_limit=7"), "warm_start:seed0/m1 is stale: data.prompt_limit was 8, is 7; sampling.temperature was 1.0, is 0.5"),
     (("lora.r=2",), "sft:seed0/sft is stale: lora.r was 4, is 2"), (("arms=[scir]", "iterations=1"), "")])
 def test_weights_of_other_settings_are_not_exported(moved, tmp_path, at_root, setting, why):
     run = moved(*setting)

@@ -132,12 +132,13 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
     assert stale() == set()
 
 
-def test_staleness_follows_imports():
-    from scir.pipeline import STAGES, imported
-    assert {"loss", "rewards", "logprobs", "judge", "trainer", "model"} <= imported("optimise")
-    reach = {name: set().union(*map(imported, stage.modules)) for name, stage in STAGES.items()}
-    assert {"logprobs", "model", "data"} <= reach["sample"] and {"rewards", "judge", "model"} <= reach["judge"]
-    assert "loss" not in reach["report"] and "trainer" not in reach["judge"]
+def test_staleness_follows_what_is_called():
+    from scir.pipeline import LOADED, STAGES, code_hashes
+    from scir.staleness import reached
+    reach = {stage: reached(LOADED, "pipeline", f"_{stage}") for stage in STAGES}
+    assert {("loss", "scir_loss"), ("rewards", "implicit"), ("logprobs", "response_logps"), ("trainer", "fit"), ("model", "for_training")} <= reach["optimise"]
+    assert {("sample", "sample"), ("data", "prompt_pool")} <= reach["sample"] and {("rewards", "generative"), ("judge", "judge_ids")} <= reach["judge"]
+    assert ("loss", "scir_loss") not in reach["judge"] and not {"loss", "trainer"} & code_hashes("report").keys()
 
 
 def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
@@ -257,7 +258,7 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
     os.chdir(ROOT)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     table = response_table(for_scoring(recipe.model, tmp_path / "seed0/m1/adapter"), scored_pairs(load_tokenizer(recipe.model), [Score.model_validate(s)]), 4096, "")
-    assert before == pytest.approx([.1 * (table[f"{prompt}/{c}"] - r) for c, r in zip(both.split("-"), s["reference_logps"])], abs=1e-4)
+    assert before == pytest.approx([5 * (table[f"{prompt}/{c}"] - r) / len(ids) for c, r, ids in zip(both.split("-"), s["reference_logps"], (s["ids_a"], s["ids_b"]))], abs=1e-4)
 
 
 def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):

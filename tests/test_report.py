@@ -530,18 +530,18 @@ def test_without_an_effect_nothing_significant_is_found():
 
 def test_headline_is_generated_from_the_numbers():
     g = made(1, effect=True)
-    first, second = claims.headline(g)
+    first, answers, second = claims.headline(g)
     s = report.summary(g).set_index(["arm", "set"])
     before, srlm, scir = (f"{s.loc[(a, 'panel'), 'inconsistency']:.0%}" for a in ("sft", "srlm", "scir"))
     start = "The judge and the implicit reward disagreed on"
     later = f"on {srlm} after self-rewarding training, on {scir} after SCIR."
     assert first == f"{start} {before} of the pairs of M_1's own answers; {later}"
-    right = f"{s.loc[('sft', 'own'), 'accuracy_implicit']:.0%}"
-    start = "On each model's own answers, the implicit reward was right on"
+    right = f"{s.loc[('sft', 'own'), 'accuracy_generative']:.0%}"
+    start = "On each model's own answers, the judge was right on"
     assert second.startswith(f"{start} {right} of the pairs for M_1, on ")
     good = g.answers.groupby("arm").success.mean()
-    assert f"; {good.sft:.0%} of M_1's answers were fully right, {good.srlm:.0%} after self-rewarding" in second
-    assert second.endswith(f", {good.scir:.0%} after SCIR.")
+    later = f"{good.srlm:.0%} after self-rewarding training, {good.scir:.0%} after SCIR."
+    assert answers == f"{good.sft:.0%} of M_1's answers were fully right by the grader; {later}"
     plain = gathered(pairs("sft", 1, "++", "+-", set="panel", label=None),
                      pairs("scir", 2, "++", "++", set="panel", label=None))
     said = "The judge and the implicit reward disagreed on 50% of the pairs of M_1's own answers; on 0% after SCIR."
@@ -554,7 +554,7 @@ def test_the_first_screen_is_above_the_appendix():
     text = report.document(made_tables, claims.headline(g), report.size(g, made_tables["summary"]),
                            [("headline", "headline", ""), ("joint_own", "joint_own", "")])
     top, rest = text.split("## Appendix\n")
-    assert top.index("![Left") < top.index(claims.headline(g)[0]) < top.index("## Claims") and "joint_own" not in top
+    assert top.index("![How often the judge") < top.index(claims.headline(g)[0]) < top.index("## Claims") and "joint_own" not in top
     assert sum(line.startswith("| --- |") for line in top.splitlines()) == 1
     assert "2 seeds; pairs per seed: own 180 (120 labelled), panel 180 (120 labelled)" in rest
     assert "Fewer than three" not in top
@@ -681,14 +681,14 @@ def test_results_hold_every_table_figure_and_caption(run):
     assert all((out/f"{n}.png").stat().st_size > 5000 and (out/f"{n}.svg").exists() and f"]({n}.png)" in text
                for n in FIGURES)
     images = [line for line in text.splitlines() if line.startswith("![")]
-    assert text.startswith("![Left: how often") and "(headline.png)" in images[0] and "(inconsistency.png)" in images[1]
+    assert text.startswith("![How often the judge") and "(headline.png)" in images[0] and "(inconsistency.png)" in images[1]
     assert sorted(p.stem for p in out.glob("*.png")) == sorted(i.split("](")[1][:-5] for i in images)
 
 def test_the_headline_is_printed_last(run, tmp_path, capsys, quick):
     report.report(run, tmp_path/"out")
     said = capsys.readouterr().out.splitlines()
     assert said == claims.headline(gather([run])) == (tmp_path/"out/headline.txt").read_text().splitlines()
-    assert len(said) == 2
+    assert len(said) == 3
 
 def test_graded_answers_are_gathered_and_kept(run):
     g, kept = gather([run]), pd.read_parquet(run/"report/answers.parquet")

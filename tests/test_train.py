@@ -233,7 +233,7 @@ def test_loss_and_gradient_are_those_of_trl(make_policy, tokenizer, pairs, recip
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     set_reference(model, pairs, 4096)
-    spec = recipe.train.model_copy(update={"label": "generative", "lambda_consistency": 0., "lambda_confidence": 0., "beta": .1})
+    spec = recipe.train.model_copy(update={"label": "generative", "lambda_consistency": 0., "lambda_confidence": 0., "lambda_sft": 0., "implicit_length": "sum", "beta": .1})
     ours, _ = pair_loss(View(model, tokenizer, pairs, recipe.model_copy(update={"train": spec})), spec)
     ours.backward()
     assert ours.item() == pytest.approx(loss.item(), abs=1e-5) and abs(ours.item() - math.log(2)) > 1e-3
