@@ -64,8 +64,9 @@ def as_turns(value, # a text, a message, messages or a transcript
     if isinstance(value, dict): value = [value]
     if not isinstance(value, list): raise Drop("not text")
     if not value: raise Drop("empty")
-    if not all(isinstance(m, dict) for m in value): raise Drop("not messages")
-    turns = [_turn(m.get("role") or m.get("from"), m.get("value") if m.get("content") is None else m["content"]) for m in value]
+    if not all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value): raise Drop("not messages")
+    said = [(m.get("role") or m.get("from"), m.get("value") if m.get("content") is None else m["content"]) for m in value]
+    turns = [_turn(*s) for s in said]
     return [t for t in turns if t.role != "system" or t.content.strip()]
 
 # %% ../nbs/01_layouts.ipynb #5677e314
@@ -97,8 +98,8 @@ def whole(prompt:list|None, # turns; None: the side holds them
     if side[0].role == "assistant": return prompt + side
     (given, question), (own, talk) = _split_system(prompt), _split_system(side)
     if given and own and given != own: raise Drop("two system messages")
-    starts = talk[:len(question)] == question
-    if not starts and not (len(question) == 1 and question[0] in talk): raise Drop("prompt is not in the conversation")
+    asks, said = ([(t.role, t.content.strip()) for t in turns] for turns in (question, talk))
+    if said[:len(asks)] != asks and not (len(asks) == 1 and asks[0] in said): raise Drop("prompt is not in the conversation")
     return (own or given) + talk
 
 # %% ../nbs/01_layouts.ipynb #1a3fb6ac
@@ -111,7 +112,8 @@ SIDES = [tuple(stem + ends[:-2] + end for end in ends[-2:]) for stem in STEMS fo
 LABELS = ("label", "winner", "preference", "better_response_id")
 KNOWN_PROMPT = f"a prompt ({', '.join(PROMPTS)})"
 KNOWN_PAIRS = ("chosen and rejected; or response_a and response_b, response_0 and response_1, response_1 and response_2 "
-               f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); beside {KNOWN_PROMPT}, or as whole conversations")
+               f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); beside {KNOWN_PROMPT}, or as whole "
+               "conversations")
 KNOWN_PROMPTS = (f"{KNOWN_PROMPT}; instruction with instances; turns; text, role and parent_id; messages; "
                  "whole conversations")
 KNOWN_ANSWERS = f"{KNOWN_PROMPT} with output, chosen or response; instruction with instances; messages"
@@ -121,12 +123,13 @@ def unknown(columns, known:str)->ValueError:
     return ValueError(f"columns {sorted(columns)} are none of the known layouts: {known}")
 
 def prompt_column(rows:list)->str|None:
-    "The column that holds the prompt. Raises ValueError where it could be several, or where another one changes the question."
+    "The column of the prompt. Raises ValueError where it could be several, or another column changes the question."
     found = ["prompt"] if "prompt" in rows[0] else [c for c in PROMPTS if c in rows[0]]
     if found == ["instruction", "input"]: found = ["instruction"] # Alpaca: the input belongs to the instruction
     if len(found) > 1: raise ValueError(f"columns {' and '.join(found)} could each be the prompt; keep one of them")
     for c in UNREAD:
-        if c not in found and any(r.get(c) for r in rows): raise ValueError(f"column {c} is not read; put it into the prompt")
+        if c not in found and any(r.get(c) for r in rows):
+            raise ValueError(f"column {c} is not read; put it into the prompt")
     return found[0] if found else None
 
 def _asked(row, column)->list|None: # turns; None without a column
@@ -207,7 +210,8 @@ def pair_layout(rows:list)->Layout:
     sides = [s for s in SIDES if set(s) <= set(rows[0])]
     labels = [c for c in LABELS if c in rows[0]]
     if sides and labels:
-        if len(sides) > 1: raise ValueError(f"columns {', '.join(dict.fromkeys(sum(sides, ())))} could each be compared; keep two")
+        if len(sides) > 1:
+            raise ValueError(f"columns {', '.join(dict.fromkeys(sum(sides, ())))} could each be compared; keep two")
         if len(labels) > 1: raise ValueError(f"columns {' and '.join(labels)} could each be the label; keep one")
         return Layout(prompt_column(rows), sides[0], labels[0], label_words(_labels(rows, labels[0]), sides[0]))
     if {"chosen", "rejected"} <= set(rows[0]): return Layout(prompt_column(rows), ("chosen", "rejected"), None, {})
