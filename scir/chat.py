@@ -59,7 +59,8 @@ def stop_clock(template:str)->str:
     return _NOW + template if "strftime_now" in template else template
 
 # %% ../nbs/01_chat.ipynb #778401b0
-_IN_USER = ("{% if messages|length > 1 and messages[0]['role'] == 'system' %}{% set messages = [{'role': 'user', 'content': "
+_IN_USER = ("{% if messages|length > 1 and messages[0]['role'] == 'system' %}"
+            "{% set messages = [{'role': 'user', 'content': "
             r"messages[0]['content'] ~ '\n\n' ~ messages[1]['content']}] + messages[2:] %}{% endif %}")
 
 def set_template(template:str|dict, # of a tokenizer; a dict holds several by name

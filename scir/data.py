@@ -133,6 +133,7 @@ def _split(row)->str|None:
     if split not in (None, "", *SPLITS): raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}; rename it or leave the column out")
     return split or None
 
+# %% ../nbs/02_data.ipynb #393dd068
 def unusable(*values)->str|None: # a reason
     "Why a row with these texts or conversations cannot be used."
     texts = [t for v in values for t in _texts(v)]

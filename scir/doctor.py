@@ -379,7 +379,9 @@ def verdicts(recipe, fetch:bool=False)->Finding|None:
     from scir.pipeline import check_words
     if (tokenizer := _tokenizer(recipe)) is None: return None
     try: check_words(tokenizer, recipe)
-    except ValueError as e: return Finding("verdicts", str(e), "fault", "add --set 'judge.verdicts=[A, B]'" if "judge.verdicts" in str(e) else "add --set 'rewards=[generative, implicit]'")
+    except ValueError as e:
+        if "chat template" in str(e): return Finding("chat template", str(e), "fault", "add --set model.system_role=user, or take another model")
+        return Finding("verdicts", str(e), "fault", "add --set 'judge.verdicts=[A, B]'" if "judge.verdicts" in str(e) else "add --set 'rewards=[generative, implicit]'")
     return Finding("verdicts", f"{' and '.join(recipe.judge.verdicts)} are single tokens")
 
 def _config(recipe): # None where the model is not here

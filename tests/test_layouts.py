@@ -104,7 +104,7 @@ def test_a_row_that_cannot_be_used_is_dropped_under_its_reason(file, reason):
     assert reason in (ROOT/"nbs/02_data.ipynb").read_text()
 
 UNKNOWN = [dict(history="Fruit?", human_ref_A="fig", human_ref_B="salt", labels=1), dict(prompt="Fruit?", answers=[dict(answer="fig", rank=1)], turns=1),
-           dict(context=say("u:Fruit?"), response1="fig", response2="salt", overall_preference=-2), dict(question="Fruit?", response_j="fig", response_k="salt"),
+           dict(context=say("u:Fruit?"), response1="fig", response2="salt", overall_preference=-2), dict(question="Fruit?", chosen={"text": "fig"}, rejected={"text": "salt"}), dict(question="Fruit?", response_j="fig", response_k="salt"),
            dict(prompt="Fruit?", completion="fig", label=True), dict(prompt="Fruit?", chosen=["fig"], rejected=["salt", "sand"]), dict(chosen="fig", rejected="salt")]
 
 @pytest.mark.parametrize("row", UNKNOWN, ids=lambda r: "+".join(r))
@@ -125,6 +125,10 @@ def test_one_user_turn_is_a_text_however_it_is_written(file):
     (a,), (b,) = load_pairs(file(texts))[0], load_pairs(file(chats))[0]
     assert a == b == LabelledPair(id=digest("Fruit?", "fig", "salt"), prompt="Fruit?", chosen="fig", rejected="salt") and a.id == "b2295f5b8ca42ec4"
     assert conversation(talk("u:Fruit?")) == "Fruit?" == as_text("Fruit?") and messages("Fruit?") == say("u:Fruit?")
+
+def test_white_space_around_a_prompt_does_not_part_it_from_its_conversations(file):
+    (row,), _ = load_pairs(file(dict(prompt="Fruit? ", chosen=say("u:Fruit?", "a:fig"), rejected=say("u:Fruit?", "a:salt"))))
+    assert row.prompt == "Fruit?"
 
 def test_a_conversation_has_an_id_a_hash_and_a_file_of_its_own(tmp_path):
     row = LabelledPair(id="1", prompt=TALK, chosen="fig", rejected="salt")
