@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
 
 @pytest.fixture(autouse=True)
+class NeverEnds:
+    "A tokenizer whose answers go on to the limit."
+    eos_token_id, chat_template = -1, None
+
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     save_tiny()
@@ -36,7 +40,7 @@ def the_work(stage, recipe, sizes):
         model, rows = for_sampling(recipe.model), sampled_rows(recipe, prompts)
         if model.dtype == torch.bfloat16: model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
         model.generation_config.eos_token_id = None  # all answers as long as they may be
-        return lambda: list(generate(model, SimpleNamespace(eos_token_id=-1), [(i, ids, i) for i, ids in enumerate(rows)], recipe.sampling))
+        return lambda: list(generate(model, NeverEnds(), [(i, ids, i) for i, ids in enumerate(rows)], recipe.sampling))
     model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     rows, section, loss = {
@@ -123,6 +127,7 @@ def measure(folder):
             os.write(write, next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")).encode())
             os._exit(0)
         os.wait()
+        os.close(write)  # or a child that failed would be waited for
         found[stage] = 1024 * int(os.read(read, 99)), start + planned, start
     print(json.dumps(found))
 
