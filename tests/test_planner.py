@@ -1,7 +1,6 @@
 """What the planner says against what really happens: tensors, a process's memory, rows of a run."""
 import json, os, subprocess, sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest, torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,11 +19,11 @@ from scir.warm_start import sft_loss, warm_start_loss
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
 
-@pytest.fixture(autouse=True)
 class NeverEnds:
     "A tokenizer whose answers go on to the limit."
     eos_token_id, chat_template = -1, None
 
+@pytest.fixture(autouse=True)
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     save_tiny()
