@@ -289,6 +289,7 @@ def data(recipe, fetch:bool=False)->list:
     left = ", ".join(f"{n} {why}" for why, n in dropped.items() if n)
     return [Finding("data", f"{len(train)} prompts to train on, {len(held)} held out; labelled pairs: {sets}" + (f"; dropped: {left}" if left else ""))]
 
+# %% ../nbs/25_doctor.ipynb #3f2f784d
 class Inputs(NamedTuple):
     "The token ids that a run reads."
     prompts: list # ids of each prompt that is answered
@@ -339,6 +340,7 @@ def from_hub(source:str, kept:bool, offline:bool)->Finding:
     if offline: return Finding("data", f"{source}: not on this machine, and HF_HUB_OFFLINE is set", "fault", f"HF_HUB_OFFLINE=0 {fetch}")
     return Finding("data", f"{source}: not on this machine, would come from the hub", "warn", fetch)
 
+# %% ../nbs/25_doctor.ipynb #2954f476
 def grader(recipe, fetch:bool=False)->Finding|None:
     "Which prompts the recipe's grader knows. A grader that is not there was named by the recipe's own check."
     from scir.data import find_grader, grade, prompt_pool, seed_prompts
@@ -389,6 +391,7 @@ def _config(recipe): # None where the model is not here
     found = config_of(recipe.model)
     return found.get_text_config() if found else None
 
+# %% ../nbs/25_doctor.ipynb #c31596ff
 def token_ids(recipe, fetch:bool=False)->Finding|None:
     "Whether the model's embedding has a row for every token id that the run gives it."
     from scir.judge import find_verdicts, judge_ids
@@ -447,6 +450,7 @@ def fits(context:int|None, question:int, prompt:int, answer:int)->Finding: # tok
     return Finding("context", f"{context} tokens; the longest question to the judge may have {reached}", "warn",
                    f"add --set data.max_prompt_tokens={left} --set data.max_response_tokens={left} --set sampling.max_new_tokens={left}")
 
+# %% ../nbs/25_doctor.ipynb #40ac4fc3
 def _empty(recipe): # the model without weights; None where it is not here
     from scir.planner import config_of, skeleton
     return skeleton(recipe, "cpu", adapted=False) if config_of(recipe.model) else None

@@ -421,6 +421,7 @@ def lora_config(base, spec:LoraSpec):
         fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in layers),
     )
 
+# %% ../nbs/03_model.ipynb #fb58ee71
 def new_adapter(base, spec:LoraSpec, seed:int=0):
     "`base` with a fresh, trainable adapter (output unchanged: B is zero)."
     from peft import get_peft_model
@@ -445,6 +446,7 @@ def load_adapter(base, folder, trainable:bool=False):
     from peft import PeftModel
     return PeftModel.from_pretrained(base, safe_adapter(folder), is_trainable=trainable, autocast_adapter_dtype=True)
 
+# %% ../nbs/03_model.ipynb #9c633d6a
 def for_training(model, spec:ModelSpec):
     "Input gradients and non-re-entrant checkpointing, when the recipe asks for it; nothing is cast."
     if spec.gradient_checkpointing is True:

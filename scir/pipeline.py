@@ -841,6 +841,7 @@ def place(recipe:Recipe, run:Path|None)->Path: # the run directory
     os.chdir(root())
     return run or Path("data/runs")/recipe.name
 
+# %% ../nbs/21_pipeline.ipynb #e1115415
 def look_ahead(recipe:Recipe, say:bool=True)->None:
     "Ask what the doctor asks of a run's data and model, and print the warnings and what the adapter reaches. Raises RecipeError, a line for each fault."
     from scir.doctor import RUN_CHECKS, ask

@@ -103,7 +103,7 @@ def test_cream_labels_are_soft_and_its_loss_is_the_mixture(tokenizer, recipe):
 def test_the_predecessor_ranks_by_log_prob_per_token_if_it_is_the_base(recipe):
     s = [made("0-1", 1, lengths=(3, 4))]
     assert previous_rewards(s, recipe) == {"p/0": -2.0, "p/1": -.5}
-    assert previous_rewards(s, recipe, {"p/0": -5., "p/1": -4.}) == {"p/0": pytest.approx(.1), "p/1": pytest.approx(-.2)}
+    assert previous_rewards(s, recipe, {"p/0": -5., "p/1": -4.}) == {"p/0": pytest.approx(5 * 1 / 3), "p/1": pytest.approx(5 * -2 / 4)}
 
 # votes --------------------------------------------------------------------
 

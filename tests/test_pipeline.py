@@ -13,8 +13,8 @@ BIN = Path(sys.executable).parent
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def scir(*args):
-    return subprocess.run([str(BIN / "scir"), *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+def scir(*args, env=None):
+    return subprocess.run([str(BIN / "scir"), *map(str, args)], cwd=ROOT, env=env or ENV, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -178,9 +178,17 @@ def test_errors_are_one_line(args, said):
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+BROKEN = """
+import scir.warm_start
+def good_answers(*args): raise ValueError("nothing to learn from")
+scir.warm_start.good_answers = good_answers
+"""
+
+
 def test_a_failing_stage_leaves_its_notebook_and_one_line(tmp_path):
-    done = scir("run", "recipes/tiny.yaml", "--out", tmp_path / "run", "--set", "data.max_prompt_tokens=1")
-    assert done.returncode == 1 and "scir: ValueError: no labelled pair is short enough" in done.stderr
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    done = scir("run", "recipes/tiny.yaml", "--out", tmp_path / "run", env=ENV | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENV.get('PYTHONPATH', '')}"})
+    assert done.returncode == 1 and "scir: ValueError: nothing to learn from" in done.stderr
     cells = nbformat.read(tmp_path / "run/notebooks/sft-seed0-sft.ipynb", 4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
 
@@ -315,7 +323,7 @@ def test_a_kernel_that_never_began_is_started_again(monkeypatch, message, deaths
     import papermill
     from scir.pipeline import in_a_kernel
     asked = []
-    def execute(*args):
+    def execute(*args, kernel_manager_class):
         asked.append(args)
         if len(asked) <= deaths: raise RuntimeError(message)
     monkeypatch.setattr(papermill, "execute_notebook", execute)

@@ -67,8 +67,8 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path, pairs):
     both = together(script, tmp_path, "two", pairs)
     assert both.returncode == 0, both.stderr[-3000:]
     one, two = (load_file(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
-    assert one.keys() == two.keys() and max(v.abs().max() for v in one.values()) > 1e-2
-    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-6
+    assert one.keys() == two.keys() and max(v.abs().max() for v in one.values()) > 1
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-6 * max(v.abs().max() for v in one.values())
     batches = alone.stdout.split(" ", 1)[1].strip()
     assert sorted(line.split(" ", 1)[1] for line in both.stdout.strip().splitlines()) == [batches] * 2  # both read whole batches, in the order of one
 
@@ -98,7 +98,7 @@ def test_a_run_of_two_processes_is_that_of_one(two, tiny_run):
     assert len(adapters) == 6 and len(rows) > 20
     for f in adapters:
         one, other = load_file(tiny_run / f), load_file(folder / f)
-        assert max((one[k] - other[k]).abs().max() for k in one) < 1e-5, f
+        assert max((one[k] - other[k]).abs().max() for k in one) < 5e-5, f  # steps of up to 1e-2
     for f in rows:
         if f.name in ("responses.jsonl", "preferences.jsonl"): assert (tiny_run / f).read_bytes() == (folder / f).read_bytes(), f
         else: assert difference(*(read_rows(r / f) for r in (tiny_run, folder))) < 1e-3, f

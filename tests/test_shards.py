@@ -90,8 +90,8 @@ def made(tmp_path_factory):
 def test_gradients_are_those_of_the_whole_model(made):
     "Of both trainings, with activations kept and made again, with batches that are odd or smaller than the number of processes."
     one, two = (load_file(f / "gradients.safetensors") for f in made[:2])
-    assert one.keys() == two.keys() and len({k.rpartition(" ")[0] for k in one}) == 12 and max(v.abs().max() for v in one.values()) > 1e-2
-    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-6
+    assert one.keys() == two.keys() and len({k.rpartition(" ")[0] for k in one}) == 12 and max(v.abs().max() for v in one.values()) > 1
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-6 * max(v.abs().max() for v in one.values())
 
 
 def test_each_process_keeps_half_of_the_layers(made):
@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
     assert "resuming from" in done.stdout
     for node in ("m1", "scir/m2"):
         one, two = (load_file(r / "seed0" / node / "adapter/adapter_model.safetensors") for r in (tiny_run, run))
-        assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5, node
+        assert max((one[k] - two[k]).abs().max() for k in one) < 5e-5, node  # steps of up to 1e-2
     for f in ("m1/responses.jsonl", "scir/m2/preferences.jsonl", "scir/m2/evaluation/responses.jsonl"): assert (tiny_run / "seed0" / f).read_bytes() == (run / "seed0" / f).read_bytes(), f
     for f in ("m1/scores.jsonl", "scir/m2/evaluation/held-out.jsonl"): assert difference(*(read_rows(r / "seed0" / f) for r in (tiny_run, run))) < 1e-3, f
 
@@ -154,12 +154,12 @@ def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch)
 
 @pytest.mark.parametrize("setting, match", [({"quantize": "nf4"}, "4-bit weights are not sharded"), ({"gradient_checkpointing": "sequences"}, "set it to true")])
 def test_what_cannot_be_sharded_is_refused(setting, match):
-    with pytest.raises(RecipeError, match=match): check_shards(parse_recipe({"model": {"name": "tiny-random"} | setting}))
+    with pytest.raises(RecipeError, match=match): check_shards(parse_recipe({"model": {"name": "tiny-random"} | setting, "train": {"replay": 0}}))
 
 
 def test_an_older_torch_is_refused(monkeypatch):
     "Its `fully_shard` knows no `ignored_params`."
-    check_shards(tiny := parse_recipe({"model": {"name": "tiny-random"}}))
+    check_shards(tiny := parse_recipe({"model": {"name": "tiny-random"}, "train": {"replay": 0}}))
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cu124"))
     with pytest.raises(RecipeError, match=r"needs torch 2.7 or newer, and 2.6.0\+cu124 is installed"): check_shards(tiny)
 
