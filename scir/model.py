@@ -7,8 +7,8 @@ __all__ = ['PACKAGED', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN
            'fetch_packaged', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
            'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'body', 'shard', 'Weight',
-           'is_linear', 'older_names', 'kind_of', 'in_attention', 'weights', 'Reach', 'layer_of', 'named', 'chosen',
-           'reached', 'counted', 'reach_summary', 'reach_text', 'numbers', 'shortest_names', 'endings', 'lora_config',
+           'is_linear', 'older_names', 'kind_of', 'in_attention', 'numbers', 'weights', 'Reach', 'layer_of', 'named',
+           'chosen', 'reached', 'counted', 'reach_summary', 'reach_text', 'shortest_names', 'endings', 'lora_config',
            'new_adapter', 'safe_adapter', 'adapters', 'load_adapter', 'for_training', 'dense', 'for_scoring',
            'for_sampling']
 
@@ -315,6 +315,10 @@ def in_attention(path:str, classes:dict)->bool:
     named = any(ATTENTION.search(p.rpartition(".")[2]) for p in around)
     return named or any(ATTENTION.search(classes[p]) and not re.search("Layer|Block", classes[p]) for p in around)
 
+def numbers(weight)->int:
+    "How many numbers a parameter holds; two in each byte where bitsandbytes packs it."
+    return weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
+
 def weights(base)->list: # of Weight
     "The weight matrices of the transformer, without embeddings and biases."
     decoder, renamed, out = body(base)[1], older_names(base), []
@@ -385,10 +389,6 @@ def reach_text(reach:dict)->str:
     "A summary of what the adapter reaches, for people."
     text = f"adapter: {reach['adapted']}; {reach['fraction']:.1%} of {reach['of']:,} parameters are adapted"
     return text + (f"; not reached, stay frozen: {reach['frozen']}" if reach["frozen"] else "")
-
-def numbers(weight)->int:
-    "How many numbers a parameter holds; two in each byte where bitsandbytes packs it."
-    return weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
 
 # %% ../nbs/03_model.ipynb #f417a45e
 def shortest_names(wanted:list, others:list)->list:
