@@ -284,7 +284,8 @@ def data(recipe, fetch:bool=False)->list:
         train, held, dropped = prompt_pool(recipe.data)
         if _tokenizer(recipe): inputs(recipe)
         if compared.judge and compared.reference != "m1": reference_outputs(compared.reference, compared.limit)
-    except (ValueError, OSError) as e: return [Finding("data", " ".join(str(e).split()), "fault", "add --set data.prompts=FILE --set data.pairs=FILE, or mend that file")]
+    except OSError as e: return [Finding("data", " ".join(str(e).split()), "fault", "add --set data.prompts=FILE --set data.pairs=FILE")]
+    except ValueError as e: return [Finding("data", " ".join(str(e).split()), "fault")]  # says itself what helps
     sets = ", ".join(f"{name} {len(rows[:recipe.data.test_limit])}" for name, (rows, _) in evaluation_rows(recipe.data).items())
     left = ", ".join(f"{n} {why}" for why, n in dropped.items() if n)
     return [Finding("data", f"{len(train)} prompts to train on, {len(held)} held out; labelled pairs: {sets}" + (f"; dropped: {left}" if left else ""))]

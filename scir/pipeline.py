@@ -8,11 +8,11 @@ __all__ = ['LABELLED', 'POOL', 'SEEDS', 'IMPLICIT', 'STAGES', 'CODE', 'LOADED', 
            'sources_of', 'source_hashes', 'models_of', 'notebook_hash', 'inputs', 'fingerprint', 'State', 'state',
            'differences', 'file_name', 'busy', 'finished', 'provenance', 'start_manifest', 'manifest_of',
            'write_manifest', 'record', 'note_failure', 'now', 'root', 'notebook_folder', 'quiet', 'settled', 'open_run',
-           'check_owner', 'alone', 'begin', 'reason', 'noted', 'work', 'do', 'check_words', 'check_recipe',
-           'notebook_of', 'shown', 'in_a_kernel', 'asked', 'execute', 'end_with', 'gpus', 'Pool', 'executor', 'in_turn',
-           'hearing_ctrl_c', 'side_by_side', 'make_models', 'recipe_sources', 'say_shipped', 'by_itself', 'launch_line',
-           'check_shards', 'join_others', 'leave_others', 'assist', 'seen', 'one_by_one', 'told', 'place', 'look_ahead',
-           'ready', 'run_recipe']
+           'check_owner', 'alone', 'begin', 'ended_by_another', 'reason', 'noted', 'work', 'do', 'check_words',
+           'check_recipe', 'notebook_of', 'shown', 'in_a_kernel', 'asked', 'execute', 'end_with', 'gpus', 'Pool',
+           'executor', 'in_turn', 'hearing_ctrl_c', 'side_by_side', 'make_models', 'recipe_sources', 'say_shipped',
+           'by_itself', 'launch_line', 'check_shards', 'join_others', 'leave_others', 'assist', 'seen', 'one_by_one',
+           'told', 'place', 'look_ahead', 'ready', 'run_recipe']
 
 # %% ../nbs/21_pipeline.ipynb #1424070f
 import atexit, json, multiprocessing, os, platform, signal, subprocess, sys, threading, time
@@ -513,12 +513,16 @@ def begin(recipe:Recipe, run:Path, step:Step)->dict: # its inputs
     return read
 
 # %% ../nbs/21_pipeline.ipynb #2f0becc8
+def ended_by_another(error)->bool:
+    "Whether an error only says that a process of the same group is gone."
+    return any(sign in str(error) for sign in ("gloo/transport", "ncclRemoteError"))
+
 def reason(error)->str:
     "An error, or that of a failed notebook or job of a cluster, in one line, with what helps where that is known."
     text = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error.args[0] if isinstance(error, KeyError) else error)
     if isinstance(error, BrokenExecutor): text = "the process of this job, or of one beside it, was killed, most often for want of memory; run again, if need be with fewer --jobs"
     if type(error).__module__.startswith("submitit"): text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
-    if "gloo/transport" in text or "ncclRemoteError" in text: text = "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed, most often for want of memory"
+    if ended_by_another(text): text = "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed, most often for want of memory"
     text = hide_secrets(" ".join(text.split()) or type(error).__name__)
     if any(sign in text for sign in ("No space left", "StorageFull", "Disk quota", "PytorchStreamWriter failed")): return f"{text}; the disk is full: free some of it and run again, what is done is kept"
     if any(sign in text for sign in ("Permission denied", "Read-only file system")): return f"{text}; let this user write there, or name another place with --out"
@@ -530,6 +534,7 @@ def noted(run:Path, step:Step):
     "What makes a step fail inside is noted in the manifest; of several processes by the first one to fail, since the others only know that it is gone."
     try: yield
     except Exception as e:
+        if ended_by_another(e): time.sleep(2)  # where the command itself was killed, `end_with` ends this process without a word
         with suppress(OSError, ValueError):
             if step.key in read_json(run/"manifest.json")["failed"]: sys.exit(1)  # the first one says it
             if processes() > 1: print(file=sys.stderr)  # ends the line of a progress bar

@@ -180,8 +180,8 @@ def test_errors_are_one_line(args, said):
 
 BROKEN = """
 import scir.warm_start
-def good_answers(*args): raise ValueError("nothing to learn from")
-scir.warm_start.good_answers = good_answers
+def supervised(*args): raise ValueError("nothing to learn from")
+scir.warm_start.supervised = supervised
 """
 
 
