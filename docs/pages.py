@@ -7,7 +7,7 @@ import yaml
 
 from build import ROOT, definitions, guides, library, module_of, plain
 sys.path.insert(0, str(ROOT))
-from scir import planner
+from scir.runner import planner
 from scir.recipe import ARMS, Recipe, field_names, load_recipe
 
 KEPT = ROOT/"docs"/"results"

@@ -239,7 +239,7 @@ class Recipe(Section):
     iterations: int = spec(1, "rounds of sampling, judging, training (three are reported)", "S", "rounds", ge=1, le=100)
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
     stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec({}, "arms that make fewer rounds than `iterations`, and how many; two arms are compared where both have been", unit="rounds")
-    rewards: tuple[str, ...] = spec(("generative", "implicit"), "internal reward models, names in scir.rewards.REWARDS", "P", min_length=2)
+    rewards: tuple[str, ...] = spec(("generative", "implicit"), "internal reward models, names in scir.method.rewards.REWARDS", "P", min_length=2)
     report_to: Annotated[tuple[str, ...], OneOrMore] = spec((), "trackers that get every training step's figures as well, by transformers' names: tensorboard, trackio, wandb, ...; no result depends on it")
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()

@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .chat import Message, Prompted
+from .data.chat import Message, Prompted
 
 # %% ../nbs/01_store.ipynb #08546a2b
 class Row(BaseModel):

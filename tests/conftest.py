@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest, torch
 
-from scir.model import load_base, load_tokenizer, new_adapter, save_tiny
+from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import parse_recipe
-from scir.rewards import text_pair
+from scir.method.rewards import text_pair
 
 SMOLLM2 = Path(__file__).parents[1]/"data/models/smollm2-135m-instruct"
 TEXTS = [("Why is the sky blue?", "Air scatters blue light.", "no"), ("Hi", "Hello!", "Go away, please."), ("2+2?", "4", "5 or so"),

@@ -4,9 +4,9 @@ import json, warnings
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scir.model import body, load_adapter, lora_config, new_adapter, reach_summary, reached, tiny_model
+from scir.model.weights import body, load_adapter, lora_config, new_adapter, reach_summary, reached, tiny_model
 from scir.recipe import LoraSpec, RecipeError, parse_recipe
-from scir.trainer import save_adapter
+from scir.method.trainer import save_adapter
 
 LLAMA = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
 EXPERTS = dict(LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 
-import scir.alignment as alignment
-import scir.engines as engines
-from scir.alignment import Duel, duels, endpoint_judge, length_controlled, local_judge, parse_verdict, reward_judge, reward_scores, summarise, win_rate
-from scir.consistency import rate
-from scir.model import tiny_model
+import scir.stages.align as alignment
+import scir.model.engines as engines
+from scir.stages.align import Duel, duels, endpoint_judge, length_controlled, local_judge, parse_verdict, reward_judge, reward_scores, summarise, win_rate
+from scir.stages.consistency import rate
+from scir.model.weights import tiny_model
 from scir.recipe import AlignmentSpec, JudgeSpec, ModelSpec
 from scir.store import read_rows
 
@@ -112,7 +112,7 @@ def test_one_dissenter_does_not_break_the_fit():
 # the local judge
 
 def test_local_judge_reads_logits_and_skips_what_does_not_fit(recipe, monkeypatch):
-    from scir import model as models
+    from scir.model import weights as models
     spec, dense = recipe.model, models.dense
     ask = local_judge(spec, JUDGE)
     found = duels(PAIRS, ask)
@@ -412,8 +412,8 @@ def test_a_real_server_judges_and_its_replies_outlive_it(quick, monkeypatch, alw
 # a reward model of one's own -------------------------------------------------
 
 def test_fitted_reward_learns_a_rule_and_loads_as_a_reward_model(tmp_path):
-    from scir.alignment import fit_reward
-    from scir.model import save_tiny
+    from scir.stages.align import fit_reward
+    from scir.model.weights import save_tiny
     from scir.store import LabelledPair
     rng = np.random.default_rng(0)
     word = lambda letters: "".join(rng.choice(list(letters), 12))
@@ -428,7 +428,7 @@ def test_fitted_reward_learns_a_rule_and_loads_as_a_reward_model(tmp_path):
 
 def test_a_reward_model_in_bfloat16_keeps_close_rewards_apart(tmp_path, monkeypatch):
     "The body in the recipe's dtype, the head in float32; duels ask for it too."
-    from scir.model import save_tiny_reward
+    from scir.model.weights import save_tiny_reward
     from scir.recipe import AlignmentSpec
     folder, rows = str(save_tiny_reward(tmp_path/"reward")), [(f"Question {i}", "answer " * (i % 3 + 1)) for i in range(20)]
     model, _ = alignment.load_reward(folder, "bfloat16")

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from scir import pipeline
-from scir.audit import status, verify
+from scir.runner import pipeline
+from scir.runner.verify import status, verify
 from scir.cli import app
-from scir.pipeline import STAGES, Step, alone, begin, differences, do, file_name, note_failure, reason, start_manifest, state, work
+from scir.runner.pipeline import STAGES, Step, alone, begin, differences, do, file_name, note_failure, reason, start_manifest, state, work
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_json, read_rows, unfinished, write_rows
-from scir.trainer import SEAL, last_checkpoint
+from scir.method.trainer import SEAL, last_checkpoint
 from test_pipeline import ROOT, scir
 from test_staleness import edit, edited
 
@@ -47,9 +47,9 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
         edit(m, "score", "score")
-        assert why(recipe, run, "judge:seed0/m1") == "the code of scir.score changed" and state(recipe, run, SAMPLE).name == "done"
+        assert why(recipe, run, "judge:seed0/m1") == "the code of scir.stages.judge changed" and state(recipe, run, SAMPLE).name == "done"
         edit(m, "pipeline", "_sample")
-        assert why(recipe, run, SAMPLE.key) == "the code of scir.pipeline changed"
+        assert why(recipe, run, SAMPLE.key) == "the code of scir.runner.pipeline changed"
     (run / "seed0/m1/scores.jsonl").unlink()
     assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
 
@@ -95,7 +95,7 @@ def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
     begin(recipe, run, step)
     assert not answers.exists() and not unfinished(answers).exists()  # nothing of an older try
     answers.write_text(kept)
-    monkeypatch.setattr("scir.sample.generate", lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"))
+    monkeypatch.setattr("scir.stages.sample.generate", lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"))
     work(recipe, run, step)
     assert answers.read_text() == kept and not list((run / "seed0/m1").rglob("*.partial.jsonl")) and names(recipe, run)[step.key] == "done"
 
@@ -133,7 +133,7 @@ def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkey
     now = pipeline.read_package(pipeline.CODE)
     now.defined["score"]["score"] = edited(now.defined["score"]["score"])
     monkeypatch.setattr(pipeline, "read_package", lambda folder: now)
-    with pytest.raises(RuntimeError, match="the code of scir.score changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
+    with pytest.raises(RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
 
 def test_a_run_of_another_recipe_is_left_alone(copy):
@@ -216,7 +216,7 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
 
 # locks ---------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from scir.pipeline import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from scir.runner.pipeline import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
 
 @pytest.fixture
 def holder(tmp_path):
@@ -379,8 +379,8 @@ def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
     assert not pipeline.shown(run, SAMPLE)
 
 def test_forged_preferences_of_duels_are_found():
-    from scir.alignment import Duel, summarise
-    from scir.audit import WINS, same, win_figures
+    from scir.stages.align import Duel, summarise
+    from scir.runner.verify import WINS, same, win_figures
     from scir.recipe import AlignmentSpec
     import tempfile
     duels = [Duel(id=str(i), instruction=f"q{i}", output="a" * i, reference="b", verdicts=(i / 12, .4), preference=(1 + i / 12 - .4) / 2) for i in range(12)]

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest, torch
 from typer.main import get_command
 
-from scir.bench import GROUPS, TARGETS, Work, alternate, child, floor_seconds, library_generate, met, peak_bytes, table
+from scir.runner.bench import GROUPS, TARGETS, Work, alternate, child, floor_seconds, library_generate, met, peak_bytes, table
 from scir.cli import app
-from scir.logprobs import encode_prompt
-from scir.sample import end_ids, generate
+from scir.model.logprobs import encode_prompt
+from scir.stages.sample import end_ids, generate
 
 SCIR = str(Path(sys.executable).parent/"scir")
 
@@ -57,14 +57,14 @@ def test_both_samplers_do_the_same(policy, tokenizer, work):
     assert end_ids(policy.generation_config, tokenizer) == {tokenizer.eos_token_id} and library_generate(policy, tokenizer, prompts, spec) == [ours[i] for i in range(3)]
 
 def test_floors_by_hand():
-    from scir.model import tiny_model
+    from scir.model.weights import tiny_model
     model, tokenizer = tiny_model()  # head and embedding are one
     head, layers = 64 * len(tokenizer), 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     floors = floor_seconds(model, {"bandwidth": 10.0, "matmul": 2.0}, prompt_tokens=7, tokens=6, batch=3)
     assert floors == {"bandwidth": (head + layers) * 4 * 2 / 10, "matmul": layers * 13 + head * 6}
 
 def test_both_contestants_of_the_gradient_have_the_same_one(work):
-    from scir.bench import judge_steps
+    from scir.runner.bench import judge_steps
     grads = []
     for full in (False, True):
         made = []

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from scir import doctor
 from scir.cli import app
-from scir.data import load_prompts
+from scir.data.load import load_prompts
 from scir.doctor import RECIPE_CHECKS, RUN_CHECKS, adapter, context, data, decoding, is_file, memory_and_hours, planned, token_ids
-from scir.model import save_tiny, tiny_model
-from scir.pipeline import look_ahead, ready
+from scir.model.weights import save_tiny, tiny_model
+from scir.runner.pipeline import look_ahead, ready
 from scir.recipe import RecipeError, load_recipe, parse_recipe
 from scir.store import write_rows
 
@@ -99,7 +99,7 @@ def test_seeds_are_a_list(value, words):
 
 def test_kernels_listen_on_socket_files_where_the_path_allows_it(tmp_path, monkeypatch):
     import tempfile
-    from scir.kernels import SocketManager
+    from scir.runner.kernels import SocketManager
     manager = SocketManager(kernel_name="python3")
     folder = Path(manager.connection_file).parent
     assert manager.transport == "ipc" and Path(manager.ip).parent == folder and folder.is_dir() and not manager.cache_ports

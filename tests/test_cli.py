@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from scir import __version__
 from scir.cli import app, aside
-from scir.data import split_of
-from scir.evaluate import file_pairs, judge_file
-from scir.exports import EXPORTS, FOLDERS, SECTIONS
-from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
+from scir.data.load import split_of
+from scir.stages.evaluate import file_pairs, judge_file
+from scir.export.exports import EXPORTS, FOLDERS, SECTIONS
+from scir.model.weights import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import dump_recipe, load_recipe, parse_recipe
-from scir.score import score, set_reference
+from scir.stages.judge import score, set_reference
 from scir.store import Response, Score, read_json, read_rows, write_json, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ def save_adapter(folder, recipe, scale=.05):
 def made_recipe(**more): return parse_recipe({"model": {"name": TINY, "dtype": "float32"}, "lora": {"r": 4, "alpha": 8}} | more)
 
 def scored(source, out, recipe, adapter=None):
-    "Margins by prompt, from scir.score itself."
+    "Margins by prompt, from scir.stages.judge itself."
     tokenizer, policy = load_tokenizer(recipe.model), for_scoring(recipe.model, adapter)
     found, _ = file_pairs(tokenizer, str(source), recipe)
     set_reference(policy, found, recipe.judge.batch_tokens)
@@ -119,7 +119,7 @@ def test_a_runs_model_brings_its_recipe_and_settings_change_it(node, pairs, tmp_
 
 def interrupted(monkeypatch, *args):
     "A try that ends before its table is written."
-    import scir.evaluate
+    import scir.stages.evaluate
     def stop(*a): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr("scir.store.Journal.finish", stop)
@@ -152,7 +152,7 @@ def test_a_base_whose_weights_changed_does_not_continue(pairs, tmp_path, monkeyp
     base = save_tiny(tmp_path/"base")
     interrupted(monkeypatch, str(base), str(pairs), tmp_path/"s.parquet", parse_recipe({}))
     marked(tmp_path)
-    from scir.model import tiny_model
+    from scir.model.weights import tiny_model
     tiny_model(seed=1)[0].save_pretrained(base)
     works("judge", "--model", base, "--pairs", pairs, "--out", tmp_path/"s.parquet")
     assert 123. not in set(pd.read_parquet(tmp_path/"s.parquet").margin_generative)
@@ -285,7 +285,7 @@ def test_help_has_an_example_of_each():
 
 
 def test_fit_reward_says_how_good_it_is_and_is_a_reward_model(tmp_path):
-    from scir.alignment import reward_scores
+    from scir.stages.align import reward_scores
     done = CliRunner().invoke(app, ["fit-reward", "--model", "data/models/tiny-random", "--pairs", "data/pairs.jsonl", "--limit", "40", "--out", str(tmp_path / "reward")])
     assert done.exit_code == 0 and "pairs: 40" in done.output and "cross-validated: " in done.output
     assert len(reward_scores(str(tmp_path / "reward"), [("Q", "one"), ("Q", "two")])) == 2
@@ -434,7 +434,7 @@ def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path)
 
 def test_a_package_that_is_missing_names_the_way_out(monkeypatch):
     def broken(*a): raise ModuleNotFoundError("No module named 'trl'", name="trl")
-    monkeypatch.setattr("scir.bench.bench", broken)
+    monkeypatch.setattr("scir.runner.bench.bench", broken)
     one_line(("bench",), "No module named 'trl'", "pip install trl", "scir doctor")
 
 def test_ctrl_c_of_a_run_is_one_line_and_the_run_goes_on(tmp_path):
@@ -456,7 +456,7 @@ def test_a_reader_that_leaves_is_no_fault(project, args):
 
 def test_another_broken_pipe_is_a_fault(monkeypatch):
     def broken(*a): raise BrokenPipeError(32, "Broken pipe")
-    monkeypatch.setattr("scir.pipeline.run_recipe", broken)
+    monkeypatch.setattr("scir.runner.pipeline.run_recipe", broken)
     one_line(("run", "recipes/tiny.yaml"), "Broken pipe")
 
 def test_help_is_there_at_once():

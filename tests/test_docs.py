@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT/"docs"))
 import build, pages
 
 NOTEBOOK = [("markdown", "# Bridges\n> What they carry.\n\nFirst $$a=1,\\qquad b=2$$"), ("code", "#| default_exp bridge"), ("code", "#| export\nimport re\nfrom pathlib import Path"),
-            ("markdown", "See `nbs/07_loss.ipynb` and `scir_loss`.\n$$c=3$$\nDone."), ("code", "#| hide\nsecret = 1"), ("code", "#| echo: false\nprint(1)"),
+            ("markdown", "See `nbs/method/03_loss.ipynb` and `scir_loss`.\n$$c=3$$\nDone."), ("code", "#| hide\nsecret = 1"), ("code", "#| echo: false\nprint(1)"),
             ("code", "#| export\nSPAN = 3  # in metres\n\ndef cross(load:float, # weight of *it*, kg\n          fast:bool=False)->float: # seconds\n    \"Walk over; `fast` runs.\"\n    return load\n\ndef _hidden(): pass")]
 
 
@@ -28,7 +28,7 @@ def test_the_bridge_keeps_what_a_reader_needs(bridged):
     assert [c.cell_type for c in bridged.cells] == ["markdown", "markdown", "code", "markdown", "code"]
     intro, text, shown, described, source = bridged.cells
     assert intro.source.startswith("# Bridges\n") and "`scir.bridge`" in intro.source and "\nWhat they carry." in intro.source
-    assert text.source == "See [`nbs/07_loss.ipynb`](/library/07_loss.ipynb) and {py:obj}`scir_loss <scir.loss.scir_loss>`.\n\n$$c=3$$\n\nDone."
+    assert text.source == "See [`nbs/method/03_loss.ipynb`](/library/method/03_loss.ipynb) and {py:obj}`scir_loss <scir.method.loss.scir_loss>`.\n\n$$c=3$$\n\nDone."
     assert shown.source == "print(1)" and shown.metadata.tags == ["remove-input"] and source.metadata.tags == ["hide-input"]
     assert "#|" not in source.source and bridged.metadata.language_info.name == "python"
 
@@ -68,7 +68,7 @@ def load(file: Annotated[str, typer.Option(help=FILE)], more: Annotated[str, typ
 
 @pytest.mark.parametrize("command", ["judge", "sample", "export", "run"])
 def test_every_option_of_a_command_has_its_help_on_the_page(command):
-    d = next(d for d in build.definitions(ROOT/"nbs/26_cli.ipynb") if d["name"] == command)
+    d = next(d for d in build.definitions(ROOT/"nbs/03_cli.ipynb") if d["name"] == command)
     arguments = {a.arg for a in d["node"].args.args}
     _, said, _ = build.signature(d["node"], d["notes"], d["values"])
     assert set(said) == arguments
@@ -115,7 +115,7 @@ def test_what_pages_ask_for_is_made():
 
 def test_the_estimate_follows_the_recipe():
     "Numbers that can be counted otherwise: parameters of the 7B shape, answers and their tokens; a row for every stage."
-    from scir.planner import MEASURED, skeleton
+    from scir.runner.planner import MEASURED, skeleton
     from scir.recipe import load_recipe
     shape = skeleton(load_recipe(ROOT/"recipes/mistral-7b.yaml"), "cuda", adapted=False)
     assert abs(sum(p.numel() for p in shape.parameters()) - 7.24e9) < .01e9

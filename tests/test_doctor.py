@@ -9,7 +9,7 @@ from scir import doctor
 from scir.cli import app
 from scir.doctor import (Finding, adapter_bytes, answered, ask, context, cores, data, disk, examine, fits, four_bits, from_hub, hub_token, kernel, lines, memory, model_found, models,
                          no_gpu, open_recipe, optimizer, package, packages, precision, constrained, python, room_on_disk, row_bytes, summary, text_encoding, threads, verdicts)
-from scir.model import model_folder, save_tiny
+from scir.model.weights import model_folder, save_tiny
 from scir.recipe import ModelSpec, load_recipe, parse_recipe
 from scir.store import write_rows
 
@@ -49,7 +49,7 @@ def test_threads(args, mend):
 @pytest.mark.parametrize("dtype, fast, state, words", [("auto", True, "ok", "bfloat16"), ("auto", False, "ok", "float32"), ("float32", True, "ok", "bfloat16 would be faster"), ("float32", False, "ok", "as the recipe says"), ("bfloat16", False, "warn", "slower"), ("bfloat16", True, "ok", "as the recipe says")])
 def test_precision_is_what_the_model_gets(monkeypatch, dtype, fast, state, words):
     import torch
-    from scir.model import compute_dtype
+    from scir.model.weights import compute_dtype
     for name in ("avx512_bf16", "amx_tile"): monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: fast)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found, spec = precision(ModelSpec(dtype=dtype)), ModelSpec(dtype=dtype)
@@ -66,7 +66,7 @@ def test_four_bits_are_tried(monkeypatch):
     assert found.state == "fault" and "bitsandbytes" in found.mend
 
 def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
-    from scir import kernels
+    from scir.runner import kernels
     assert kernel().state == "ok"
     absent = kernel("nobody-has-it")
     assert absent.state == "fault" and absent.mend == "python -m ipykernel install --sys-prefix --name nobody-has-it"
@@ -85,7 +85,7 @@ def test_a_kernel_ends_as_a_process_does(tmp_path):
     "What waits for the end of the process, as a tracker does with its last lines, is done at the end of a warm kernel too."
     import nbformat
     from nbclient import NotebookClient
-    from scir.kernels import use_warm_kernels
+    from scir.runner.kernels import use_warm_kernels
     use_warm_kernels()
     last = tmp_path/"last"
     NotebookClient(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"import atexit; from pathlib import Path; atexit.register(Path({str(last)!r}).touch)")]), kernel_name="python3").execute()

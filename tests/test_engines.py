@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest, torch
 
-import scir.engines as engines
+import scir.model.engines as engines
 from conftest import SMOLLM2
 from scir.doctor import engine as engine_here, open_recipe
-from scir.engines import adapter_name, check_engine, lora_room, open_engine, room, sample_file, serve_line, stop_ids
-from scir.labels import vote
-from scir.model import for_sampling, load_tokenizer
-from scir.pipeline import STAGES, check_recipe, inputs, Step
+from scir.model.engines import adapter_name, check_engine, lora_room, open_engine, room, sample_file, serve_line, stop_ids
+from scir.method.labels import vote
+from scir.model.weights import for_sampling, load_tokenizer
+from scir.runner.pipeline import STAGES, check_recipe, inputs, Step
 from scir.recipe import ModelSpec, RecipeError, SamplingSpec, load_recipe, parse_recipe
-from scir.sample import Pool, _decoded, sample
+from scir.stages.sample import Pool, _decoded, sample
 from scir.store import Prompt, Response, read_rows, write_rows
 
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]
@@ -272,7 +272,7 @@ def test_vllm_has_room_for_certain_ranks(r, n): assert lora_room(r) == n
 def test_real_vllm(tmp_path):
     "Rows are complete and repeat; at a low temperature most begin as ours do."
     from peft import PeftModel
-    from scir.model import load_base, new_adapter
+    from scir.model.weights import load_base, new_adapter
     recipe = parse_recipe({"model": {"name": str(SMOLLM2), "dtype": "bfloat16"}, "sampling": {"candidates": 2, "max_new_tokens": 24, "temperature": .01}})
     policy = new_adapter(load_base(recipe.model), recipe.lora)
     with torch.no_grad():

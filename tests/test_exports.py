@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest, torch, yaml
 
-from scir.alignment import Duel, length_controlled, preference, win_rate
-from scir.data import load_pairs
-from scir.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
+from scir.stages.align import Duel, length_controlled, preference, win_rate
+from scir.data.load import load_pairs
+from scir.export.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
                           mt_bench, origin, plain_chat, rewardbench, said_measure, usable_questions, whole_folder)
-from scir.logprobs import encode_prompt, encode_response, encode_turns
-from scir.model import for_scoring, load_base, load_tokenizer, tiny_model
-from scir.pipeline import Step, inputs, provenance, start_manifest
+from scir.model.logprobs import encode_prompt, encode_response, encode_turns
+from scir.model.weights import for_scoring, load_base, load_tokenizer, tiny_model
+from scir.runner.pipeline import Step, inputs, provenance, start_manifest
 from scir.recipe import SamplingSpec, dump_recipe, load_recipe
-from scir.sample import generate
+from scir.stages.sample import generate
 from scir.store import Response, Score, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,7 +317,7 @@ def test_nf4_and_bfloat16_are_said(elsewhere):
 
 @pytest.mark.parametrize("judge, said", [("reward:/home/me/secret/reward-model", "reward-model"), ("http://10.0.0.7:8000/v1", "a model behind a server"), ("org/judge", "org/judge")])
 def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
-    from scir.exports import won
+    from scir.export.exports import won
     for f in ("recipe.yaml", "manifest.json", f"{NODE}/evaluation/metrics.json"): write_text(tmp_path/f, (tiny_run/f).read_text())
     assert won(origin(str(tmp_path/NODE))) == ""
     write_json(tmp_path/NODE/"alignment"/"metrics.json", {"win_rate": .4, "win_rate_low": .3, "win_rate_high": .52, "win_rate_n": 37, "judge": judge, "reference": "m1"})
@@ -422,8 +422,8 @@ def test_agreed_pairs_of_a_warm_start(tiny_run, tmp_path, at_root):
     assert "this model's own answers" in (tmp_path/"agreed"/"README.md").read_text()
 
 def test_cream_may_favour_the_side_that_was_not_preferred(tokenizer, recipe):
-    from scir.exports import LABELLERS
-    from scir.optimise import preference_rows, training_pairs
+    from scir.export.exports import LABELLERS
+    from scir.stages.optimise import preference_rows, training_pairs
     score = Score(id="p/0-1", prompt_id="p", prompt="Q", response_a="preferred", response_b="other", ids_a=[1], ids_b=[2], logps=(0, 0), reference_logps=(0, 0), order_margins=(1, -1), verdict_mass=(1, 1), margins={"implicit": 1.0, "generative": 1.0})
     for before, chosen in ((0., "other"), (-2., "preferred")):
         pairs, _ = training_pairs(tokenizer, [score], recipe.arm("cream"), {"p/0": {"previous": -1.}, "p/1": {"previous": before}})

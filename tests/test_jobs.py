@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from scir import pipeline
-from scir.pipeline import State, Step, busy, file_name, gpus, in_turn, needed, notebook_of, now, plan, reason, side_by_side
+from scir.runner import pipeline
+from scir.runner.pipeline import State, Step, busy, file_name, gpus, in_turn, needed, notebook_of, now, plan, reason, side_by_side
 from scir.recipe import load_recipe
 from scir.store import hash_path, read_json
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
 CTRL_C = """
 import os, signal, time
 from pathlib import Path
-from scir.pipeline import Step, executor, in_turn
+from scir.runner.pipeline import Step, executor, in_turn
 if __name__ == "__main__":
     os.setpgrp()
     with executor(Path("run"), 2) as at:
@@ -145,7 +145,7 @@ def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
 SIGNALLED = """
 import signal, time
 from pathlib import Path
-from scir.pipeline import executor, hearing_ctrl_c
+from scir.runner.pipeline import executor, hearing_ctrl_c
 def sleep():
     with hearing_ctrl_c(): time.sleep(600)
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 import pytest, torch
 
-from scir.judge import Verdicts, find_verdicts, judge_ids, verdict_margins
-from scir.logprobs import encode_prompt, encode_text, hidden_at, project
-from scir.model import load_base
+from scir.method.judge import Verdicts, find_verdicts, judge_ids, verdict_margins
+from scir.model.logprobs import encode_prompt, encode_text, hidden_at, project
+from scir.model.weights import load_base
 from scir.recipe import JudgeSpec
 
 JUDGE = JudgeSpec(template="Q: {prompt}\nA: {first}\nB: {second}\nA or B?")
@@ -81,7 +81,7 @@ def test_pieces_of_a_sentencepiece_tokenizer_get_no_space_of_their_own():
     "Mistral's and Llama 2's tokenizers put a space before every text; in the middle of a chat there is none."
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
-    from scir.logprobs import encode_response
+    from scir.model.logprobs import encode_response
     letters = "ABx\n.:#IRabcdefghijklmnopqrstuvw"
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<unk>", "<s>", "</s>", "\u2581", "\u2581A", "\u2581B", "\u2581x", *letters])},
                                 merges=[("\u2581", "A"), ("\u2581", "B"), ("\u2581", "x")], unk_token="<unk>"))

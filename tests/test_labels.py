@@ -5,11 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from scir.consistency import preferences
-from scir.labels import agreed, best_against_worst, candidates, gather, labels, length_gap, needed_rewards, parse_vote, previous_rewards, ranking_consistency, standings, vote, without_length
-from scir.optimise import optimise, own_share, preference_rows, replayed, training_pairs
+from scir.stages.consistency import preferences
+from scir.method.labels import agreed, best_against_worst, candidates, gather, labels, length_gap, needed_rewards, parse_vote, previous_rewards, ranking_consistency, standings, vote, without_length
+from scir.stages.optimise import optimise, own_share, preference_rows, replayed, training_pairs
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
-from scir.sample import generate
+from scir.stages.sample import generate
 from scir.store import Response, Score, SeedPair, read_rows, write_rows
 
 def made(pair, generative, implicit=None, lengths=(1, 1), prompt="p", a=None, b=None):
@@ -49,7 +49,7 @@ def test_scir_keeps_every_pair_and_lists_those_agreed_on(tokenizer, recipe):
 
 def test_agreed_is_what_the_loss_calls_agreed():
     import torch
-    from scir.loss import agreed_side
+    from scir.method.loss import agreed_side
     scores = [made("0-1", g, i) for g, i in itertools.product((-2, -.1, 0, .1, 2), repeat=2)]
     mask, side = agreed_side(torch.tensor([list(s.margins.values()) for s in scores]).T)
     assert [agreed(s) for s in scores] == [float(x) if m else None for m, x in zip(mask, side)]
@@ -89,7 +89,7 @@ def test_ranking_consistency_averages_over_prompts_and_knows_when_it_knows_nothi
 
 def test_cream_labels_are_soft_and_its_loss_is_the_mixture(tokenizer, recipe):
     import torch
-    from scir.loss import scir_loss
+    from scir.method.loss import scir_loss
     rewards = {"p/0": {"previous": 3.}, "p/1": {"previous": 2.}, "p/2": {"previous": 1.}}
     three = [made("0-1", 1, 1), made("0-2", 1, 2), made("1-2", 1, -1)]  # implicit: 0 > 2 > 1; before: 0 > 1 > 2
     found, notes = labels(three, TrainSpec(label="cream"), rewards)
@@ -139,7 +139,7 @@ SEEDS = [SeedPair(id=f"s{k}", prompt=f"seed {k}", response_a="xa", response_b="x
 @pytest.fixture
 def parent(make_policy, tmp_path):
     "M_1 of a run, its SFT model and the pairs of its warm start."
-    from scir.trainer import save_adapter
+    from scir.method.trainer import save_adapter
     m1 = tmp_path/"seed0/m1"
     for folder, scale in ((m1, .05), (tmp_path/"seed0/sft", .02)):
         folder.mkdir(parents=True)

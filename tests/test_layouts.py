@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from scir.chat import Message, as_text, conversation, first_turn, messages
-from scir.data import load_instructions, load_pairs, load_prompts, prompt_pool, shown_first, split_of
+from scir.data.chat import Message, as_text, conversation, first_turn, messages
+from scir.data.load import load_instructions, load_pairs, load_prompts, prompt_pool, shown_first, split_of
 from scir.recipe import DataSpec
 from scir.store import LabelledPair, digest, read_rows, write_rows
 
@@ -101,7 +101,7 @@ def test_a_row_that_cannot_be_used_is_dropped_under_its_reason(file, reason):
     first = {k: say("u:Good?", f"a:{GOOD[k]}") for k in ("chosen", "rejected")} if "prompt" not in BAD[reason] else GOOD
     found, dropped = load_pairs(file(first, BAD[reason]))
     assert [(p.prompt, p.chosen) for p in found] == [("Good?", "fine")] and dropped == {reason: 1}
-    assert reason in (ROOT/"nbs/02_data.ipynb").read_text()
+    assert reason in (ROOT/"nbs/data/03_load.ipynb").read_text()
 
 UNKNOWN = [dict(history="Fruit?", human_ref_A="fig", human_ref_B="salt", labels=1), dict(prompt="Fruit?", answers=[dict(answer="fig", rank=1)], turns=1),
            dict(context=say("u:Fruit?"), response1="fig", response2="salt", overall_preference=-2), dict(question="Fruit?", chosen={"text": "fig"}, rejected={"text": "salt"}), dict(question="Fruit?", response_j="fig", response_k="salt"),

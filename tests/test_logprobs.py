@@ -1,9 +1,9 @@
 from hypothesis import given, settings, strategies as st
 import pytest, torch
 
-from scir import logprobs
-from scir.logprobs import Tree, batches, check_projection, hidden_at, similar, takes_trees, tree_mask, trees, encode_prompt, encode_response, hidden_states, project, response_logps, token_logps
-from scir.model import for_sampling, grouped_attention, load_base, tiny_model
+from scir.model import logprobs
+from scir.model.logprobs import Tree, batches, check_projection, hidden_at, similar, takes_trees, tree_mask, trees, encode_prompt, encode_response, hidden_states, project, response_logps, token_logps
+from scir.model.weights import for_sampling, grouped_attention, load_base, tiny_model
 
 def one_by_one(model, prompt, response):
     "Unpadded, unchunked, full softmax."

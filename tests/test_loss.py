@@ -3,8 +3,8 @@ import math
 import pytest, torch
 from torch.distributions import Bernoulli, kl_divergence
 
-from scir.judge import average_orders
-from scir.loss import agreed_side, dpo_loss, entropy, implicit_margin, scir_loss, symmetric_kl
+from scir.method.judge import average_orders
+from scir.method.loss import agreed_side, dpo_loss, entropy, implicit_margin, scir_loss, symmetric_kl
 
 def rand(*shape, seed=0, scale=1.0): return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

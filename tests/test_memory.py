@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest, torch
 
-from scir import alignment, sample as sampling
-from scir.logprobs import batches, in_batches
-from scir.model import out_of_memory
-from scir.score import score, set_reference
+from scir.stages import align as alignment
+from scir.stages import sample as sampling
+from scir.model.logprobs import batches, in_batches
+from scir.model.weights import out_of_memory
+from scir.stages.judge import score, set_reference
 from scir.store import peak_bytes
-from scir.trainer import arguments, fit
+from scir.method.trainer import arguments, fit
 from test_sample import drawn
 from test_train import adapter, close, lines
 
@@ -76,7 +77,7 @@ def test_a_response_that_does_not_fit_alone_is_one_line(policy, tokenizer, recip
 
 def trained(make_policy, tokenizer, pairs, recipe, folder, room, accumulation=1):
     "Train where only so many pairs fit in a forward or, if negative, in a backward, which then fails when most gradients are there."
-    from scir.optimise import pair_loss
+    from scir.stages.optimise import pair_loss
     model, large, left = make_policy(.05), [], []
     def loss(view):
         large[:] = [p for p in view.pairs][abs(room):]
@@ -105,7 +106,7 @@ def test_a_pair_that_does_not_fit_alone_is_one_line(make_policy, tokenizer, pair
 
 def test_rewards_are_the_same_in_little_memory(tmp_path, monkeypatch):
     from transformers import LlamaForSequenceClassification
-    from scir.model import save_tiny_reward
+    from scir.model.weights import save_tiny_reward
     folder, rows = str(save_tiny_reward(tmp_path/"reward")), [(f"q{i}", "word " * i) for i in range(9)]
     whole, plain = alignment.reward_scores(folder, rows, dtype="float32"), LlamaForSequenceClassification.forward
     def forward(self, input_ids=None, **kw):

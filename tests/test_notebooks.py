@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from scir.pipeline import STAGES, notebook_hash
+from scir.runner.pipeline import STAGES, notebook_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY, RUN = sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), sorted((ROOT/"nbs/run").glob("*.ipynb"))

@@ -45,7 +45,7 @@ def test_printed_table_is_the_report(run):
 
 
 def test_results_are_what_the_scores_say(run):
-    from scir.consistency import frame
+    from scir.stages.consistency import frame
     from scir.store import Score, read_rows
     results = pd.read_csv(run / "report" / "summary.csv").set_index(["arm", "iteration", "set"])
     scores = read_rows(run / "seed0/scir/m2/evaluation/held-out.jsonl", Score)
@@ -59,9 +59,9 @@ def test_results_are_what_the_scores_say(run):
 
 def test_every_model_is_measured_against_the_same_reference(run):
     "Reference log-probs are taken over from M_1's evaluation; they must be those of the SFT model itself. M_0 has nothing before it."
-    from scir.model import for_scoring, load_tokenizer
+    from scir.model.weights import for_scoring, load_tokenizer
     from scir.recipe import load_recipe
-    from scir.score import pair_logps, scored_pairs
+    from scir.stages.judge import pair_logps, scored_pairs
     from scir.store import Score, read_rows
     os.chdir(ROOT)
     recipe = load_recipe(run / "recipe.yaml")
@@ -112,7 +112,7 @@ def test_manifest_says_what_was_run(run):
 def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it(run):
     again = scir("run", "recipes/tiny.yaml", "--out", run)
     assert again.returncode == 0 and again.stdout.count(": unchanged") == 22
-    from scir.pipeline import finished, plan
+    from scir.runner.pipeline import finished, plan
     from scir.recipe import load_recipe
     os.chdir(ROOT)
 
@@ -133,8 +133,8 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
 
 
 def test_staleness_follows_what_is_called():
-    from scir.pipeline import LOADED, STAGES, code_hashes
-    from scir.staleness import reached
+    from scir.runner.pipeline import LOADED, STAGES, code_hashes
+    from scir.runner.staleness import reached
     reach = {stage: reached(LOADED, "pipeline", f"_{stage}") for stage in STAGES}
     assert {("loss", "scir_loss"), ("rewards", "implicit"), ("logprobs", "response_logps"), ("trainer", "fit"), ("model", "for_training")} <= reach["optimise"]
     assert {("sample", "sample"), ("data", "prompt_pool")} <= reach["sample"] and {("rewards", "generative"), ("judge", "judge_ids")} <= reach["judge"]
@@ -142,7 +142,7 @@ def test_staleness_follows_what_is_called():
 
 
 def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
-    from scir.pipeline import Step, begin, start_manifest
+    from scir.runner.pipeline import Step, begin, start_manifest
     from scir.recipe import load_recipe
     os.chdir(ROOT)
     step, part = Step("sample", "seed0/m1"), tmp_path / "seed0/m1/responses.partial.jsonl"
@@ -179,9 +179,9 @@ def test_errors_are_one_line(args, said):
 
 
 BROKEN = """
-import scir.warm_start
+import scir.stages.warm_start
 def supervised(*args): raise ValueError("nothing to learn from")
-scir.warm_start.supervised = supervised
+scir.stages.warm_start.supervised = supervised
 """
 
 
@@ -259,9 +259,9 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
     prompt, _, both = s["id"].rpartition("/")
     before = [rows["cream/m2"][f"{prompt}/{c}"] for c in both.split("-")]
     assert before[0] != before[1] and all(abs(b) < 50 for b in before)
-    from scir.model import for_scoring, load_tokenizer
+    from scir.model.weights import for_scoring, load_tokenizer
     from scir.recipe import load_recipe
-    from scir.score import response_table, scored_pairs
+    from scir.stages.judge import response_table, scored_pairs
     from scir.store import Score
     os.chdir(ROOT)
     recipe = load_recipe(tmp_path / "recipe.yaml")
@@ -271,7 +271,7 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
 
 def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
     "An evaluation set takes its prompts out of the warm start; a refitted reward model labels and judges anew."
-    from scir.pipeline import Step, fingerprint
+    from scir.runner.pipeline import Step, fingerprint
     from scir.recipe import parse_recipe
     monkeypatch.chdir(ROOT)
     reward, known = tmp_path / "reward", tmp_path / "known.jsonl"
@@ -291,7 +291,7 @@ def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
 
 
 def test_outputs_to_beat_decide_about_the_win_rate(tmp_path, monkeypatch):
-    from scir.pipeline import Step, inputs
+    from scir.runner.pipeline import Step, inputs
     from scir.recipe import parse_recipe
     monkeypatch.chdir(ROOT)
     reference = tmp_path / "reference.jsonl"
@@ -305,7 +305,7 @@ def test_outputs_to_beat_decide_about_the_win_rate(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("avx, amx, dtype", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
 def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_path, monkeypatch, avx, amx, dtype):
-    from scir.pipeline import open_run
+    from scir.runner.pipeline import open_run
     from scir.recipe import load_recipe
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -321,7 +321,7 @@ def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_pa
 def test_a_kernel_that_never_began_is_started_again(monkeypatch, message, deaths, tries):
     "And one that did its work is not."
     import papermill
-    from scir.pipeline import in_a_kernel
+    from scir.runner.pipeline import in_a_kernel
     asked = []
     def execute(*args, kernel_manager_class):
         asked.append(args)

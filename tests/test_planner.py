@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest, torch
 from torch.profiler import ProfilerActivity, profile
 
-from scir import doctor, planner
-from scir.model import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
-from scir.optimise import pair_loss, train
-from scir.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, lengths_met, letter_judge, letter_pairs, lettered, line, longest_answers, longest_rows, pair_tokens, pairs_each, peak,
+from scir import doctor
+from scir.runner import planner
+from scir.model.weights import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
+from scir.stages.optimise import pair_loss, train
+from scir.runner.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_tokens, as_on, assumed_sizes, config_of, counted_sizes, hours, judged_pairs, largest_batch, lengths_met, letter_judge, letter_pairs, lettered, line, longest_answers, longest_rows, pair_tokens, pairs_each, peak,
                           probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
 from scir.recipe import SamplingSpec, load_recipe, parse_recipe
-from scir.rewards import View, margins
-from scir.sample import generate
+from scir.method.rewards import View, margins
+from scir.stages.sample import generate
 from scir.store import Response, read_json, read_rows, write_rows
-from scir.warm_start import sft_loss, warm_start_loss
+from scir.stages.warm_start import sft_loss, warm_start_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
@@ -168,7 +169,7 @@ def test_four_bits_are_counted_as_they_are_stored():
 def test_letters_have_the_lengths_that_are_asked_for():
     pairs = letter_pairs([(60, 20, 30), (90, 1, 2)])
     assert [(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs] == [(60, 20, 30), (90, 2, 2)]
-    from scir.judge import judge_ids
+    from scir.method.judge import judge_ids
     judge = load_recipe("recipes/smol.yaml").judge
     assert len(judge_ids(tiny_tokenizer(), letter_judge(judge, 100), "", "", "")) == 100
 
@@ -248,7 +249,7 @@ def test_votes_are_read_and_decoded_in_the_rounds_that_need_them():
     assert not label("arms=[cream]")
 
 def test_answers_are_as_long_as_those_that_are_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("scir.pipeline.root", lambda: tmp_path)
+    monkeypatch.setattr("scir.runner.pipeline.root", lambda: tmp_path)
     recipe = load_recipe("recipes/tiny.yaml")
     assert answer_tokens(recipe) == ASSUMED["answer"] * 12
     row = lambda n: Response(id=f"p/{n}", prompt_id="p", prompt="p", candidate=n, response="x", response_ids=[1] * n, finished=True, seed=0)
@@ -319,7 +320,7 @@ def test_a_model_that_is_nowhere_is_no_plan(monkeypatch):
 def test_every_recipe_has_a_plan(monkeypatch, name):
     monkeypatch.setattr(planner, "probe", lambda *a: {"trained": 1e-3, "read": 1e-4, "decoded": 1e-2})
     if name.startswith(("smol", "mistral")): monkeypatch.setattr(planner, "peak", lambda *a: 1)  # taken for real by the tests above
-    monkeypatch.setattr("scir.planner.counted_sizes", assumed_sizes)
+    monkeypatch.setattr("scir.runner.planner.counted_sizes", assumed_sizes)
     found = doctor.memory_and_hours(load_recipe(f"recipes/{name}.yaml"))
     assert {*MEASURED, "lengths", "hours"} == {f.what for f in found}
 

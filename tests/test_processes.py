@@ -8,8 +8,10 @@ import psutil, pytest, typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from scir import cli, pipeline, store
-from scir.pipeline import Step, assist, by_itself, join_others, launch_line, note_failure, noted, reason, run_recipe, start_manifest
+from scir import cli
+from scir.runner import pipeline
+from scir import store
+from scir.runner.pipeline import Step, assist, by_itself, join_others, launch_line, note_failure, noted, reason, run_recipe, start_manifest
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
 
@@ -22,13 +24,13 @@ from safetensors.torch import save_file
 from pathlib import Path
 from types import SimpleNamespace
 from conftest import TEXTS
-from scir.model import load_base, load_tokenizer, new_adapter, save_tiny
-from scir.optimise import pair_loss
-from scir.pipeline import join_others
+from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
+from scir.stages.optimise import pair_loss
+from scir.runner.pipeline import join_others
 from scir.recipe import parse_recipe
-from scir.rewards import text_pair
+from scir.method.rewards import text_pair
 from scir.store import rank
-from scir.trainer import PairTrainer, arguments
+from scir.method.trainer import PairTrainer, arguments
 folder, out, pairs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 join_others()
 recipe = parse_recipe({"model": {"name": str(folder / "tiny"), "dtype": "float32"}, "lora": {"r": 4, "alpha": 8}})
@@ -58,7 +60,7 @@ def together(*words, processes=2, cwd=None):
 @pytest.mark.parametrize("pairs", [8, 5, 1])
 def test_gradients_of_two_processes_are_those_of_one(tmp_path, pairs):
     "Also where the batch is odd, or smaller than the number of processes."
-    from scir.model import save_tiny
+    from scir.model.weights import save_tiny
     save_tiny(tmp_path / "tiny")
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)

@@ -8,12 +8,12 @@ import pytest
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
 
-import scir.claims as claims
-import scir.report as report
-from scir.claims import AT, Gathered, answer_frame, compare, firm, gather, last, share_gap
-from scir.consistency import derive, grouped, rate
+import scir.report.claims as claims
+import scir.report.report as report
+from scir.report.claims import AT, Gathered, answer_frame, compare, firm, gather, last, share_gap
+from scir.stages.consistency import derive, grouped, rate
 from scir.recipe import ARMS, all_nodes, dump_recipe, parse_recipe
-from scir.report import course, tables
+from scir.report.report import course, tables
 from scir.store import Grade, Response, Score, write_json, write_rows, write_text
 
 NAMES = ["generative", "implicit"]

@@ -5,9 +5,9 @@ import pytest, torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from scipy.stats import chisquare
 
-from scir.logprobs import encode_prompt
-from scir.sample import Pool, distinct, draw, end_ids, generate, sample, summarise
-from scir.score import candidate_pairs, score, set_reference
+from scir.model.logprobs import encode_prompt
+from scir.stages.sample import Pool, distinct, draw, end_ids, generate, sample, summarise
+from scir.stages.judge import candidate_pairs, score, set_reference
 from scir.store import Prompt, Response, read_rows, row_seed
 
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]

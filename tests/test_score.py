@@ -3,14 +3,14 @@ import math
 import numpy as np
 import pytest, torch
 
-from scir.consistency import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
-from scir.logprobs import response_logps
-from scir.optimise import assert_reference, pair_loss
+from scir.stages.consistency import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
+from scir.model.logprobs import response_logps
+from scir.stages.optimise import assert_reference, pair_loss
 from scir.recipe import RecipeError
-from scir.rewards import REWARDS, View, margins, reward, text_pair
-from scir.score import candidate_pairs, labelled_pairs, score, set_reference
+from scir.method.rewards import REWARDS, View, margins, reward, text_pair
+from scir.stages.judge import candidate_pairs, labelled_pairs, score, set_reference
 from scir.store import LabelledPair, Response, Score, read_rows
-from scir.warm_start import warm_start_loss
+from scir.stages.warm_start import warm_start_loss
 
 THREE = ("generative", "implicit", "pointwise")
 
@@ -19,7 +19,7 @@ def swapped(tokenizer, p): return text_pair(tokenizer, p.id, p.prompt, p.respons
 @pytest.fixture
 def yes_no(policy, tokenizer, monkeypatch):
     "Bytes have no single token for Yes and No: let Y and N stand for them."
-    monkeypatch.setattr("scir.rewards.YES_NO", ("Y", "N"))
+    monkeypatch.setattr("scir.method.rewards.YES_NO", ("Y", "N"))
 
 @pytest.fixture
 def three(recipe): return recipe.model_copy(update={"rewards": THREE})
@@ -85,7 +85,7 @@ def test_a_label_stands_in_every_arm_and_its_absence_asks_the_models(policy, tok
     assert penalty < asked < max(loss(0., "scir"), loss(1., "scir")) and loss(-1., "srlm") == 0
 
 def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch):
-    from scir import score as module
+    from scir.stages import judge as module
     read, rows = [], module._rows
     monkeypatch.setattr(module, "_rows", lambda view: (read.append(len(view.pairs)), rows(view))[1])
     set_reference(policy, pairs, 4096)
@@ -218,7 +218,7 @@ def test_quantile_bins_hold_every_pair(column):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_no_rows(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch, value):
     "JSON has no word for them: they would be read as nothing."
-    import scir.score as module
+    import scir.stages.judge as module
     monkeypatch.setattr(module, "margins", lambda view: {k: v + value for k, v in margins(view).items()})
     with pytest.raises(FloatingPointError, match="pair p.: a log-prob or margin is not finite"): score(policy, tokenizer, pairs, recipe, tmp_path/"s.jsonl")
     assert (tmp_path/"s.partial.jsonl").read_text() == ""

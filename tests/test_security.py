@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest, torch
 
-from scir import model
-from scir.model import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
+from scir.model import weights as model
+from scir.model.weights import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import ModelSpec, RecipeError, parse_recipe
 from scir.store import hide_secrets
 

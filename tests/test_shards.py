@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from scir.cli import app
-from scir.pipeline import check_shards, join_others
+from scir.runner.pipeline import check_shards, join_others
 from scir.recipe import RecipeError, parse_recipe
 from scir.store import read_rows, sharded
 from test_processes import ENVIRONMENT, ROOT, difference, together
@@ -17,17 +17,17 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from conftest import TEXTS
-from scir.engines import open_engine
-from scir.model import for_scoring, for_training, load_base, load_tokenizer, new_adapter
-from scir.optimise import pair_loss
-from scir.pipeline import join_others
+from scir.model.engines import open_engine
+from scir.model.weights import for_scoring, for_training, load_base, load_tokenizer, new_adapter
+from scir.stages.optimise import pair_loss
+from scir.runner.pipeline import join_others
 from scir.recipe import parse_recipe
-from scir.rewards import text_pair
-from scir.sample import sample
-from scir.score import score, set_reference
+from scir.method.rewards import text_pair
+from scir.stages.sample import sample
+from scir.stages.judge import score, set_reference
 from scir.store import Prompt, exchange, rank, unfinished, write_rows
-from scir.trainer import PairTrainer, arguments, save_adapter
-from scir.warm_start import warm_start_loss
+from scir.method.trainer import PairTrainer, arguments, save_adapter
+from scir.stages.warm_start import warm_start_loss
 folder, shard = Path(sys.argv[1]), "--shard" in sys.argv
 join_others(shard)
 spec = lambda how: parse_recipe({"model": {"name": sys.argv[2], "dtype": "float32", "gradient_checkpointing": how}, "lora": {"r": 4, "alpha": 8}, "judge": {"batch_tokens": 300},
@@ -75,7 +75,7 @@ with open_engine(recipe, tokenizer, folder / "adapter") as engine: sample(engine
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "What one process makes, and two that share the layers; their words."
-    from scir.model import save_tiny
+    from scir.model.weights import save_tiny
     home = tmp_path_factory.mktemp("shards")
     model, script = save_tiny(home / "tiny"), home / "script.py"
     script.write_text(SCRIPT)
@@ -110,7 +110,7 @@ def test_rows_are_those_of_the_whole_model(made):
 FAULT = '''
 import os
 if os.environ.get("RANK") == "1":
-    from scir.trainer import PairTrainer, torch
+    from scir.method.trainer import PairTrainer, torch
     usual = PairTrainer.compute_loss
     def compute_loss(self, *args, **kw):
         if self.state.global_step == 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -141,7 +141,7 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
 def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch):
     "accelerate must not do it too, so its variable is gone."
     import accelerate
-    monkeypatch.setattr("scir.pipeline.end_with", lambda owner: None)
+    monkeypatch.setattr("scir.runner.pipeline.end_with", lambda owner: None)
     monkeypatch.setattr(accelerate, "PartialState", lambda **kw: None)
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_FSDP": "true", "SCIR_SHARD": "", "FSDP_VERSION": "1"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="FSDP1 is not supported.*--fsdp_version 2"): join_others()

@@ -3,9 +3,9 @@ import ast
 
 import pytest
 
-from scir import pipeline
-from scir.pipeline import LOADED, STAGES, code_hashes
-from scir.staleness import Definition, Package, code_of, definitions, reached
+from scir.runner import pipeline
+from scir.runner.pipeline import LOADED, STAGES, code_hashes
+from scir.runner.staleness import Definition, Package, code_of, definitions, reached
 
 def edited(d): return Definition([*d.nodes, *ast.parse("edited = True").body])
 

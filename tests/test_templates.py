@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from scir.chat import CLOCK, Message, as_text, messages, set_template, stop_clock
-from scir.exports import save_tokenizer, stop_where_answers_end
-from scir.judge import check_template, judge_ids
-from scir.logprobs import encode_messages, encode_prompt, encode_response, render_chat, turn_end
-from scir.model import load_tokenizer, tiny_tokenizer
-from scir.pipeline import check_words
+from scir.data.chat import CLOCK, Message, as_text, messages, set_template, stop_clock
+from scir.export.exports import save_tokenizer, stop_where_answers_end
+from scir.method.judge import check_template, judge_ids
+from scir.model.logprobs import encode_messages, encode_prompt, encode_response, render_chat, turn_end
+from scir.model.weights import load_tokenizer, tiny_tokenizer
+from scir.runner.pipeline import check_words
 from scir.recipe import JudgeSpec, RecipeError, parse_recipe
-from scir.rewards import text_pair
-from scir.sample import end_ids, sample
+from scir.method.rewards import text_pair
+from scir.stages.sample import end_ids, sample
 from scir.store import Prompt, Response, read_json, read_rows
 
 def talk(*turns): return tuple(Message(role={"s": "system", "u": "user", "a": "assistant"}[t[0]], content=t[2:]) for t in turns)
@@ -73,7 +73,7 @@ def test_the_clock_of_a_template_stands_still():
     assert stop_clock(CHAT) == CHAT
 
 def test_the_manifest_records_the_clock(tmp_path, recipe):
-    from scir.pipeline import start_manifest
+    from scir.runner.pipeline import start_manifest
     for _ in "ab": start_manifest(recipe, tmp_path) # begun, and resumed
     assert read_json(tmp_path/"manifest.json")["template_clock"] == CLOCK.isoformat() == "2025-01-01T00:00:00"
 

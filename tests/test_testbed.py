@@ -7,13 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from scir.cli import app
-from scir.data import better_side, evaluation_rows, find_grader, grade, in_split, load_pairs, load_prompts, prompt_pool, row_split, seed_prompts, split_of
-from scir.evaluate import file_pairs, graded_answers, score_summary
-from scir.pipeline import check_recipe
+from scir.data.load import better_side, evaluation_rows, find_grader, grade, in_split, load_pairs, load_prompts, prompt_pool, row_split, seed_prompts, split_of
+from scir.stages.evaluate import file_pairs, graded_answers, score_summary
+from scir.runner.pipeline import check_recipe
 from scir.recipe import RecipeError, parse_recipe
 from scir.store import Grade, Prompt, Response
-from scir.testbed import ABOUT, GRADERS, RULES, content_words, faults, format_pairs, format_rule, given, given_words, pairs, prompts, sentences, topic_splits, vocabulary, words_of, write_testbed
-from scir.warm_start import seed_pairs
+from scir.data.testbed import ABOUT, GRADERS, RULES, content_words, faults, format_pairs, format_rule, given, given_words, pairs, prompts, sentences, topic_splits, vocabulary, words_of, write_testbed
+from scir.stages.warm_start import seed_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = "train", "validation", "test"
@@ -64,7 +64,7 @@ def test_a_pairs_better_side_is_the_graders():
         for r in rows: assert given_words(r["prompt"], r["chosen"]) == 1 > given_words(r["prompt"], r["rejected"])
 
 def test_a_pair_whose_sides_are_equally_good_is_left_out(monkeypatch):
-    monkeypatch.setattr("scir.testbed.spoiled", lambda sentence, *rest: ("not at all", sentence))
+    monkeypatch.setattr("scir.data.testbed.spoiled", lambda sentence, *rest: ("not at all", sentence))
     assert pairs("test") == []
 
 def test_a_spoiled_answer_has_the_fault_that_it_is_named_after():

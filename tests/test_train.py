@@ -4,15 +4,15 @@ import pytest, torch
 from conftest import TEXTS
 from safetensors.torch import load_file
 
-from scir.logprobs import response_logps
-from scir.model import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
-from scir.optimise import assert_reference, own_loss, pair_loss, unchanged
-from scir.pipeline import STAGES, check_recipe, read_fields
+from scir.model.logprobs import response_logps
+from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
+from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged
+from scir.runner.pipeline import STAGES, check_recipe, read_fields
 from scir.recipe import RecipeError, parse_recipe
-from scir.rewards import View, text_pair
-from scir.score import score, set_reference
-from scir.trainer import PairTrainer, arguments, fit, save_adapter
-from scir.warm_start import sft_loss, warm_start_loss
+from scir.method.rewards import View, text_pair
+from scir.stages.judge import score, set_reference
+from scir.method.trainer import PairTrainer, arguments, fit, save_adapter
+from scir.stages.warm_start import sft_loss, warm_start_loss
 
 def adapter(folder): return load_file(folder/"adapter"/"adapter_model.safetensors")
 
@@ -293,7 +293,7 @@ def test_a_model_that_stays_has_no_tracked_steps(run):
 
 @pytest.mark.parametrize("name, says", [("tensorbord", "trackers that transformers knows: .*tensorboard"), ("azure_ml", "pip install azureml-core$"), ("wandb", "pip install wandb$")])
 def test_a_tracker_that_is_not_there_is_said_before_anything_is_done(run, monkeypatch, name, says):
-    monkeypatch.setattr("scir.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("scir.method.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
     for go in (lambda: check_recipe(parse_recipe({"report_to": name})), lambda: run("x", report_to=(name,), loss=lambda view: pytest.fail("it trained"))):
         with pytest.raises(RecipeError, match=says) as e: go()
         assert "\n" not in str(e.value)

@@ -111,10 +111,10 @@ def test_half_written_checkpoints(tmp_path):
 
 MEMORY = """
 import resource, sys
-from scir.model import for_scoring, load_tokenizer, save_tiny
+from scir.model.weights import for_scoring, load_tokenizer, save_tiny
 from scir.recipe import parse_recipe
-from scir.rewards import text_pair
-from scir.score import score, set_reference
+from scir.method.rewards import text_pair
+from scir.stages.judge import score, set_reference
 from pathlib import Path
 folder = Path(sys.argv[1])
 recipe = parse_recipe({"model": {"name": str(save_tiny(folder/"model")), "dtype": "float32"}, "judge": {"batch_tokens": 10**6}})

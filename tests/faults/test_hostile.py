@@ -6,12 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from harness import ROOT, TALLY, command, one_line
-from scir.data import load_instructions, load_pairs, load_prompts
-from scir.judge import judge_ids
-from scir.labels import parse_vote
-from scir.logprobs import encode_chat, encode_prompt, encode_response, encode_turns, render_chat
+from scir.data.load import load_instructions, load_pairs, load_prompts
+from scir.method.judge import judge_ids
+from scir.method.labels import parse_vote
+from scir.model.logprobs import encode_chat, encode_prompt, encode_response, encode_turns, render_chat
 from scir.recipe import JudgeSpec, Recipe, RecipeError, dump_recipe, load_recipe, override, parse_recipe
-from scir.sample import generate, sample
+from scir.stages.sample import generate, sample
 from scir.store import Prompt, Response, read_rows
 
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -7,10 +7,10 @@ from harness import ENV, ROOT, TALLY, equal, uninterrupted, SHORT
 
 SAMPLE = """
 import json, sys
-from scir.data import load_prompts
-from scir.model import for_sampling, load_tokenizer
+from scir.data.load import load_prompts
+from scir.model.weights import for_sampling, load_tokenizer
 from scir.recipe import ModelSpec, SamplingSpec
-from scir.sample import generate, sample
+from scir.stages.sample import generate, sample
 from functools import partial
 from pathlib import Path
 import torch
