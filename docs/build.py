@@ -19,14 +19,17 @@ MATHJAX, MATHJAX_SHA512 = "mathjax@3.2.2", "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+U
 PROCESSORS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_]
 
 
-def library() -> list: return sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
+FOLDERS = ("", "data", "method", "model", "stages", "runner", "report", "export")  # of nbs/, as the library has them
+
+
+def library() -> list: return [f for folder in FOLDERS for f in sorted((ROOT/"nbs"/folder).glob("[0-9][0-9]_*.ipynb"))]
 def guides() -> list: return sorted(f for f in (ROOT/"nbs").glob("[!0-9_.]*.ipynb") if f.stem != "index")
 def run_notebooks() -> list: return sorted((ROOT/"nbs"/"run").glob("[0-9]*.ipynb"))
 
 
 def notebooks() -> dict:
     """Notebook -> its place among the pages."""
-    return {f: f"{folder}{f.name}" for folder, files in (("", guides()), ("library/", library()), ("run/", run_notebooks())) for f in files}
+    return {f: f"{f.parent.relative_to(ROOT/'nbs')/f.name}" for f in (*guides(), *library(), *run_notebooks())}
 
 
 # Markdown
@@ -281,9 +284,11 @@ def write_source() -> None:
     shutil.copytree(ROOT/"docs", SOURCE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.parquet"))
     for run in (SOURCE/"results").glob("*/results.md"): run.unlink()
     for path, page in notebooks().items():
-        (SOURCE/page).parent.mkdir(exist_ok=True)
+        (SOURCE/page).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(bridge(path), SOURCE/page)
-    for page, text in extra().items(): (SOURCE/page).write_text(text)
+    for page, text in extra().items():
+        (SOURCE/page).parent.mkdir(exist_ok=True)
+        (SOURCE/page).write_text(text)
     for page in SOURCE.glob("**/*.md"):
         page.write_text(linked(re.sub(r"^<!-- made: (\w+)(.*?) -->$", lambda m: MADE[m[1]](*m[2].split()), page.read_text(), flags=re.M)))
     (SOURCE/"_static").mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from build import ROOT, definitions, guides, library, module_of, plain
+from build import ROOT, definitions, guides, library, module_of, notebooks, plain
 sys.path.insert(0, str(ROOT))
 from scir.runner import planner
 from scir.recipe import ARMS, Recipe, field_names, load_recipe
@@ -140,7 +140,7 @@ def api() -> str:
     for path in library():
         module = module_of(path)
         rows = [(f"{{py:obj}}`{d['name']} <{module}.{d['name']}>`", {"data": "value"}.get(d["kind"], d["kind"]), plain((doc(d).split("\n") or [""])[0])) for d in definitions(path)]
-        out.append(f"## {module}\n\nFrom `nbs/{path.name}`.\n\n" + table(["name", "is a", "what"], rows))
+        out.append(f"## {module}\n\nFrom `{path.relative_to(ROOT)}`.\n\n" + table(["name", "is a", "what"], rows))
     return "\n\n".join(out)
 
 
@@ -161,10 +161,31 @@ def howtos() -> str:
     return "\n".join(f"howto/{n}" for n in sorted((f.stem for f in (ROOT/"docs"/"howto").glob("*.md")), key=lambda n: (first.index(n) if n in first else len(first), n)))
 
 
+FOLDERS = {  # folder of nbs/ and of the library -> its page's title, and what it holds
+    "experiment": ("The experiment", "The recipe that describes an experiment, the files in which stages meet, and the two programs: `scir doctor` and the command line."),
+    "data": ("Data", "Prompts and labelled pairs: how they are read, in which layouts, as which conversations; and the testbed."),
+    "model": ("Models", "Weights and adapters, text to token ids, log-probabilities, and what generates text."),
+    "stages": ("Stages", "What each stage does, from the warm start to the win rates. Every stage has a run notebook of the same number and name."),
+    "run": ("Run notebooks", "One per stage: parameters, one call, a table, a plot. papermill runs them one after the other."),
+    "runner": ("Running", "Which stage is to be done, what made a finished one stale, and how notebooks are executed, one by one or side by side."),
+    "report": ("Report", "Tables, claims and figures over runs, arms and seeds."),
+    "export": ("Export", "Adapters, merged models, preference sets and benchmark files for other tools."),
+}
+
+
+def folder_page(folder: str) -> str:
+    """The page of a folder of notebooks."""
+    title, said = FOLDERS[folder]
+    inside = [p for p in notebooks().values() if str(Path(p).parent) == folder.replace("experiment", ".") and Path(p).name[0].isdigit()]
+    below = "\n".join(f"/{p.removesuffix('.ipynb')}" for p in inside)
+    return f"# {title}\n\n{said}\n\n```{{toctree}}\n:maxdepth: 1\n\n{below}\n```\n"
+
+
 def extra() -> dict:  # page -> text
     """Pages that stand nowhere else."""
     log = ROOT/"CHANGELOG.md"
-    return {f"results/{run}.md": report(run) for run in ("smol",)} | ({"changelog.md": log.read_text()} if log.exists() else {})
+    folders = {f"{folder}/index.md": folder_page(folder) for folder in FOLDERS}
+    return folders | {f"results/{run}.md": report(run) for run in ("smol",)} | ({"changelog.md": log.read_text()} if log.exists() else {})
 
 
 MADE = {f.__name__: f for f in (headline, result_table, verdicts, measured, stages, recipe, standing, arms, memory, effort, api, picture, howtos)}

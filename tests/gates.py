@@ -14,7 +14,7 @@ def readme() -> str:
 
 def snapshot(folder: Path) -> dict:
     """Contents of the exported modules and the notebooks."""
-    files = [*folder.glob("scir/*.py"), *folder.glob("nbs/**/*.ipynb")]
+    files = [*folder.glob("scir/**/*.py"), *folder.glob("nbs/**/*.ipynb")]
     return {f.relative_to(folder): f.read_bytes() for f in files if ".ipynb_checkpoints" not in f.parts}
 
 

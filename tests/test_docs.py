@@ -28,7 +28,7 @@ def test_the_bridge_keeps_what_a_reader_needs(bridged):
     assert [c.cell_type for c in bridged.cells] == ["markdown", "markdown", "code", "markdown", "code"]
     intro, text, shown, described, source = bridged.cells
     assert intro.source.startswith("# Bridges\n") and "`scir.bridge`" in intro.source and "\nWhat they carry." in intro.source
-    assert text.source == "See [`nbs/method/03_loss.ipynb`](/library/method/03_loss.ipynb) and {py:obj}`scir_loss <scir.method.loss.scir_loss>`.\n\n$$c=3$$\n\nDone."
+    assert text.source == "See [`nbs/method/03_loss.ipynb`](/method/03_loss.ipynb) and {py:obj}`scir_loss <scir.method.loss.scir_loss>`.\n\n$$c=3$$\n\nDone."
     assert shown.source == "print(1)" and shown.metadata.tags == ["remove-input"] and source.metadata.tags == ["hide-input"]
     assert "#|" not in source.source and bridged.metadata.language_info.name == "python"
 
@@ -84,7 +84,7 @@ def test_what_a_generator_yields_is_not_said_to_be_returned():
 
 def test_every_library_notebook_is_a_page_and_every_public_name_is_described():
     made = build.notebooks()
-    assert {f.name for f in (ROOT/"nbs").glob("*.ipynb")} - {"index.ipynb"} == {Path(p).name for p in made.values() if not p.startswith("run/")}
+    assert {str(f.relative_to(ROOT/"nbs")) for f in (ROOT/"nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in f.parts} - {"index.ipynb"} == set(made.values())
     listed = pages.api()
     for path in build.library():
         module = build.module_of(path)

@@ -8,7 +8,8 @@ import pytest
 from scir.runner.pipeline import STAGES, notebook_hash
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY, RUN = sorted((ROOT/"nbs").glob("[0-9]*.ipynb")), sorted((ROOT/"nbs/run").glob("*.ipynb"))
+RUN = sorted((ROOT/"nbs/run").glob("*.ipynb"))
+LIBRARY = [f for f in sorted((ROOT/"nbs").glob("**/[0-9]*.ipynb")) if f not in RUN]
 TUTORIAL = ROOT/"nbs/getting_started.ipynb"
 LONGEST = 60  # lines of a cell, empty ones left out: what is longer holds more than one idea
 
@@ -22,18 +23,18 @@ def images(path): return sum("image/png" in o.get("data", {}) for c in code(path
 
 def prose(cell): return re.sub(r"^(#.*|> .*)$", "", cell.source, flags=re.M).strip() if cell.cell_type == "markdown" else ""
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_sentence_says_why_before_every_definition(path):
     found = cells(path)
     bare = [c.source[:80] for before, c in zip(found, found[1:]) if defines(c) and not prose(before)]
     assert not bare, f"no prose in the cell before: {bare}"
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_cell_holds_one_idea(path):
     long = {c.source[:80]: n for c in cells(path) if defines(c) and (n := sum(bool(l.strip()) for l in c.source.splitlines())) > LONGEST}
     assert not long, f"more than {LONGEST} lines: {long}"
 
-@pytest.mark.parametrize("path", [*LIBRARY, *RUN, TUTORIAL], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*LIBRARY, *RUN, TUTORIAL], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_stored_outputs_are_of_a_run_without_error_or_place(path):
     outputs = [o for c in code(path) for o in c.outputs]
     assert not [o.ename for o in outputs if o.output_type == "error"]
@@ -42,12 +43,12 @@ def test_stored_outputs_are_of_a_run_without_error_or_place(path):
 
 DRAWS = re.compile(r"plt\.|\.plot\(|plot_\w+\(|display\(Image")
 
-@pytest.mark.parametrize("path", [*LIBRARY, *RUN, TUTORIAL], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*LIBRARY, *RUN, TUTORIAL], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_what_draws_shows_its_figures(path):
     drawing = [c for c in code(path) if "#| export" not in c.source and DRAWS.search(c.source)]
     assert bool(drawing) == bool(images(path)), f"{len(drawing)} cells draw, {images(path)} figures are stored"
 
-@pytest.mark.parametrize("path", [*RUN, TUTORIAL], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*RUN, TUTORIAL], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_notebook_that_calls_defines_nothing_and_shows_what_came_out(path):
     assert not [c.source[:60] for c in code(path) if re.search(r"^(def|class|#\| export)", c.source, re.M)]
     assert any("parameters" in c.metadata.get("tags", []) for c in code(path)) and sum(bool(c.outputs) for c in code(path)) >= 2

@@ -48,7 +48,7 @@ def test_every_dependency_has_a_pin_that_satisfies_it(extra):
 
 
 def test_extras_are_those_that_the_docs_name():
-    text = "".join(f.read_text() for f in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("nbs/*.ipynb")))
+    text = "".join(f.read_text() for f in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("nbs/**/*.ipynb")))
     named = {e for found in re.findall(r"scir\[([a-z,]+)\]", text) for e in found.split(",")}
     assert named and {"gpu", "vllm", "eval", "docs", "dev"} | named <= PROJECT["optional-dependencies"].keys()
 
@@ -85,7 +85,7 @@ def test_wheel_holds_what_a_run_needs_and_no_more(wheel):
     shipped = {n.removeprefix("scir/shipped/") for n in names if n.startswith("scir/shipped/")}
     ours = {str(f.relative_to(ROOT)) for pattern in ("recipes/*.yaml", "nbs/run/*.ipynb", "data/*.jsonl", "data/testbed/*") for f in ROOT.glob(pattern)}
     assert shipped == ours
-    assert {f"scir/{f.name}" for f in ROOT.glob("scir/*.py")} == {n for n in names if n.endswith(".py")}
+    assert {str(f.relative_to(ROOT)) for f in ROOT.glob("scir/**/*.py")} == {n for n in names if n.endswith(".py")}
 
 
 def test_wheel_runs_outside_the_checkout(wheel, tmp_path):

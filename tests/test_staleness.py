@@ -15,12 +15,12 @@ def edit(monkeypatch, module, name):
     monkeypatch.setitem(defined, name, edited(defined[name]))
 
 def package(**sources):
-    found = {name: definitions(source) for name, source in sources.items()}
+    found = {name: definitions(source, name) for name, source in sources.items()}
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
 @pytest.mark.parametrize("module, name, expected", [
-    ("report", "plot_headline", {"report"}), ("loss", "scir_loss", {"optimise"}), ("testbed", "prompts", set()), ("cli", "run", set()),
-    ("sample", "sample", {"warm_start", "sample", "evaluate", "align"}), ("evaluate", "evaluate", {"evaluate"}),
+    ("report.report", "plot_headline", {"report"}), ("method.loss", "scir_loss", {"optimise"}), ("data.testbed", "prompts", set()), ("cli", "run", set()),
+    ("stages.sample", "sample", {"warm_start", "sample", "evaluate", "align"}), ("stages.evaluate", "evaluate", {"evaluate"}),
 ])
 def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, module, name, expected):
     before = {s: code_hashes(s) for s in STAGES}
@@ -29,7 +29,7 @@ def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, modul
 
 def test_what_is_registered_is_reached():
     "The recipe names a reward model; no code does."
-    assert {("rewards", "pointwise"), ("rewards", "longer")} <= reached(LOADED, "pipeline", "_judge")
+    assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= reached(LOADED, "runner.pipeline", "_judge")
 
 SOURCE = """
 from .b import helper, TABLE

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 import scir
 from ..data.chat import CLOCK
 from ..recipe import MODELS, SHIPPED, Recipe, RecipeError, all_nodes, dump_recipe, load_recipe, locate, node_name, node_parts, own_recipe, parent_node, sft_node
-from .staleness import Package, code_of, read_package
+from .staleness import Package, code_of, modules_in, read_package
 from ..store import digest, exchange, hash_path, hide_secrets, peak_bytes, processes, rank, read_json, remove, sharded, unfinished, unfinished_parts, write_json, write_text
 
 # %% ../../nbs/runner/03_pipeline.ipynb #7299161b
@@ -248,13 +248,13 @@ def needed(recipe:Recipe, step:Step)->list: # of Step
 CODE = Path(scir.__file__).parent
 
 def files_of(folder:Path)->dict: # module -> hash of its file
-    return {f.stem: hash_path(f) for f in folder.glob("*.py")}
+    return {m: hash_path(f) for m, f in modules_in(folder).items()}
 
 LOADED, FILES = read_package(CODE), files_of(CODE)  # the code that this process runs, whatever is written over it later
 
 def code_hashes(stage:str, package:Package=LOADED)->dict: # module -> hash
     "The code that a stage depends on: everything that its function here calls, in this package."
-    return code_of(package, "pipeline", f"_{stage}")
+    return code_of(package, "runner.pipeline", f"_{stage}")
 
 def check_code(stage:str)->None:
     "Raise RuntimeError when code that a stage needs was changed under this process: the old code would run and be recorded as the new."

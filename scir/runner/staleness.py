@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'Definition', 'globals_of', 'without_docstrings', 'imports_of', 'names_bound', 'definitions', 'Package',
-           'read_package', 'followed', 'registered', 'reached', 'code_of']
+           'modules_in', 'read_package', 'imported', 'followed', 'registered', 'reached', 'code_of']
 
 # %% ../../nbs/runner/01_staleness.ipynb #b4925b32
 import ast, symtable
@@ -20,6 +20,7 @@ from ..store import digest
 class Definition:
     "What a module says of one name; read when it is asked for."
     nodes: list # statements
+    home: str = "" # the module that says it
 
     @cached_property
     def source(self)->str: return "\n".join(ast.unparse(without_docstrings(n)) for n in self.nodes)
@@ -29,8 +30,8 @@ class Definition:
         return globals_of(symtable.symtable(self.source, "", "exec"))
 
     @cached_property
-    def imports(self)->dict: # local name -> (module of the package, name there or None: the whole module)
-        return {k: v for n in self.nodes for k, v in imports_of(n).items()}
+    def imports(self)->dict: # local name -> (module or folder of the package, name there)
+        return {k: v for n in self.nodes for k, v in imports_of(n, self.home).items()}
 
     @property
     def decorators(self)->set:
@@ -50,15 +51,15 @@ def without_docstrings(node:ast.AST)->ast.AST:
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str): first.value.value = ""
     return node
 
-def imports_of(node:ast.AST)->dict: # local name -> (module of the package, name there or None)
-    "What a statement, or anything inside it, imports from the package."
+def imports_of(node:ast.AST, home:str="")->dict: # local name -> (module or folder of the package, name there)
+    "What a statement of module `home`, or anything inside it, imports from the package."
     out = {}
     for n in ast.walk(node):
         if not isinstance(n, ast.ImportFrom): continue
-        module = n.module or ""
-        if not n.level and module != "scir" and not module.startswith("scir."): continue
-        module = module.removeprefix("scir").removeprefix(".")
-        out |= {a.asname or a.name: (module, a.name) if module else (a.name, None) for a in n.names}
+        above = home.split(".")[:-n.level] if n.level else []
+        path = [*above, *(n.module or "").split(".")]
+        if not n.level and path.pop(0) != "scir": continue
+        out |= {a.asname or a.name: (".".join(filter(None, path)), a.name) for a in n.names}
     return out
 
 def names_bound(node:ast.stmt)->list:
@@ -68,15 +69,15 @@ def names_bound(node:ast.stmt)->list:
     found = [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
     return found[:1] if targets and isinstance(targets[0], ast.Subscript) else found
 
-def definitions(source:str)->tuple: # name -> Definition, imports of the module
-    "What a module's source defines."
+def definitions(source:str, home:str="")->tuple: # name -> Definition, imports of the module
+    "What the source of module `home` defines."
     parts, imports = {}, {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)): imports |= imports_of(node)
+        if isinstance(node, (ast.Import, ast.ImportFrom)): imports |= imports_of(node, home)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): continue
         else:
             for name in names_bound(node) or [""]: parts.setdefault(name, []).append(node)
-    return {name: Definition(nodes) for name, nodes in parts.items() if name != "__all__"}, imports
+    return {name: Definition(nodes, home) for name, nodes in parts.items() if name != "__all__"}, imports
 
 # %% ../../nbs/runner/01_staleness.ipynb #06dcced7
 class Package(NamedTuple):
@@ -86,16 +87,27 @@ class Package(NamedTuple):
 
 LEFT_OUT = {"recipe"}
 
+def modules_in(folder:Path)->dict: # dotted name -> file
+    "The modules below a folder."
+    files = {f.relative_to(folder).with_suffix(""): f for f in sorted(Path(folder).glob("**/*.py"))}
+    return {".".join(name.parts): f for name, f in files.items()}
+
 def read_package(folder:Path)->Package:
     "Parse every module in a folder."
-    found = {f.stem: definitions(f.read_text(encoding="utf-8")) for f in sorted(Path(folder).glob("*.py"))}
+    found = {m: definitions(f.read_text(encoding="utf-8"), m) for m, f in modules_in(folder).items()}
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
+
+def imported(p:Package, path:str, name:str)->tuple: # module, name there, or None for the whole module
+    "What `from PATH import NAME` names: a definition, or a module."
+    whole = ".".join(filter(None, (path, name)))
+    return (whole, None) if whole in p.defined else (path, name)
 
 def followed(p:Package, module:str, name:str)->list: # of (module, name)
     "Where the names lead that a definition mentions."
     d = p.defined[module][name]
     out = [(module, n) for n in d.mentions if n in p.defined[module]]
-    for target, there in [*d.imports.values(), *(p.imports[module][n] for n in d.mentions & p.imports[module].keys())]:
+    named = [*d.imports.values(), *(p.imports[module][n] for n in d.mentions & p.imports[module].keys())]
+    for target, there in (imported(p, *n) for n in named):
         if target not in p.defined or target in LEFT_OUT: continue
         out += [(target, n) for n in p.defined[target] if there is None or n in (there, "")]
     return out

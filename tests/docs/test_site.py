@@ -103,7 +103,7 @@ def test_no_link_is_dead(visits, site):
 
 def test_equations_are_drawn(visits):
     assert not every(visits, lambda v: v["wrong"] + v["dollars"] + ["not drawn"] * (v["drawn"] < v["maths"]))
-    assert visits["library/method/03_loss.html"]["drawn"] >= 10
+    assert visits["method/03_loss.html"]["drawn"] >= 10
 
 
 def test_figures_are_there_and_have_words(visits):
@@ -139,7 +139,7 @@ def test_search_finds_the_loss(site, browser):
     page.press("input[name=q]", "Enter")
     page.click("#search-results li.kind-object a")
     page.wait_for_load_state()
-    assert "library/method/03_loss.html" in page.url and page.locator("dt#scir\\.loss\\.scir_loss").count() == 1
+    assert "method/03_loss.html" in page.url and page.locator("dt#scir\\.method\\.loss\\.scir_loss").count() == 1
     page.close()
 
 
@@ -161,7 +161,7 @@ def test_screenshots(site, browser):
     folder = Path(os.environ["SHOTS"])
     for view, size, scheme in (("desk", DESK, "light"), ("phone", PHONE, "light"), ("dark", DESK, "dark")):
         page = browser.new_page(viewport=size, color_scheme=scheme)
-        for name in [n for n in PAGES if not n.startswith(("library", "run")) or n in ("library/00_recipe.html", "library/method/03_loss.html", "library/stages/05_consistency.html", "library/report/02_report.html", "run/03_judge.html")]:
+        for name in [n for n in PAGES if not n.startswith(("library", "run")) or n in ("00_recipe.html", "method/03_loss.html", "stages/05_consistency.html", "report/02_report.html", "run/03_judge.html")]:
             page.goto(site + name, wait_until="networkidle")
             drawn(page)
             (folder/view).mkdir(parents=True, exist_ok=True)
