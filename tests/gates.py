@@ -22,7 +22,8 @@ def export_gate() -> list:
     """Files that nbdev_export or nbdev_clean would change, found on a copy of the tree."""
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d) / "scir"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "data", "__pycache__", "*.egg-info"))
+        for part in ("nbs", "scir"): shutil.copytree(ROOT/part, copy/part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/file, copy)
         before = snapshot(copy)
         for command in ("nbdev_export", "nbdev_clean"):
             subprocess.run([str(Path(sys.executable).parent / command)], cwd=copy, check=True)

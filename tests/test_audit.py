@@ -46,9 +46,9 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
             for name in ("hash_path", "notebook_hash"): m.setattr(pipeline, name, lambda p, end=end, plain=getattr(pipeline, name): "other" if str(p).endswith(end) else plain(p))
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
-        edit(m, "score", "score")
+        edit(m, "stages.judge", "score")
         assert why(recipe, run, "judge:seed0/m1") == "the code of scir.stages.judge changed" and state(recipe, run, SAMPLE).name == "done"
-        edit(m, "pipeline", "_sample")
+        edit(m, "runner.pipeline", "_sample")
         assert why(recipe, run, SAMPLE.key) == "the code of scir.runner.pipeline changed"
     (run / "seed0/m1/scores.jsonl").unlink()
     assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
@@ -128,10 +128,10 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
 def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
     "A kernel or a fork server that was started before an edit would do the step with the old code."
     recipe, run = copy
-    monkeypatch.setattr(pipeline, "files_of", lambda folder: {"score": "edited"})
+    monkeypatch.setattr(pipeline, "files_of", lambda folder: {"stages.judge": "edited"})
     pipeline.check_code("judge")  # only a comment was edited, or a function that judging does not call
     now = pipeline.read_package(pipeline.CODE)
-    now.defined["score"]["score"] = edited(now.defined["score"]["score"])
+    now.defined["stages.judge"]["score"] = edited(now.defined["stages.judge"]["score"])
     monkeypatch.setattr(pipeline, "read_package", lambda folder: now)
     with pytest.raises(RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()

@@ -426,9 +426,10 @@ def test_exit_codes(args, code, words):
 def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path):
     given = {"run": ["recipes/tiny.yaml"], "status": ["r"], "report": ["r"], "verify": ["r"], "judge": ["--model", TINY, "--pairs", "p"], "sample": ["--model", TINY, "--prompts", "p"],
              "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path/"o")], "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"], "doctor": [], "bench": [], "testbed": ["--out", str(tmp_path/"t")]}[name]
-    where = {"run": "pipeline.run_recipe", "status": "pipeline.quiet", "report": "report.report", "verify": "pipeline.quiet", "fit-reward": "data.load_pairs", "doctor": "doctor.examine", "bench": "bench.bench", "testbed": "testbed.write_testbed"}
+    where = {"run": "runner.pipeline.run_recipe", "report": "report.report.report", "fit-reward": "data.load.load_pairs", "doctor": "doctor.examine",
+             "bench": "runner.bench.bench", "testbed": "data.testbed.write_testbed"}
     def broken(*a, **kw): raise LookupError("lost")
-    monkeypatch.setattr(f"scir.{where.get(name, 'pipeline.quiet')}", broken)
+    monkeypatch.setattr(f"scir.{where.get(name, 'runner.pipeline.quiet')}", broken)
     plain, debug = (CliRunner().invoke(app, [name, *given, *more]) for more in ([], ["--debug"]))
     assert plain.exit_code == 1 and plain.stderr == "scir: lost\n" and isinstance(debug.exception, LookupError)
 

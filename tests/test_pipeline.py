@@ -135,10 +135,10 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
 def test_staleness_follows_what_is_called():
     from scir.runner.pipeline import LOADED, STAGES, code_hashes
     from scir.runner.staleness import reached
-    reach = {stage: reached(LOADED, "pipeline", f"_{stage}") for stage in STAGES}
-    assert {("loss", "scir_loss"), ("rewards", "implicit"), ("logprobs", "response_logps"), ("trainer", "fit"), ("model", "for_training")} <= reach["optimise"]
-    assert {("sample", "sample"), ("data", "prompt_pool")} <= reach["sample"] and {("rewards", "generative"), ("judge", "judge_ids")} <= reach["judge"]
-    assert ("loss", "scir_loss") not in reach["judge"] and not {"loss", "trainer"} & code_hashes("report").keys()
+    reach = {stage: reached(LOADED, "runner.pipeline", f"_{stage}") for stage in STAGES}
+    assert {("method.loss", "scir_loss"), ("method.rewards", "implicit"), ("model.logprobs", "response_logps"), ("method.trainer", "fit"), ("model.weights", "for_training")} <= reach["optimise"]
+    assert {("stages.sample", "sample"), ("data.load", "prompt_pool")} <= reach["sample"] and {("method.rewards", "generative"), ("method.judge", "judge_ids")} <= reach["judge"]
+    assert ("method.loss", "scir_loss") not in reach["judge"] and not {"method.loss", "method.trainer"} & code_hashes("report").keys()
 
 
 def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
