@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ADDITIVE', 'OneOrMore', 'Targets', 'Seeds', 'Sources', 'DPO', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MOST', 'spec',
            'Section', 'no_secret', 'ModelSpec', 'LoraSpec', 'DataSpec', 'SFTSpec', 'WarmStartSpec', 'SamplingSpec',
-           'JudgeSpec', 'LabelSpec', 'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'RecipeError', 'field_names',
-           'parse_recipe', 'read_yaml', 'override', 'load_recipe', 'shipped_recipes', 'dump_recipe', 'own_recipe',
-           'run_of', 'node_name', 'sft_node', 'node_parts', 'parent_node', 'all_nodes']
+           'JudgeSpec', 'LabelSpec', 'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'root', 'notebook_folder',
+           'RecipeError', 'field_names', 'parse_recipe', 'read_yaml', 'override', 'load_recipe', 'shipped_recipes',
+           'dump_recipe', 'own_recipe', 'run_of', 'node_name', 'sft_node', 'node_parts', 'parent_node', 'all_nodes',
+           'adapters']
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib, re, reprlib
@@ -283,6 +284,16 @@ def locate(path)->Path:
     "A file by its name from here, or, where there is none, the package's own of that name (`recipes/tiny.yaml`, `data/pairs.jsonl`, `nbs/run`)."
     return Path(path) if Path(path).exists() or not (SHIPPED/path).exists() else SHIPPED/path
 
+def root(run:Path|None=None)->Path:
+    "The project's folder: the nearest one above the current one, or above a run, that holds nbs/run, else the current one."
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents, *(run.resolve().parents if run else ())) if (p/"nbs"/"run").is_dir()), here)
+
+def notebook_folder()->Path:
+    "Where the run notebooks are: in the project, or, outside a checkout, in the package."
+    own = root()/"nbs"/"run"
+    return own if own.is_dir() else SHIPPED/"nbs"/"run"
+
 class RecipeError(ValueError):
     "A recipe that cannot be used; the message is one line per fault."
 
@@ -416,3 +427,11 @@ def all_nodes(recipe:Recipe)->list:
     "Every model of a run, the base first; the base is the same for all seeds and stands with the first."
     of = lambda seed: [node_name(seed, 1), *(node_name(seed, t, a) for a in recipe.arms for t in range(2, recipe.rounds(a) + 2))]
     return [node_name(recipe.seeds[0], 0), *(n for seed in recipe.seeds for n in of(seed))]
+
+def adapters(recipe:Recipe, run, node:str)->tuple: # adapter folder or None, reference adapter folder or None
+    "Where M_t's adapter is, and its reference's when that is not the base."
+    seed, _, t = node_parts(node)
+    if t == 0: return None, None
+    previous = parent_node(node) if t > 1 else sft_node(seed)
+    older = {"sft": sft_node(seed), "previous": previous, "initial": None}[recipe.train.reference]
+    return Path(run)/node/"adapter", Path(run)/older/"adapter" if older else None

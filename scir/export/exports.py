@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'COLUMNS', 'EXPORTS', 'PUBLISHED', 'MEANING', 'REFERENCES', 'FIRST', 'PAPER', 'LIMITS', 'LOAD', 'AGREED',
-           'LABELLERS', 'SIZES', 'FOLDERS', 'alpaca_eval', 'alpaca_annotations', 'mt_bench', 'answer_questions', 'hit',
-           'rewardbench', 'benchmark_rows', 'export_alpaca', 'usable_questions', 'export_mt_bench',
-           'export_reward_bench', 'Origin', 'origin', 'training', 'records', 'summary_of', 'outdated', 'check_done',
-           'shown', 'on_hub', 'lineage', 'licence_of', 'measures', 'said_measure', 'said_rate', 'table', 'measured',
-           'won', 'eval_results', 'reference_of', 'trained_on', 'data_facts', 'facts', 'settings', 'how_made',
-           'model_card', 'whole_folder', 'plain_chat', 'save_tokenizer', 'described', 'merged',
-           'stop_where_answers_end', 'finished', 'export_adapter', 'export_merged', 'preference_file', 'signed_margins',
-           'preference_set', 'dataset_card', 'export_dataset', 'check_push', 'push']
+           'LABELLERS', 'SIZES', 'FOLDERS', 'alpaca_annotations', 'mt_bench', 'answer_questions', 'hit', 'rewardbench',
+           'benchmark_rows', 'export_alpaca', 'usable_questions', 'export_mt_bench', 'export_reward_bench', 'Origin',
+           'origin', 'training', 'records', 'summary_of', 'outdated', 'check_done', 'shown', 'on_hub', 'lineage',
+           'licence_of', 'measures', 'said_measure', 'said_rate', 'table', 'measured', 'won', 'eval_results',
+           'reference_of', 'trained_on', 'data_facts', 'facts', 'settings', 'how_made', 'model_card', 'whole_folder',
+           'plain_chat', 'save_tokenizer', 'described', 'merged', 'stop_where_answers_end', 'finished',
+           'export_adapter', 'export_merged', 'preference_file', 'signed_margins', 'preference_set', 'dataset_card',
+           'export_dataset', 'check_push', 'push']
 
 # %% ../../nbs/export/01_exports.ipynb #c9ff9c2e
 import os, shlex, shutil, time
@@ -32,14 +32,6 @@ from ..recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_
 from ..store import Response, Score, digest, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
 # %% ../../nbs/export/01_exports.ipynb #4c5949fa
-def alpaca_eval(rows:list, # Response rows
-                generator:str, # the model's name on the leaderboard
-                dataset:str="scir", # where the instructions come from
-                datasplit:str="eval",
-               )->list: # dicts, in the order of the rows
-    "AlpacaEval's model outputs, candidate 0 of each prompt (https://github.com/tatsu-lab/alpaca_eval#evaluating-a-model)."
-    return [{"instruction": as_text(r.prompt), "output": r.response, "generator": generator, "dataset": dataset, "datasplit": datasplit} for r in rows if r.candidate == 0]
-
 def alpaca_annotations(duels:list, # Duel rows
                        generator:str, # the model
                        reference:str, # where the reference outputs come from

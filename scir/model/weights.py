@@ -9,8 +9,7 @@ __all__ = ['PACKAGED', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN
            'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'body', 'shard', 'Weight',
            'is_linear', 'older_names', 'kind_of', 'in_attention', 'numbers', 'weights', 'Reach', 'layer_of', 'named',
            'chosen', 'reached', 'counted', 'reach_summary', 'reach_text', 'shortest_names', 'endings', 'lora_config',
-           'new_adapter', 'safe_adapter', 'adapters', 'load_adapter', 'for_training', 'dense', 'for_scoring',
-           'for_sampling']
+           'new_adapter', 'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../../nbs/model/01_weights.ipynb #f5242200
 import ctypes, hashlib, os, re, subprocess, sys, zipfile
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ..data.chat import set_template
-from ..recipe import LoraSpec, MODELS, ModelSpec, Recipe, RecipeError, node_parts, parent_node, sft_node
+from ..recipe import LoraSpec, MODELS, ModelSpec, Recipe, RecipeError
 from ..store import sharded
 
 # %% ../../nbs/model/01_weights.ipynb #a4ef6c48
@@ -433,13 +432,6 @@ def safe_adapter(folder)->str:
     if not (Path(folder)/"adapter_config.json").exists(): raise FileNotFoundError(f"{folder}: no adapter there; run the training stage that writes it")
     if not (Path(folder)/"adapter_model.safetensors").exists(): raise ValueError(f"{folder}: no adapter_model.safetensors there, and pickled weights are not read; save the adapter again with save_pretrained")
     return str(folder)
-
-def adapters(recipe:Recipe, run, node:str)->tuple: # adapter folder or None, reference adapter folder or None
-    "Where M_t's adapter is, and its reference's when that is not the base."
-    seed, _, t = node_parts(node)
-    if t == 0: return None, None
-    older = {"sft": sft_node(seed), "previous": parent_node(node) if t > 1 else sft_node(seed), "initial": None}[recipe.train.reference]
-    return Path(run)/node/"adapter", Path(run)/older/"adapter" if older else None
 
 def load_adapter(base, folder, trainable:bool=False):
     "`base` with the adapter saved in `folder`."

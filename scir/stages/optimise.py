@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_pairs', 'replayed', 'preference_rows', 'pair_loss', 'own_loss', 'chosen_nll', 'label_metrics',
-           'assert_reference', 'optimise', 'correct_labels', 'own_share', 'train', 'unchanged']
+           'assert_reference', 'run', 'correct_labels', 'own_share', 'train', 'unchanged']
 
 # %% ../../nbs/stages/06_optimise.ipynb #22440b8f
 import math, random, shutil
@@ -99,18 +99,18 @@ def assert_reference(scores:list)->None:
         raise ValueError("the implicit margin is zero on every pair: the reference equals the model, so nothing can agree; warm-start it (warm_start.lambda_dpo > 0) or name an older train.reference")
 
 # %% ../../nbs/stages/06_optimise.ipynb #3475105a
-def optimise(recipe:Recipe, run, node:str)->dict: # summary
+def run(recipe:Recipe, run_dir, node:str)->dict: # summary
     "Train the model `node` from the model and scores of its parent; writes adapter/, metrics.jsonl and preferences.jsonl. With no pair to train on the model stays as it is, and the summary says so."
     from scir.model.weights import for_training, load_adapter, load_base, load_tokenizer
     seed, arm, _ = node_parts(node)
-    parent, folder, spec = Path(run)/parent_node(node), Path(run)/node, recipe.arm(arm)
+    parent, folder, spec = Path(run_dir)/parent_node(node), Path(run_dir)/node, recipe.arm(arm)
     recipe, tokenizer, scores = recipe.model_copy(update={"train": spec}), load_tokenizer(recipe.model), read_rows(parent/"scores.jsonl", Score)
     rewards = {r.id: r.rewards for r in read_rows(parent/"rewards.jsonl", ResponseReward)} if spec.label in OUTSIDE else None
     pairs, notes = training_pairs(tokenizer, scores, spec, rewards)
     if not pairs: return notes | unchanged(arm, parent, folder)
     assert_reference(scores)
     own = len(pairs)
-    if spec.replay: pairs = pairs + replayed(tokenizer, recipe, run, parent_node(node), own)
+    if spec.replay: pairs = pairs + replayed(tokenizer, recipe, run_dir, parent_node(node), own)
     model = for_training(load_adapter(load_base(recipe.model), parent/"adapter", trainable=True), recipe.model)
     write_rows(folder/"preferences.jsonl", preference_rows(pairs, scores))
     history = train(model, tokenizer, pairs, recipe, folder, seed)
