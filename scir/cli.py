@@ -65,7 +65,7 @@ def _usage(error):
 def _reason(error):
     "A recipe's faults each on its line, any other error on one."
     if isinstance(error, ModuleNotFoundError): return f"{error}; pip install {error.name}, and scir doctor says what else is missing"
-    from scir.runner.pipeline import reason
+    from scir.runner.work import reason
     from scir.recipe import RecipeError
     if isinstance(error, RecipeError): return error
     return reason(error) + (" (the executed notebook in the run's notebooks/ has the traceback)" if hasattr(error, "ename") else "")
@@ -167,7 +167,7 @@ def usable_tokenizer(recipe):
 def check(model:str, recipe)->None:
     "Raise for a model that is not there, verdict words that are no single tokens, a reward model nobody knows."
     from scir.stages.evaluate import resolve
-    from scir.runner.pipeline import check_words
+    from scir.runner.run import check_words
     from scir.method.rewards import check_rewards
     recipe, _ = resolve(model, recipe)
     check_words(usable_tokenizer(recipe), recipe)
@@ -219,7 +219,7 @@ def launch(words:list, processes:int, debug:bool=False)->None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run as torchrun
-    from scir.runner.pipeline import launch_line
+    from scir.runner.processes import launch_line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if not debug: logging.disable()
@@ -241,7 +241,9 @@ def from_here(path:Path, here:Path)->Path:
 def rehearse(recipe, out:Path, here:Path, words:list, jobs:int, processes:int, json:bool)->None:
     "Print every step's state, and how to start the run on one machine and, where no steps are side by side, on several."
     from scir.runner.verify import status as ask
-    from scir.runner.pipeline import launch_line, seen, told as state
+    from scir.runner.processes import launch_line
+    from scir.runner.execute import seen
+    from scir.runner.execute import told as state
     shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
     steps = [(step.key, seen(recipe, out, step) if s.name == "done" else s) for step, s in ask(recipe, out)]
     lines = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])} | ({"on two, on each": shell(launch_line(words, processes, machines=2))} if jobs == 1 else {})
@@ -281,7 +283,7 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
         dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="say what would be done, and the line that starts it on one machine and on several")] = False,
         json: Json = False, debug: Debug = False):
     "Run a recipe: every stage that is not finished, each notebook in a fresh kernel."
-    from scir.runner.pipeline import place, ready, run_recipe
+    from scir.runner.run import place, ready, run_recipe
     from scir.recipe import load_recipe
     from scir.store import rank
     fits_together(jobs, settings := as_settings(cluster), processes, shard)
@@ -299,7 +301,8 @@ def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol
 
 def opened(run:Path, recipe:Path|None=None, setting:tuple|list=())->tuple: # Recipe, run directory
     "A run directory with its own recipe, or with another one. Goes to the project's folder, where recipes name their data from."
-    from scir.runner.pipeline import quiet, root, settled
+    from scir.runner.work import quiet, settled
+    from scir.recipe import root
     from scir.recipe import load_recipe, own_recipe
     quiet()
     own = own_recipe(run)
@@ -370,7 +373,7 @@ def judge(model: Annotated[str, typer.Option(help=MODEL)],
           recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None, json: Json = False, debug: Debug = False):
     "Score labelled pairs with a model's internal reward models, a Parquet row each."
     from scir.stages.evaluate import judge_file
-    from scir.runner.pipeline import quiet, say_shipped
+    from scir.runner.work import quiet, say_shipped
     with aside(json):
         quiet()
         say_shipped([pairs])
@@ -395,7 +398,7 @@ def sample(model: Annotated[str, typer.Option(help=MODEL)],
 
     An interrupted try goes on with the same command."""
     from scir.stages.evaluate import resolve
-    from scir.runner.pipeline import quiet, say_shipped
+    from scir.runner.work import quiet, say_shipped
     from scir.model.engines import sample_file
     with aside(json):
         quiet()
@@ -439,7 +442,7 @@ def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged 
 
     Or answer or judge a benchmark, in the file that its own program reads."""
     from scir.export.exports import EXPORTS, FOLDERS, check_push, push as upload
-    from scir.runner.pipeline import quiet, say_shipped
+    from scir.runner.work import quiet, say_shipped
     suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward}, {"--licence": licence, "--push": push})
     with aside(json):
         quiet()
@@ -464,9 +467,9 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
                      split: Annotated[list[str], typer.Option(help="splits to fit on: train, validation, test; more than once for several", callback=known_split)] = ["train"],
                      limit: Limit = None, json: Json = False, debug: Debug = False):
     "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates."
-    from scir.stages.align import fit_reward
+    from scir.model.outside import fit_reward
     from scir.data.load import load_pairs, row_split
-    from scir.runner.pipeline import quiet, say_shipped
+    from scir.runner.work import quiet, say_shipped
     with aside(json):
         quiet()
         say_shipped([pairs])

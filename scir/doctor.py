@@ -206,7 +206,7 @@ def package(asked:str, # a requirement, torch>=2.6
 def packages()->list:
     "Those that need attention, then the rest in one line."
     from packaging.requirements import Requirement
-    from scir.runner.pipeline import root
+    from scir.recipe import root
     with suppress(ImportError): import scir.runner.kernels  # which keeps bitsandbytes quiet
     known = constrained(root()/"constraints.txt")
     asked = [r for r in metadata.requires("scir") if (m := Requirement(r).marker) is None or m.evaluate({"extra": ""})]
@@ -238,7 +238,7 @@ def disk(folder, needed:float, what:str)->Finding:
 
 def space()->Finding:
     "Room where runs are kept, for what everybody needs: the embedded model is 0.54 GB, fetched as 0.1 GB, and a small run."
-    from scir.runner.pipeline import root
+    from scir.recipe import root
     return disk(root()/"data/runs", 1e9, "the embedded model and a small run")
 
 # %% ../nbs/03_doctor.ipynb #53428883
@@ -267,7 +267,7 @@ def model_found(name:str, revision:str|None, pickled:bool, offline:bool)->Findin
 
 def models(recipe)->list:
     "Every model that a recipe names."
-    from scir.runner.pipeline import models_of, read_fields
+    from scir.runner.state import models_of, read_fields
     named = [m for m in models_of(read_fields(recipe, ("model", "labels", "alignment"))) if not m.startswith("http")]
     spec = recipe.model
     return [model_found(m, spec.revision if m == spec.name else None, spec.allow_pickle, offline()) for m in dict.fromkeys(named)]
@@ -277,7 +277,7 @@ def data(recipe, fetch:bool=False)->list:
     "What of the data is here; where all of it is, it is read and counted. `fetch`: read the hub's too."
     from scir.stages.align import reference_outputs
     from scir.data.load import evaluation_rows, prompt_pool
-    from scir.runner.pipeline import recipe_sources
+    from scir.runner.state import recipe_sources
     if not fetch and (away := [s for s in recipe_sources(recipe) if not is_file(s)]): return [from_hub(s, kept(s), offline()) for s in away]
     compared = recipe.alignment
     try:
@@ -299,7 +299,7 @@ class Inputs(NamedTuple):
 
 def inputs(recipe)->Inputs:
     "All rows of a run that are there before it, encoded once. Raises ValueError where a stage would find none it can use."
-    from scir.runner.pipeline import recipe_sources
+    from scir.runner.state import recipe_sources
     from scir.recipe import locate
     from scir.store import hash_path
     return _inputs(recipe.model_dump_json(), tuple(hash_path(locate(s)) for s in recipe_sources(recipe)))
@@ -310,7 +310,7 @@ def _inputs(written, hashes): # a recipe as JSON; the hashes of its data make it
     from scir.stages.evaluate import labelled_sets
     from scir.model.logprobs import encode_prompt
     from scir.recipe import Recipe
-    from scir.stages.warm_start import good_answers, seed_pairs
+    from scir.stages.sft import good_answers, seed_pairs
     recipe = Recipe.model_validate_json(written)
     tokenizer, d, prompts = _tokenizer(recipe), recipe.data, []
     train, held, _ = prompt_pool(d)
@@ -324,7 +324,7 @@ def _inputs(written, hashes): # a recipe as JSON; the hashes of its data make it
 
 def readable(recipe, fetch:bool)->bool:
     "Whether a recipe's data can be read now, and can be used."
-    from scir.runner.pipeline import recipe_sources
+    from scir.runner.state import recipe_sources
     if not fetch and not all(map(is_file, recipe_sources(recipe))): return False
     try: return bool(inputs(recipe))
     except (ValueError, OSError): return False  # reported by `data`
@@ -345,7 +345,7 @@ def from_hub(source:str, kept:bool, offline:bool)->Finding:
 def grader(recipe, fetch:bool=False)->Finding|None:
     "Which prompts the recipe's grader knows. A grader that is not there was named by the recipe's own check."
     from scir.data.load import find_grader, grade, prompt_pool, seed_prompts
-    from scir.runner.pipeline import recipe_sources
+    from scir.runner.state import recipe_sources
     from scir.recipe import RecipeError
     name, lists = recipe.data.grader, {}
     try: function = find_grader(name) if name else None
@@ -366,7 +366,7 @@ def hub_token(recipe)->Finding|None:
     "Asked only of a recipe that needs the hub."
     from huggingface_hub import get_token
     from scir.model.weights import BUILT_IN, model_folder
-    from scir.runner.pipeline import recipe_sources
+    from scir.runner.state import recipe_sources
     away = [s for s in recipe_sources(recipe) if not is_file(s)] + [recipe.model.name] * (model_folder(recipe.model.name, recipe.model.revision) is None and recipe.model.name not in BUILT_IN)
     if not away: return None
     return Finding("hub token", "there") if get_token() else Finding("hub token", "none: the hub refuses gated models and slows down those it does not know", "warn", "hf auth login")
@@ -379,7 +379,7 @@ def _tokenizer(recipe): # None where the model is not here
 
 def verdicts(recipe, fetch:bool=False)->Finding|None:
     "Whether the judge's verdict words are single tokens."
-    from scir.runner.pipeline import check_words
+    from scir.runner.run import check_words
     if (tokenizer := _tokenizer(recipe)) is None: return None
     try: check_words(tokenizer, recipe)
     except ValueError as e:
@@ -466,7 +466,7 @@ def adapter(recipe, fetch:bool=False)->Finding|None:
 
 def decoding(recipe, fetch:bool=False)->Finding|None:
     "Whether our own sampling can decode with this model."
-    from scir.stages.sample import Pool
+    from scir.model.decoding import Pool
     if recipe.sampling.engine != "transformers" or (model := _empty(recipe)) is None: return None
     try: Pool(model, recipe.sampling, set())
     except ValueError as e: return Finding("sampling", str(e), "fault", "name another model, or sample elsewhere: add --set sampling.engine=vllm")
@@ -500,7 +500,7 @@ def adapter_bytes(recipe)->int:
 
 def row_bytes(recipe, train:int, held:int, labelled:int, seeds:int)->int:
     "All rows of a run, at most. `train`, `held`: prompts; `labelled`: pairs in the evaluation sets; `seeds`: labelled pairs of the warm start."
-    from scir.runner.pipeline import plan
+    from scir.runner.plan import plan
     from scir.runner.planner import pairs_each
     from scir.recipe import all_nodes
     s, d, steps = recipe.sampling, recipe.data, [step.stage for step in plan(recipe)]
@@ -516,7 +516,8 @@ def room_on_disk(recipe)->Finding|None:
     "Adapters, checkpoints and rows of a whole run against the free space; None where model or data are not here yet."
     from scir.data.load import evaluation_rows, load_pairs, merged, prompt_pool, row_split
     from scir.model.weights import model_folder
-    from scir.runner.pipeline import recipe_sources, root
+    from scir.runner.state import recipe_sources
+    from scir.recipe import root
     from scir.recipe import all_nodes
     if model_folder(recipe.model.name, recipe.model.revision) is None or not all(map(is_file, recipe_sources(recipe))): return None
     try: train, held, _ = prompt_pool(recipe.data)
@@ -579,7 +580,7 @@ def memory_and_hours(recipe, gpu:float|None=None, # GB of a GPU that is elsewher
     "The plan of a run."
     import torch
     from scir.model.weights import device, model_folder
-    from scir.runner.pipeline import recipe_sources
+    from scir.runner.state import recipe_sources
     from scir.runner.planner import assumed_sizes, config_of, counted_sizes
     if config_of(recipe.model) is None: return [Finding("plan", f"{recipe.model.name}: its shape is not known here", "warn", f"hf download {recipe.model.name} config.json")]
     counted = model_folder(recipe.model.name, recipe.model.revision) and all(map(is_file, recipe_sources(recipe)))
@@ -595,7 +596,9 @@ def memory_and_hours(recipe, gpu:float|None=None, # GB of a GPU that is elsewher
 # %% ../nbs/03_doctor.ipynb #fa1992e1
 def open_recipe(path, settings:tuple=())->tuple: # Recipe or None, list of Finding
     "Load a recipe and ask what a run asks before it begins. Goes to the project's folder, where recipes name their data from."
-    from scir.runner.pipeline import check_recipe, plan, root
+    from scir.runner.run import check_recipe
+    from scir.runner.plan import plan
+    from scir.recipe import root
     from scir.recipe import RecipeError, load_recipe
     def faults(e): return [Finding("recipe", line, "fault", f"pip install {way[2]}" if (way := line.partition("; pip install "))[1] else f"edit {path}") for line in str(e).splitlines()]
     try: recipe = load_recipe(path, settings)
@@ -619,7 +622,7 @@ def examine(path=None, settings:tuple=(), gpu:float|None=None, probed:bool=True)
     well = ask(python) + ask(packages)
     yield from (("python", f) for f in well)
     if any(f.state == "fault" for f in well): return  # all that follows needs them
-    from scir.runner.pipeline import quiet
+    from scir.runner.work import quiet
     from scir.recipe import ModelSpec
     quiet()
     recipe, found = open_recipe(path, settings) if path else (None, [])

@@ -15,8 +15,7 @@ from scipy.special import entr, expit
 from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student
 
-from .method.labels import agreed
-from .store import Score, digest
+from .store import digest
 
 # %% ../nbs/02_statistics.ipynb #17d67d8d
 def frame(scores:list)->pd.DataFrame: # one row per pair

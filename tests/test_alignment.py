@@ -9,8 +9,9 @@ import pytest, torch
 
 import scir.stages.align as alignment
 import scir.model.engines as engines
-from scir.stages.align import Duel, duels, endpoint_judge, length_controlled, local_judge, parse_verdict, reward_judge, reward_scores, summarise, win_rate
-from scir.stages.consistency import rate
+from scir.stages.align import Duel, duels, length_controlled, summarise, win_rate
+from scir.model.outside import endpoint_judge, local_judge, parse_verdict, reward_judge, reward_scores
+from scir.statistics import rate
 from scir.model.weights import tiny_model
 from scir.recipe import AlignmentSpec, JudgeSpec, ModelSpec
 from scir.store import read_rows
@@ -412,7 +413,7 @@ def test_a_real_server_judges_and_its_replies_outlive_it(quick, monkeypatch, alw
 # a reward model of one's own -------------------------------------------------
 
 def test_fitted_reward_learns_a_rule_and_loads_as_a_reward_model(tmp_path):
-    from scir.stages.align import fit_reward
+    from scir.model.outside import fit_reward
     from scir.model.weights import save_tiny
     from scir.store import LabelledPair
     rng = np.random.default_rng(0)

@@ -5,12 +5,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from scir.runner import pipeline
+from scir.runner import manifest, state as states
+from scir.runner.execute import notebook_of, shown
+from scir.runner.run import run_recipe
+from scir.runner.work import open_run
 from scir.runner.verify import status, verify
 from scir.cli import app
-from scir.runner.pipeline import STAGES, Step, alone, begin, differences, do, file_name, note_failure, reason, start_manifest, state, work
+from scir.stages.files import STAGES
+from scir.runner.plan import Step, file_name
+from scir.runner.locks import alone
+from scir.runner.work import begin, do, reason
+from scir.runner.state import differences, state
+from scir.runner.manifest import note_failure, start_manifest
+from scir.runner.work import work
 from scir.recipe import load_recipe
-from scir.store import Journal, Prompt, read_json, read_rows, unfinished, write_rows
+from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 from scir.method.trainer import SEAL, last_checkpoint
 from test_pipeline import ROOT, scir
 from test_staleness import edit, edited
@@ -43,13 +52,13 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
     hashes = {"data/pairs.jsonl": "evaluate:seed0/m0", "data/models/tiny-random": "judge:seed0/m1", "02_sample.ipynb": "sample:seed0/m1"}
     for end, key in hashes.items():
         with monkeypatch.context() as m:
-            for name in ("hash_path", "notebook_hash"): m.setattr(pipeline, name, lambda p, end=end, plain=getattr(pipeline, name): "other" if str(p).endswith(end) else plain(p))
+            for name in ("hash_path", "notebook_hash"): m.setattr(states, name, lambda p, end=end, plain=getattr(states, name): "other" if str(p).endswith(end) else plain(p))
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
         edit(m, "stages.judge", "score")
         assert why(recipe, run, "judge:seed0/m1") == "the code of scir.stages.judge changed" and state(recipe, run, SAMPLE).name == "done"
-        edit(m, "runner.pipeline", "_sample")
-        assert why(recipe, run, SAMPLE.key) == "the code of scir.runner.pipeline changed"
+        edit(m, "stages.sample", "run")
+        assert why(recipe, run, SAMPLE.key) == "the code of scir.stages.sample changed"
     (run / "seed0/m1/scores.jsonl").unlink()
     assert why(recipe, run, "judge:seed0/m1") == "seed0/m1/scores.jsonl is gone" and names(recipe, run)["report"] == "stale" and names(recipe, run)["sample:seed0/m1"] == "done"
 
@@ -71,7 +80,7 @@ def test_a_failure_is_noted_until_the_next_try(copy, monkeypatch):
     def fails(*a): raise OSError(28, "No space left on device")
     (run / "seed0/m1/responses.jsonl").write_text("gone")
     with monkeypatch.context() as m:
-        m.setitem(STAGES, "sample", STAGES["sample"]._replace(call=fails))
+        m.setattr("scir.stages.sample.run", fails)
         with pytest.raises(OSError): do("sample", recipe, run, "seed0/m1")
     assert names(recipe, run)[SAMPLE.key] == "failed" and "No space left" in why(recipe, run, SAMPLE.key) and "run again" in why(recipe, run, SAMPLE.key)
     do("sample", recipe, run, "seed0/m1")
@@ -95,7 +104,7 @@ def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
     begin(recipe, run, step)
     assert not answers.exists() and not unfinished(answers).exists()  # nothing of an older try
     answers.write_text(kept)
-    monkeypatch.setattr("scir.stages.sample.generate", lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"))
+    monkeypatch.setattr("scir.model.decoding.generate", lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"))
     work(recipe, run, step)
     assert answers.read_text() == kept and not list((run / "seed0/m1").rglob("*.partial.jsonl")) and names(recipe, run)[step.key] == "done"
 
@@ -120,19 +129,19 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
     recipe, run = copy
     litter = {run / f for f in (".manifest.json.1.tmp", ".recipe.yaml.1.tmp", "notebooks/.judge-seed0-m1.ipynb.1.tmp", "notebooks/.sample-seed0-m1.ipynb.1.tmp")}
     for f in litter: f.write_text("half")
-    for name in ("start_manifest", "one_by_one"): monkeypatch.setattr(pipeline, name, lambda *a: None)
-    with alone(run, "judge-seed0-m1.job", 0, "x"): pipeline.run_recipe(recipe, run)
+    for name in ("start_manifest", "one_by_one"): monkeypatch.setattr(f"scir.runner.run.{name}", lambda *a: None)
+    with alone(run, "judge-seed0-m1.job", 0, "x"): run_recipe(recipe, run)
     assert {*run.rglob("*.tmp")} == litter - {run / "notebooks/.sample-seed0-m1.ipynb.1.tmp"}
-    with pipeline.manifest_of(run): assert {f.name for f in run.rglob("*.tmp")} == {".judge-seed0-m1.ipynb.1.tmp"}
+    with manifest.manifest_of(run): assert {f.name for f in run.rglob("*.tmp")} == {".judge-seed0-m1.ipynb.1.tmp"}
 
 def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
     "A kernel or a fork server that was started before an edit would do the step with the old code."
     recipe, run = copy
-    monkeypatch.setattr(pipeline, "files_of", lambda folder: {"stages.judge": "edited"})
-    pipeline.check_code("judge")  # only a comment was edited, or a function that judging does not call
-    now = pipeline.read_package(pipeline.CODE)
+    monkeypatch.setattr(states, "files_of", lambda folder: {"stages.judge": "edited"})
+    states.check_code("judge")  # only a comment was edited, or a function that judging does not call
+    now = states.read_package(states.CODE)
     now.defined["stages.judge"]["score"] = edited(now.defined["stages.judge"]["score"])
-    monkeypatch.setattr(pipeline, "read_package", lambda folder: now)
+    monkeypatch.setattr(states, "read_package", lambda folder: now)
     with pytest.raises(RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
 
@@ -144,31 +153,31 @@ def test_a_notebook_does_not_change_the_recipe_of_a_run_at_work(holder, tmp_path
     monkeypatch.chdir(ROOT)
     start_manifest(load_recipe("recipes/tiny.yaml", ("iterations=1",)), tmp_path)
     other = holder("run")
-    with pytest.raises(RuntimeError, match=f"a `scir run` works on it .process {other.pid}"): pipeline.open_run("recipes/tiny.yaml", str(tmp_path))
+    with pytest.raises(RuntimeError, match=f"a `scir run` works on it .process {other.pid}"): open_run("recipes/tiny.yaml", str(tmp_path))
     assert load_recipe(tmp_path / "recipe.yaml").iterations == 1
-    assert pipeline.open_run(None, str(tmp_path))[0].iterations == 1  # as the run's own kernels do
+    assert open_run(None, str(tmp_path))[0].iterations == 1  # as the run's own kernels do
 
 def test_what_fails_after_the_work_is_noted_too(copy, monkeypatch):
     recipe, run = copy
     (run / "seed0/m1/responses.jsonl").unlink()
     def full(*a): raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(pipeline, "record", full)
+        m.setattr("scir.runner.work.record", full)
         with pytest.raises(OSError): do("sample", recipe, run, "seed0/m1")
     assert "No space left" in why(recipe, run, SAMPLE.key)
 
 def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again(copy):
     recipe, run = copy
-    book = pipeline.notebook_of(run, SAMPLE)
-    assert pipeline.shown(run, SAMPLE)
+    book = notebook_of(run, SAMPLE)
+    assert shown(run, SAMPLE)
     half = json.loads(book.read_text())
     next(c for c in half["cells"][::-1] if c["cell_type"] == "code")["execution_count"] = None
     book.write_text(json.dumps(half))
-    assert not pipeline.shown(run, SAMPLE)
+    assert not shown(run, SAMPLE)
     before = read_json(run / "manifest.json")["steps"]
     done = scir("run", "recipes/tiny.yaml", "--out", run)
     assert done.returncode == 0 and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout and done.stdout.count(": unchanged") == 21
-    assert pipeline.shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
+    assert shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
 
 def rehearsed(monkeypatch, run, *words):
     monkeypatch.setattr(sys, "argv", ["scir", "run", "recipes/tiny.yaml", "--out", str(run), "--dry-run", *words])
@@ -176,7 +185,7 @@ def rehearsed(monkeypatch, run, *words):
 
 def test_a_rehearsal_says_what_the_run_would_do(copy, monkeypatch):
     recipe, run = copy
-    pipeline.notebook_of(run, SAMPLE).unlink()
+    notebook_of(run, SAMPLE).unlink()
     said = rehearsed(monkeypatch, run).stdout
     assert f"{SAMPLE.key}: done: but its notebook is missing" in said and said.count(": unchanged") == 21 and "\non two, on each: torchrun" in said
     told = json.loads(rehearsed(monkeypatch, run, "--json", "--jobs", "2").stdout)
@@ -204,11 +213,11 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
         asked.append(node)
         write_rows(run / node / "responses.jsonl", [{}])
         return {"unanswered": 2 if len(asked) == 1 else 0}
-    monkeypatch.setitem(STAGES, "sample", STAGES["sample"]._replace(call=call))
+    monkeypatch.setattr("scir.stages.sample.run", call)
     (run / "seed0/m1/responses.jsonl").unlink()
     do("sample", recipe, run, "seed0/m1")
     assert state(recipe, run, SAMPLE) == ("incomplete", "2 questions without an answer; they are asked again")
-    monkeypatch.setitem(STAGES, "judge", STAGES["judge"]._replace(call=lambda *a: {}))
+    monkeypatch.setattr("scir.stages.judge.run", lambda *a: {})
     do("judge", recipe, run, "seed0/m1")
     assert len(asked) == 1  # good enough for what comes after
     do("sample", recipe, run, "seed0/m1")
@@ -216,7 +225,7 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
 
 # locks ---------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from scir.runner.pipeline import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from scir.runner.locks import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
 
 @pytest.fixture
 def holder(tmp_path):
@@ -248,7 +257,7 @@ def test_two_kernels_do_not_do_a_step_at_once(holder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe("recipes/tiny.yaml")
     start_manifest(recipe, tmp_path)
-    monkeypatch.setattr(pipeline, "alone", lambda run, what, wait, busy, plain=alone: plain(run, what, .2, busy))
+    monkeypatch.setattr("scir.runner.work.alone", lambda run, what, wait, busy, plain=alone: plain(run, what, .2, busy))
     other = holder(file_name(SAMPLE))
     with pytest.raises(RuntimeError, match=f"busy with {SAMPLE.key} .process {other.pid}"): work(recipe, tmp_path, SAMPLE)
     assert read_json(tmp_path / "manifest.json")["begun"] == {}
@@ -301,7 +310,7 @@ def touched(run, file, change):
     path.write_text(change(path.read_text()))
     text, m = (run / "manifest.json").read_text(), read_json(run / "manifest.json")
     old = next(s["outputs"][file] for s in m["steps"].values() if file in s["outputs"])
-    (run / "manifest.json").write_text(text.replace(old, pipeline.hash_path(path)))
+    (run / "manifest.json").write_text(text.replace(old, hash_path(path)))
 
 def faults(run): return {name: [what for what, fault in found if fault] for name, found in verify(run).items()}
 
@@ -335,7 +344,7 @@ def test_forged_scores_are_another_input(copy):
     path = copy[1] / "seed0/m1/scores.jsonl"
     path.write_text(path.read_text().replace('"subset":""', '"subset":"x"', 1))
     m = read_json(copy[1] / "manifest.json")
-    m["steps"]["judge:seed0/m1"]["outputs"]["seed0/m1/scores.jsonl"] = pipeline.hash_path(path)
+    m["steps"]["judge:seed0/m1"]["outputs"]["seed0/m1/scores.jsonl"] = hash_path(path)
     (copy[1] / "manifest.json").write_text(json.dumps(m))
     assert not faults(copy[1])["files"] and any("optimise:seed0/scir/m2" in w for w in faults(copy[1])["inputs"])
 
@@ -376,7 +385,7 @@ def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
     (run / "seed0/m1/responses.jsonl").unlink()
     time.sleep(1.1)
     do("sample", recipe, run, "seed0/m1")
-    assert not pipeline.shown(run, SAMPLE)
+    assert not shown(run, SAMPLE)
 
 def test_forged_preferences_of_duels_are_found():
     from scir.stages.align import Duel, summarise
@@ -393,7 +402,7 @@ def test_forged_preferences_of_duels_are_found():
 
 def test_verify_takes_a_path_from_where_one_stands(copy, monkeypatch):
     monkeypatch.chdir(copy[1].parent)
-    monkeypatch.setattr(pipeline, "root", lambda run=None: ROOT)
+    monkeypatch.setattr("scir.recipe.root", lambda run=None: ROOT)
     assert CliRunner().invoke(app, ["verify", "run"]).exit_code == 0
 
 def test_status_outside_a_checkout(copy, monkeypatch):

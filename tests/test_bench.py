@@ -7,7 +7,7 @@ from typer.main import get_command
 from scir.runner.bench import GROUPS, TARGETS, Work, alternate, child, floor_seconds, library_generate, met, peak_bytes, table
 from scir.cli import app
 from scir.model.logprobs import encode_prompt
-from scir.stages.sample import end_ids, generate
+from scir.model.decoding import end_ids, generate
 
 SCIR = str(Path(sys.executable).parent/"scir")
 

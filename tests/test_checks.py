@@ -11,7 +11,7 @@ from scir.cli import app
 from scir.data.load import load_prompts
 from scir.doctor import RECIPE_CHECKS, RUN_CHECKS, adapter, context, data, decoding, is_file, memory_and_hours, planned, token_ids
 from scir.model.weights import save_tiny, tiny_model
-from scir.runner.pipeline import look_ahead, ready
+from scir.runner.run import look_ahead, ready
 from scir.recipe import RecipeError, load_recipe, parse_recipe
 from scir.store import write_rows
 

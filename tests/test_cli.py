@@ -15,7 +15,7 @@ from scir.stages.evaluate import file_pairs, judge_file
 from scir.export.exports import EXPORTS, FOLDERS, SECTIONS
 from scir.model.weights import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import dump_recipe, load_recipe, parse_recipe
-from scir.stages.judge import score, set_reference
+from scir.method.scores import score, set_reference
 from scir.store import Response, Score, read_json, read_rows, write_json, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,7 +285,7 @@ def test_help_has_an_example_of_each():
 
 
 def test_fit_reward_says_how_good_it_is_and_is_a_reward_model(tmp_path):
-    from scir.stages.align import reward_scores
+    from scir.model.outside import reward_scores
     done = CliRunner().invoke(app, ["fit-reward", "--model", "data/models/tiny-random", "--pairs", "data/pairs.jsonl", "--limit", "40", "--out", str(tmp_path / "reward")])
     assert done.exit_code == 0 and "pairs: 40" in done.output and "cross-validated: " in done.output
     assert len(reward_scores(str(tmp_path / "reward"), [("Q", "one"), ("Q", "two")])) == 2
@@ -426,10 +426,10 @@ def test_exit_codes(args, code, words):
 def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path):
     given = {"run": ["recipes/tiny.yaml"], "status": ["r"], "report": ["r"], "verify": ["r"], "judge": ["--model", TINY, "--pairs", "p"], "sample": ["--model", TINY, "--prompts", "p"],
              "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path/"o")], "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"], "doctor": [], "bench": [], "testbed": ["--out", str(tmp_path/"t")]}[name]
-    where = {"run": "runner.pipeline.run_recipe", "report": "report.report.report", "fit-reward": "data.load.load_pairs", "doctor": "doctor.examine",
+    where = {"run": "runner.run.run_recipe", "report": "report.report.report", "fit-reward": "data.load.load_pairs", "doctor": "doctor.examine",
              "bench": "runner.bench.bench", "testbed": "data.testbed.write_testbed"}
     def broken(*a, **kw): raise LookupError("lost")
-    monkeypatch.setattr(f"scir.{where.get(name, 'runner.pipeline.quiet')}", broken)
+    monkeypatch.setattr(f"scir.{where.get(name, 'runner.work.quiet')}", broken)
     plain, debug = (CliRunner().invoke(app, [name, *given, *more]) for more in ([], ["--debug"]))
     assert plain.exit_code == 1 and plain.stderr == "scir: lost\n" and isinstance(debug.exception, LookupError)
 
@@ -457,7 +457,7 @@ def test_a_reader_that_leaves_is_no_fault(project, args):
 
 def test_another_broken_pipe_is_a_fault(monkeypatch):
     def broken(*a): raise BrokenPipeError(32, "Broken pipe")
-    monkeypatch.setattr("scir.runner.pipeline.run_recipe", broken)
+    monkeypatch.setattr("scir.runner.run.run_recipe", broken)
     one_line(("run", "recipes/tiny.yaml"), "Broken pipe")
 
 def test_help_is_there_at_once():

@@ -10,7 +10,7 @@ from scir.recipe import (ARMS, DataSpec, Recipe, RecipeError, all_nodes, dump_re
                          parent_node, parse_recipe)
 from scir.store import (Journal, LabelledPair, Prompt, Response, atomic_path, digest, hash_path, read_json, read_rows, row_seed,
                         write_json, write_rows, write_text)
-from scir.stages.warm_start import good_answers, seed_pairs
+from scir.stages.sft import good_answers, seed_pairs
 
 def one_line(error): return "\n" not in str(error.value)
 
@@ -198,7 +198,7 @@ def test_training_takes_every_seed_source_and_no_evaluation_prompt(file, tokeniz
 # recipe -------------------------------------------------------------------
 
 def test_an_arm_may_stop_early():
-    from scir.runner.pipeline import needed, plan, Step
+    from scir.runner.plan import needed, plan, Step
     recipe = parse_recipe({"iterations": 3, "arms": ["sft", "srlm", "scir", "cream"], "stop_after": {"srlm": 1, "cream": 9}})
     assert [recipe.rounds(a) for a in recipe.arms] == [0, 1, 3, 3]
     nodes = [n for n in all_nodes(recipe) if "srlm" in n or "scir" in n]

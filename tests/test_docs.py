@@ -68,7 +68,7 @@ def load(file: Annotated[str, typer.Option(help=FILE)], more: Annotated[str, typ
 
 @pytest.mark.parametrize("command", ["judge", "sample", "export", "run"])
 def test_every_option_of_a_command_has_its_help_on_the_page(command):
-    d = next(d for d in build.definitions(ROOT/"nbs/03_cli.ipynb") if d["name"] == command)
+    d = next(d for d in build.definitions(ROOT/"nbs/04_cli.ipynb") if d["name"] == command)
     arguments = {a.arg for a in d["node"].args.args}
     _, said, _ = build.signature(d["node"], d["notes"], d["values"])
     assert set(said) == arguments

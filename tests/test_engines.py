@@ -14,9 +14,14 @@ from scir.doctor import engine as engine_here, open_recipe
 from scir.model.engines import adapter_name, check_engine, lora_room, open_engine, room, sample_file, serve_line, stop_ids
 from scir.method.labels import vote
 from scir.model.weights import for_sampling, load_tokenizer
-from scir.runner.pipeline import STAGES, check_recipe, inputs, Step
+from scir.stages.files import STAGES
+from scir.runner.run import check_recipe
+from scir.runner.state import inputs
+from scir.runner.plan import Step
 from scir.recipe import ModelSpec, RecipeError, SamplingSpec, load_recipe, parse_recipe
-from scir.stages.sample import Pool, _decoded, sample
+from scir.model.decoding import Pool
+from scir.stages.sample import sample
+from scir.model.decoding import _decoded
 from scir.store import Prompt, Response, read_rows, write_rows
 
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]
@@ -390,7 +395,7 @@ def test_a_run_sampled_by_a_server_has_the_same_files(tiny_run, tmp_path):
     with serving(recipe) as (theirs, at):
         for f in kept:
             (run/f).unlink()
-            STAGES["evaluate" if "evaluation" in f else "sample"].call(theirs, run, f.removesuffix("/responses.jsonl").removesuffix("/evaluation"))
+            STAGES["evaluate" if "evaluation" in f else "sample"].run(theirs, run, f.removesuffix("/responses.jsonl").removesuffix("/evaluation"))
         assert len({b["model"] for b in completions(at)}) == 2
     assert {f: (run/f).read_bytes() for f in kept} == kept
 

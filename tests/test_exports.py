@@ -8,13 +8,15 @@ import pytest, torch, yaml
 
 from scir.stages.align import Duel, length_controlled, preference, win_rate
 from scir.data.load import load_pairs
-from scir.export.exports import (SECTIONS, Origin, alpaca_annotations, alpaca_eval, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card,
-                          mt_bench, origin, plain_chat, rewardbench, said_measure, usable_questions, whole_folder)
+from scir.export.exports import SECTIONS, Origin, alpaca_annotations, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card, mt_bench, origin, plain_chat, rewardbench, said_measure, usable_questions, whole_folder
+from scir.stages.align import alpaca_eval
 from scir.model.logprobs import encode_prompt, encode_response, encode_turns
 from scir.model.weights import for_scoring, load_base, load_tokenizer, tiny_model
-from scir.runner.pipeline import Step, inputs, provenance, start_manifest
+from scir.runner.plan import Step
+from scir.runner.state import inputs
+from scir.runner.manifest import provenance, start_manifest
 from scir.recipe import SamplingSpec, dump_recipe, load_recipe
-from scir.stages.sample import generate
+from scir.model.decoding import generate
 from scir.store import Response, Score, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
 ROOT = Path(__file__).resolve().parent.parent

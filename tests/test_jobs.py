@@ -9,8 +9,18 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from scir.runner import pipeline
-from scir.runner.pipeline import State, Step, busy, file_name, gpus, in_turn, needed, notebook_of, now, plan, reason, side_by_side
+from scir.recipe import notebook_folder
+from scir.runner import parallel
+from scir.runner.run import run_recipe
+from scir.runner.work import open_run
+from scir.runner.state import State
+from scir.runner.plan import Step, file_name, needed, plan
+from scir.runner.locks import busy
+from scir.runner.parallel import gpus
+from scir.runner.parallel import in_turn, side_by_side
+from scir.runner.execute import notebook_of
+from scir.runner.manifest import now
+from scir.runner.work import reason
 from scir.recipe import load_recipe
 from scir.store import hash_path, read_json
 
@@ -73,7 +83,7 @@ class At:
 def scheduled(monkeypatch):
     def go(at, jobs=3):
         recipe = at.recipe = load_recipe(ROOT / "recipes/tiny.yaml", ("seeds=[0,1]",))
-        monkeypatch.setattr(pipeline, "seen", lambda *a: State("missing"))
+        monkeypatch.setattr(parallel, "seen", lambda *a: State("missing"))
         side_by_side(recipe, Path("x"), plan(recipe), at, jobs)
         return recipe
     return go
@@ -105,17 +115,17 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch):
 def test_gpus_are_dealt_out_among_the_processes(monkeypatch):
     "And each ends with the process that started it."
     owners = []
-    monkeypatch.setattr(pipeline, "end_with", owners.append)
+    monkeypatch.setattr(parallel, "end_with", owners.append)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     taken, found = multiprocessing.get_context("spawn").Value("i", 0), []
     for _ in range(3):
-        pipeline._job(["2", "5"], taken, 7)
+        parallel._job(["2", "5"], taken, 7)
         found.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert found == ["2", "5", "2"] and owners == [7] * 3
 
 
 def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
-    with pipeline.executor(tmp_path, 2) as at:
+    with parallel.executor(tmp_path, 2) as at:
         with pytest.raises(BrokenExecutor) as killed: at.submit(os._exit, 1).result()
         assert "killed, most often for want of memory; run again, if need be with fewer --jobs" in reason(killed.value)
         assert at.submit(divmod, 17, 5).result() == (3, 2)
@@ -124,7 +134,8 @@ def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
 CTRL_C = """
 import os, signal, time
 from pathlib import Path
-from scir.runner.pipeline import Step, executor, in_turn
+from scir.runner.plan import Step
+from scir.runner.parallel import executor, in_turn
 if __name__ == "__main__":
     os.setpgrp()
     with executor(Path("run"), 2) as at:
@@ -145,7 +156,7 @@ def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
 SIGNALLED = """
 import signal, time
 from pathlib import Path
-from scir.runner.pipeline import executor, hearing_ctrl_c
+from scir.runner.parallel import executor, hearing_ctrl_c
 def sleep():
     with hearing_ctrl_c(): time.sleep(600)
 if __name__ == "__main__":
@@ -169,16 +180,16 @@ def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
         def __init__(self, *args, **kw): asked.append((args, kw))
         def update_parameters(self, **kw): asked.append(kw)
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    with pipeline.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at: assert isinstance(at, Executor)
+    with parallel.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at: assert isinstance(at, Executor)
     assert asked == [((tmp_path / "x/.jobs",), {"cluster": "slurm"}), {"name": "scir-x", "timeout_min": 5, "slurm_partition": "gpu"}]
 
 
 def test_a_cluster_is_not_ignored_where_one_job_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = []
-    monkeypatch.setattr(pipeline, "executor", lambda *a: asked.append(a) or nullcontext())
-    monkeypatch.setattr(pipeline, "side_by_side", lambda *a: None)
-    pipeline.run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, cluster={"cluster": "slurm"})
+    monkeypatch.setattr("scir.runner.run.executor", lambda *a: asked.append(a) or nullcontext())
+    monkeypatch.setattr("scir.runner.run.side_by_side", lambda *a: None)
+    run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, cluster={"cluster": "slurm"})
     assert asked == [(tmp_path, 1, {"cluster": "slurm"})]
 
 
@@ -186,16 +197,16 @@ def test_a_job_of_an_earlier_command_is_waited_for(tmp_path, monkeypatch, capsys
     "submitit's local cluster, a process per job; Slurm takes the same calls. The command was killed and begun again."
     pytest.importorskip("submitit")
     monkeypatch.chdir(ROOT)
-    recipe, run = pipeline.open_run("recipes/tiny.yaml", str(tmp_path))
+    recipe, run = open_run("recipes/tiny.yaml", str(tmp_path))
     step = plan(recipe)[0]
-    with pipeline.executor(run, 1, {"cluster": "local", "timeout_min": 5}) as at:
-        at.submit(in_turn, run, step, pipeline.notebook_folder())
+    with parallel.executor(run, 1, {"cluster": "local", "timeout_min": 5}) as at:
+        at.submit(in_turn, run, step, notebook_folder())
         until = time.time() + 60
         while not (run / "notebooks").exists() and time.time() < until: time.sleep(.1)
         assert busy(run, f"{file_name(step)}.job")
         begun = now()
         side_by_side(recipe, run, [step], at, 1)
-    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and pipeline.seen(recipe, run, step) == State("done")
+    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and parallel.seen(recipe, run, step) == State("done")
     assert read_json(notebook_of(run, step))["metadata"]["papermill"]["start_time"] <= begun  # not executed again
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from scir.stages.consistency import preferences
 from scir.method.labels import agreed, best_against_worst, candidates, gather, labels, length_gap, needed_rewards, parse_vote, previous_rewards, ranking_consistency, standings, vote, without_length
-from scir.stages.optimise import optimise, own_share, preference_rows, replayed, training_pairs
+from scir.stages.optimise import run as optimise, own_share, preference_rows, replayed, training_pairs
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
-from scir.stages.sample import generate
+from scir.model.decoding import generate
 from scir.store import Response, Score, SeedPair, read_rows, write_rows
 
 def made(pair, generative, implicit=None, lengths=(1, 1), prompt="p", a=None, b=None):

@@ -7,7 +7,7 @@ from scir.stages import align as alignment
 from scir.stages import sample as sampling
 from scir.model.logprobs import batches, in_batches
 from scir.model.weights import out_of_memory
-from scir.stages.judge import score, set_reference
+from scir.method.scores import score, set_reference
 from scir.store import peak_bytes
 from scir.method.trainer import arguments, fit
 from test_sample import drawn

@@ -5,7 +5,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from scir.runner.pipeline import STAGES, notebook_hash
+from scir.stages.files import STAGES
+from scir.runner.state import notebook_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = sorted((ROOT/"nbs/run").glob("*.ipynb"))

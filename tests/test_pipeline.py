@@ -45,7 +45,7 @@ def test_printed_table_is_the_report(run):
 
 
 def test_results_are_what_the_scores_say(run):
-    from scir.stages.consistency import frame
+    from scir.statistics import frame
     from scir.store import Score, read_rows
     results = pd.read_csv(run / "report" / "summary.csv").set_index(["arm", "iteration", "set"])
     scores = read_rows(run / "seed0/scir/m2/evaluation/held-out.jsonl", Score)
@@ -61,7 +61,7 @@ def test_every_model_is_measured_against_the_same_reference(run):
     "Reference log-probs are taken over from M_1's evaluation; they must be those of the SFT model itself. M_0 has nothing before it."
     from scir.model.weights import for_scoring, load_tokenizer
     from scir.recipe import load_recipe
-    from scir.stages.judge import pair_logps, scored_pairs
+    from scir.method.scores import pair_logps, scored_pairs
     from scir.store import Score, read_rows
     os.chdir(ROOT)
     recipe = load_recipe(run / "recipe.yaml")
@@ -112,7 +112,8 @@ def test_manifest_says_what_was_run(run):
 def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it(run):
     again = scir("run", "recipes/tiny.yaml", "--out", run)
     assert again.returncode == 0 and again.stdout.count(": unchanged") == 22
-    from scir.runner.pipeline import finished, plan
+    from scir.runner.state import finished
+    from scir.runner.plan import plan
     from scir.recipe import load_recipe
     os.chdir(ROOT)
 
@@ -133,16 +134,19 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
 
 
 def test_staleness_follows_what_is_called():
-    from scir.runner.pipeline import LOADED, STAGES, code_hashes
+    from scir.runner.state import LOADED, code_hashes
+    from scir.stages.files import STAGES
     from scir.runner.staleness import reached
-    reach = {stage: reached(LOADED, "runner.pipeline", f"_{stage}") for stage in STAGES}
+    reach = {stage: reached(LOADED, f"stages.{stage}", "run") for stage in STAGES}
     assert {("method.loss", "scir_loss"), ("method.rewards", "implicit"), ("model.logprobs", "response_logps"), ("method.trainer", "fit"), ("model.weights", "for_training")} <= reach["optimise"]
     assert {("stages.sample", "sample"), ("data.load", "prompt_pool")} <= reach["sample"] and {("method.rewards", "generative"), ("method.judge", "judge_ids")} <= reach["judge"]
     assert ("method.loss", "scir_loss") not in reach["judge"] and not {"method.loss", "method.trainer"} & code_hashes("report").keys()
 
 
 def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
-    from scir.runner.pipeline import Step, begin, start_manifest
+    from scir.runner.plan import Step
+    from scir.runner.work import begin
+    from scir.runner.manifest import start_manifest
     from scir.recipe import load_recipe
     os.chdir(ROOT)
     step, part = Step("sample", "seed0/m1"), tmp_path / "seed0/m1/responses.partial.jsonl"
@@ -181,7 +185,7 @@ def test_errors_are_one_line(args, said):
 BROKEN = """
 import scir.stages.warm_start
 def supervised(*args): raise ValueError("nothing to learn from")
-scir.stages.warm_start.supervised = supervised
+scir.stages.sft.supervised = supervised
 """
 
 
@@ -261,7 +265,7 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
     assert before[0] != before[1] and all(abs(b) < 50 for b in before)
     from scir.model.weights import for_scoring, load_tokenizer
     from scir.recipe import load_recipe
-    from scir.stages.judge import response_table, scored_pairs
+    from scir.method.scores import response_table, scored_pairs
     from scir.store import Score
     os.chdir(ROOT)
     recipe = load_recipe(tmp_path / "recipe.yaml")
@@ -271,7 +275,8 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
 
 def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
     "An evaluation set takes its prompts out of the warm start; a refitted reward model labels and judges anew."
-    from scir.runner.pipeline import Step, fingerprint
+    from scir.runner.plan import Step
+    from scir.runner.state import fingerprint
     from scir.recipe import parse_recipe
     monkeypatch.chdir(ROOT)
     reward, known = tmp_path / "reward", tmp_path / "known.jsonl"
@@ -291,7 +296,8 @@ def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
 
 
 def test_outputs_to_beat_decide_about_the_win_rate(tmp_path, monkeypatch):
-    from scir.runner.pipeline import Step, inputs
+    from scir.runner.plan import Step
+    from scir.runner.state import inputs
     from scir.recipe import parse_recipe
     monkeypatch.chdir(ROOT)
     reference = tmp_path / "reference.jsonl"
@@ -305,7 +311,7 @@ def test_outputs_to_beat_decide_about_the_win_rate(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("avx, amx, dtype", [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
 def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_path, monkeypatch, avx, amx, dtype):
-    from scir.runner.pipeline import open_run
+    from scir.runner.work import open_run
     from scir.recipe import load_recipe
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -321,7 +327,7 @@ def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_pa
 def test_a_kernel_that_never_began_is_started_again(monkeypatch, message, deaths, tries):
     "And one that did its work is not."
     import papermill
-    from scir.runner.pipeline import in_a_kernel
+    from scir.runner.execute import in_a_kernel
     asked = []
     def execute(*args, kernel_manager_class):
         asked.append(args)

@@ -13,9 +13,10 @@ from scir.runner.planner import (ASSUMED, MEASURED, Live, Sizes, Task, answer_to
                           probe, sampled_rows, seconds_of, shallow, skeleton, summed, work)
 from scir.recipe import SamplingSpec, load_recipe, parse_recipe
 from scir.method.rewards import View, margins
-from scir.stages.sample import generate
+from scir.model.decoding import generate
 from scir.store import Response, read_json, read_rows, write_rows
-from scir.stages.warm_start import sft_loss, warm_start_loss
+from scir.stages.sft import sft_loss
+from scir.stages.warm_start import warm_start_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
@@ -249,7 +250,7 @@ def test_votes_are_read_and_decoded_in_the_rounds_that_need_them():
     assert not label("arms=[cream]")
 
 def test_answers_are_as_long_as_those_that_are_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("scir.runner.pipeline.root", lambda: tmp_path)
+    monkeypatch.setattr("scir.recipe.root", lambda: tmp_path)
     recipe = load_recipe("recipes/tiny.yaml")
     assert answer_tokens(recipe) == ASSUMED["answer"] * 12
     row = lambda n: Response(id=f"p/{n}", prompt_id="p", prompt="p", candidate=n, response="x", response_ids=[1] * n, finished=True, seed=0)

@@ -9,9 +9,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from scir import cli
-from scir.runner import pipeline
+from scir.runner import processes
 from scir import store
-from scir.runner.pipeline import Step, assist, by_itself, join_others, launch_line, note_failure, noted, reason, run_recipe, start_manifest
+from scir.runner.plan import Step
+from scir.runner.processes import assist, by_itself, join_others, launch_line
+from scir.runner.manifest import note_failure, start_manifest
+from scir.runner.work import noted, reason
+from scir.runner.run import run_recipe
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
 
@@ -26,7 +30,7 @@ from types import SimpleNamespace
 from conftest import TEXTS
 from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.stages.optimise import pair_loss
-from scir.runner.pipeline import join_others
+from scir.runner.processes import join_others
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
 from scir.store import rank
@@ -235,25 +239,25 @@ def test_a_step_that_fails_in_several_processes_is_said_by_the_first_one(tmp_pat
 
 def test_the_others_leave_it_to_the_first_one_to_say_why_it_ended(tmp_path, monkeypatch):
     def exchange(value): raise RuntimeError("Connection closed by peer")
-    monkeypatch.setattr(pipeline, "exchange", exchange)
+    monkeypatch.setattr(processes, "exchange", exchange)
     with pytest.raises(SystemExit): assist(tmp_path)
 
 
 def test_jobs_in_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(pipeline, "join_others", lambda shard: None)
+    monkeypatch.setattr("scir.runner.run.join_others", lambda shard: None)
     with pytest.raises(ValueError, match="2 jobs in 2 processes: take one of them"): run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, jobs=2)
 
 
 def test_others_are_waited_for_as_long_as_a_report_takes_and_left_in_order(monkeypatch):
     asked = []
     monkeypatch.setattr("accelerate.PartialState", lambda **kw: asked.append(kw["timeout"]))
-    monkeypatch.setattr(pipeline, "end_with", asked.append)
+    monkeypatch.setattr(processes, "end_with", asked.append)
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items(): monkeypatch.setenv(k, v)
-    monkeypatch.setattr(pipeline, "atexit", SimpleNamespace(register=asked.append))
+    monkeypatch.setattr(processes, "atexit", SimpleNamespace(register=asked.append))
     join_others()
-    assert asked == [os.getppid(), timedelta(days=2), pipeline.leave_others]
+    assert asked == [os.getppid(), timedelta(days=2), processes.leave_others]
 
 
 def test_a_number_of_processes_that_no_launcher_set_is_named(monkeypatch):
@@ -269,7 +273,7 @@ def test_processes_do_not_start_processes_again(monkeypatch):
 
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(pipeline, "end_with", lambda owner: None)
+    monkeypatch.setattr(processes, "end_with", lambda owner: None)
     monkeypatch.setattr("accelerate.PartialState", lambda **kw: pytest.fail("joined"))  # which would wait for the others for days
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"): join_others()

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 import scir.report.claims as claims
 import scir.report.report as report
 from scir.report.claims import AT, Gathered, answer_frame, compare, firm, gather, last, share_gap
-from scir.stages.consistency import derive, grouped, rate
+from scir.statistics import derive, grouped, rate
 from scir.recipe import ARMS, all_nodes, dump_recipe, parse_recipe
 from scir.report.report import course, tables
 from scir.store import Grade, Response, Score, write_json, write_rows, write_text

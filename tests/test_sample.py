@@ -6,8 +6,10 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from scipy.stats import chisquare
 
 from scir.model.logprobs import encode_prompt
-from scir.stages.sample import Pool, distinct, draw, end_ids, generate, sample, summarise
-from scir.stages.judge import candidate_pairs, score, set_reference
+from scir.model.decoding import Pool, draw
+from scir.stages.sample import distinct, sample, summarise
+from scir.model.decoding import end_ids, generate
+from scir.method.scores import candidate_pairs, score, set_reference
 from scir.store import Prompt, Response, read_rows, row_seed
 
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]

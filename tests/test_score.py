@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest, torch
 
-from scir.stages.consistency import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
+from scir.statistics import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
 from scir.model.logprobs import response_logps
 from scir.stages.optimise import assert_reference, pair_loss
 from scir.recipe import RecipeError
 from scir.method.rewards import REWARDS, View, margins, reward, text_pair
-from scir.stages.judge import candidate_pairs, labelled_pairs, score, set_reference
+from scir.method.scores import candidate_pairs, labelled_pairs, score, set_reference
 from scir.store import LabelledPair, Response, Score, read_rows
 from scir.stages.warm_start import warm_start_loss
 

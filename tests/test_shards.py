@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from scir.cli import app
-from scir.runner.pipeline import check_shards, join_others
+from scir.runner.processes import check_shards, join_others
 from scir.recipe import RecipeError, parse_recipe
 from scir.store import read_rows, sharded
 from test_processes import ENVIRONMENT, ROOT, difference, together
@@ -20,11 +20,11 @@ from conftest import TEXTS
 from scir.model.engines import open_engine
 from scir.model.weights import for_scoring, for_training, load_base, load_tokenizer, new_adapter
 from scir.stages.optimise import pair_loss
-from scir.runner.pipeline import join_others
+from scir.runner.processes import join_others
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
 from scir.stages.sample import sample
-from scir.stages.judge import score, set_reference
+from scir.method.scores import score, set_reference
 from scir.store import Prompt, exchange, rank, unfinished, write_rows
 from scir.method.trainer import PairTrainer, arguments, save_adapter
 from scir.stages.warm_start import warm_start_loss
@@ -141,7 +141,7 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
 def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch):
     "accelerate must not do it too, so its variable is gone."
     import accelerate
-    monkeypatch.setattr("scir.runner.pipeline.end_with", lambda owner: None)
+    monkeypatch.setattr("scir.runner.processes.end_with", lambda owner: None)
     monkeypatch.setattr(accelerate, "PartialState", lambda **kw: None)
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_FSDP": "true", "SCIR_SHARD": "", "FSDP_VERSION": "1"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="FSDP1 is not supported.*--fsdp_version 2"): join_others()

@@ -3,8 +3,8 @@ import ast
 
 import pytest
 
-from scir.runner import pipeline
-from scir.runner.pipeline import LOADED, STAGES, code_hashes
+from scir.runner.state import LOADED, code_hashes
+from scir.stages.files import STAGES
 from scir.runner.staleness import Definition, Package, code_of, definitions, reached
 
 def edited(d): return Definition([*d.nodes, *ast.parse("edited = True").body])
@@ -29,7 +29,7 @@ def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, modul
 
 def test_what_is_registered_is_reached():
     "The recipe names a reward model; no code does."
-    assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= reached(LOADED, "runner.pipeline", "_judge")
+    assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= reached(LOADED, "stages.judge", "run")
 
 SOURCE = """
 from .b import helper, TABLE

@@ -9,10 +9,11 @@ from scir.export.exports import save_tokenizer, stop_where_answers_end
 from scir.method.judge import check_template, judge_ids
 from scir.model.logprobs import encode_messages, encode_prompt, encode_response, render_chat, turn_end
 from scir.model.weights import load_tokenizer, tiny_tokenizer
-from scir.runner.pipeline import check_words
+from scir.runner.run import check_words
 from scir.recipe import JudgeSpec, RecipeError, parse_recipe
 from scir.method.rewards import text_pair
-from scir.stages.sample import end_ids, sample
+from scir.model.decoding import end_ids
+from scir.stages.sample import sample
 from scir.store import Prompt, Response, read_json, read_rows
 
 def talk(*turns): return tuple(Message(role={"s": "system", "u": "user", "a": "assistant"}[t[0]], content=t[2:]) for t in turns)
@@ -73,7 +74,7 @@ def test_the_clock_of_a_template_stands_still():
     assert stop_clock(CHAT) == CHAT
 
 def test_the_manifest_records_the_clock(tmp_path, recipe):
-    from scir.runner.pipeline import start_manifest
+    from scir.runner.manifest import start_manifest
     for _ in "ab": start_manifest(recipe, tmp_path) # begun, and resumed
     assert read_json(tmp_path/"manifest.json")["template_clock"] == CLOCK.isoformat() == "2025-01-01T00:00:00"
 

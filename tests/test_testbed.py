@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 from scir.cli import app
 from scir.data.load import better_side, evaluation_rows, find_grader, grade, in_split, load_pairs, load_prompts, prompt_pool, row_split, seed_prompts, split_of
 from scir.stages.evaluate import file_pairs, graded_answers, score_summary
-from scir.runner.pipeline import check_recipe
+from scir.runner.run import check_recipe
 from scir.recipe import RecipeError, parse_recipe
 from scir.store import Grade, Prompt, Response
 from scir.data.testbed import ABOUT, GRADERS, RULES, content_words, faults, format_pairs, format_rule, given, given_words, pairs, prompts, sentences, topic_splits, vocabulary, words_of, write_testbed
-from scir.stages.warm_start import seed_pairs
+from scir.stages.sft import seed_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = "train", "validation", "test"

@@ -7,12 +7,15 @@ from safetensors.torch import load_file
 from scir.model.logprobs import response_logps
 from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base, new_adapter
 from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged
-from scir.runner.pipeline import STAGES, check_recipe, read_fields
+from scir.stages.files import STAGES
+from scir.runner.run import check_recipe
+from scir.runner.state import read_fields
 from scir.recipe import RecipeError, parse_recipe
 from scir.method.rewards import View, text_pair
-from scir.stages.judge import score, set_reference
+from scir.method.scores import score, set_reference
 from scir.method.trainer import PairTrainer, arguments, fit, save_adapter
-from scir.stages.warm_start import sft_loss, warm_start_loss
+from scir.stages.sft import sft_loss
+from scir.stages.warm_start import warm_start_loss
 
 def adapter(folder): return load_file(folder/"adapter"/"adapter_model.safetensors")
 

@@ -7,17 +7,19 @@ from types import SimpleNamespace
 import pytest, torch
 
 from scir.runner.verify import verify
-from scir.stages.consistency import metrics
+from scir.statistics import metrics
 from scir.data.load import better_side, evaluation_prompts, find_grader, grade, load_pairs, row_split, seed_prompts
 from scir.stages.evaluate import score_summary
 from scir.method.labels import needed_rewards
-from scir.model.weights import adapters, for_scoring, load_tokenizer, tiny_model
+from scir.recipe import adapters
+from scir.model.weights import for_scoring, load_tokenizer, tiny_model
 from scir.stages.optimise import replayed, training_pairs
 from scir.recipe import load_recipe
 from scir.method.rewards import View, longer, text_pair
-from scir.stages.judge import pair_logps
+from scir.method.scores import pair_logps
 from scir.store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows, write_rows
-from scir.stages.warm_start import read_seeds, relabel, seed_pairs, seed_row, warm_start
+from scir.stages.warm_start import read_seeds, relabel, seed_row, run as warm_start
+from scir.stages.sft import seed_pairs
 from test_pipeline import ROOT, scir
 
 GRADER = "def score(prompt, answer):\n    return None if not answer.strip() else len(answer) % 3 / 2\n"
@@ -181,7 +183,7 @@ def test_every_model_but_m1_judges_its_own_answers(graded):
 
 def test_own_pairs_are_measured_against_the_models_reference(graded, recipe):
     "Which no other model has read for them."
-    from scir.stages.judge import scored_pairs
+    from scir.method.scores import scored_pairs
     for node, reference in (("m0", None), ("scir/m2", graded/"seed0/sft/adapter")):
         rows = read_rows(graded/"seed0"/node/"evaluation/own.jsonl", Score)
         assert close([s.reference_logps for s in rows], logps_of(recipe, reference, scored_pairs(load_tokenizer(recipe.model), rows)))
@@ -253,7 +255,8 @@ def test_a_grader_that_is_gone_is_a_line_of_verify(copy):
 def test_a_grader_that_changed_makes_its_stages_stale(graded, tmp_path, recipe):
     "By its content."
     from scir.runner.verify import status
-    from scir.runner.pipeline import Step, state
+    from scir.runner.plan import Step
+    from scir.runner.state import state
     file = Path(recipe.data.grader.rpartition(":")[0])
     assert {s.name for _, s in status(recipe, graded)} == {"done"}
     try:

@@ -24,11 +24,12 @@ from typing import NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
-from ..data.chat import as_text, messages
+from ..data.chat import messages
 from ..model.logprobs import PLAIN_TEMPLATE, encode_turns
 from ..model.engines import open_engine, room
 from ..model.weights import PACKAGED
 from ..recipe import ModelSpec, Recipe, load_recipe, locate, node_parts, parent_node, run_of
+from ..stages.align import alpaca_eval
 from ..store import Response, Score, digest, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
 # %% ../../nbs/export/01_exports.ipynb #4c5949fa
@@ -79,7 +80,7 @@ def _said(turns, answers):
 
 def _replies(engine, tokenizer, asked, spec, seed, turn): # yields (question_id, text)
     "One answer to each prompt."
-    from scir.stages.sample import text_of
+    from scir.model.decoding import text_of
     jobs = [(k, ids, row_seed(seed, k, turn)) for k, ids in asked.items()]
     for k, ids, finished in tqdm(engine(jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"): yield k, text_of(tokenizer, ids, finished)
 
@@ -225,7 +226,9 @@ def summary_of(o:Origin)->dict:
 # %% ../../nbs/export/01_exports.ipynb #8e3b92f4
 def outdated(o:Origin, stage:str, file:str)->str: # the step, and what of it is another; empty where all is as it was
     "Why a step that wrote `file` of a model, or one behind it, is not done as the recipe says now."
-    from scir.runner.pipeline import Step, differences, inputs
+    from scir.runner.plan import Step
+    from scir.runner.state import differences
+    from scir.runner.state import inputs
     steps, recipe, chain = records(o), load_recipe(o.run/"recipe.yaml"), [f"{stage}:{o.node}"]
     wrote = {f: (key, h) for key, r in steps.items() for f, h in r["outputs"].items()}
     if chain[0] not in steps: return f"{chain[0]} is not done"
@@ -444,7 +447,7 @@ def stop_where_answers_end(model, spec:ModelSpec)->None:
     "Have others' `generate` stop at the end of an answer as the chat template has it, where the base's settings would go on."
     from scir.model.logprobs import turn_end
     from scir.model.weights import load_tokenizer
-    from scir.stages.sample import end_ids
+    from scir.model.decoding import end_ids
     tokenizer, config = load_tokenizer(spec), model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if turn_end(tokenizer) not in known: config.eos_token_id = sorted(end_ids(config, tokenizer))

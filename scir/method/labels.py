@@ -102,7 +102,7 @@ def vote(engine, # what decodes: (jobs, spec) -> rows
     from scir.data.chat import as_text
     from scir.model.logprobs import encode_chat
     from scir.recipe import SamplingSpec
-    from scir.stages.sample import text_of
+    from scir.model.decoding import text_of
     from tqdm.auto import tqdm
     journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
     jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": as_text(r.prompt), "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]

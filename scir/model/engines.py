@@ -60,7 +60,7 @@ def complete(call, # sends a request and takes from the reply what is asked for
 def transformers_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
     "M_t in this process."
     from scir.model.weights import for_sampling
-    from scir.stages.sample import generate
+    from scir.model.decoding import generate
     yield partial(generate, for_sampling(recipe.model, adapter), tokenizer)
 
 # %% ../../nbs/model/04_engines.ipynb #af039e4d
@@ -73,7 +73,7 @@ def stop_ids(spec:ModelSpec, tokenizer)->set:
     "All ids that end a response, by the model's files."
     from transformers import GenerationConfig
     from scir.model.weights import model_path
-    from scir.stages.sample import end_ids
+    from scir.model.decoding import end_ids
     try: config = GenerationConfig.from_pretrained(model_path(spec), revision=spec.revision)
     except OSError: config = GenerationConfig.from_model_config(_config(spec))
     return end_ids(config, tokenizer)

@@ -8,17 +8,18 @@ __all__ = ['TOO_LONG', 'TIMEOUT', 'TOKENS', 'AT_ONCE', 'GIVE_UP', 'judge_functio
            'open_replies', 'endpoint_judge', 'open_judge']
 
 # %% ../../nbs/model/05_outside.ipynb #ee13fe7f
-import re
+import math, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.chat import Prompted, as_text, messages
 from .engines import NO_ANSWER, complete, connect
 from ..recipe import AlignmentSpec, JudgeSpec, ModelSpec
-from ..store import Row, digest, hide_secrets, salvage
+from ..statistics import rate
+from ..store import Row, digest, hide_secrets, salvage, write_rows
 
 # %% ../../nbs/model/05_outside.ipynb #8a09690d
 TOO_LONG = "longer than the judge's context"

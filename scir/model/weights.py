@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ..data.chat import set_template
-from ..recipe import LoraSpec, MODELS, ModelSpec, Recipe, RecipeError
+from ..recipe import LoraSpec, MODELS, ModelSpec, RecipeError
 from ..store import sharded
 
 # %% ../../nbs/model/01_weights.ipynb #a4ef6c48

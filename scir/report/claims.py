@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from ..stages.consistency import derive, frame, grouped, paired, rank_correlation, rate
+from ..statistics import derive, frame, grouped, paired, rank_correlation, rate
 from ..recipe import ARMS, all_nodes, load_recipe, node_parts, own_recipe
 from ..store import Grade, Response, Score, digest, read_json, read_rows
 

@@ -23,7 +23,8 @@ from scipy.stats import spearmanr
 from .claims import ABLATIONS, ALONE, AT, KEEP, MEASURES, Gathered, accuracy_set, claim_numbers, claims, comparisons
 from .claims import gap_shown, gather, headline, labelled, last, measure, model_name, moved, only, others, per_run
 from .claims import set_order, speaks, unevaluated, widened, with_holm
-from ..stages.consistency import BLUE, GREEN, GREY, ORANGE, ece, grouped, plot_reliability, reliability, save_figure
+from ..stages.consistency import BLUE, GREEN, GREY, ORANGE, plot_reliability, save_figure
+from ..statistics import ece, grouped, reliability
 from ..recipe import ARMS
 from ..store import atomic_path, write_text
 

@@ -24,8 +24,9 @@ from ..model.weights import body, compute_dtype, device, for_sampling, load_base
 from ..stages.optimise import pair_loss
 from ..recipe import Recipe, SamplingSpec, load_recipe
 from ..method.rewards import View
-from ..stages.sample import generate, sample
-from ..stages.judge import candidate_pairs, labelled_pairs, score, set_reference
+from ..model.decoding import generate
+from ..stages.sample import sample
+from ..method.scores import candidate_pairs, labelled_pairs, score, set_reference
 from ..store import Prompt, Response, peak_bytes, read_rows, row_seed, write_json
 
 # %% ../../nbs/runner/14_bench.ipynb #80d4f729
@@ -363,7 +364,7 @@ GROUPS = {"judge": judge_figures, "judge-gradient": judge_gradient_figures, "tra
 
 def bench(recipe:Recipe, repeats:int=5, tokens:int=32, only:str|None=None)->dict: # figures, raw times, machine
     "Measure all groups, or one."
-    from scir.runner.pipeline import quiet
+    from scir.runner.work import quiet
     quiet()
     w, started, figures = Work(recipe, repeats, tokens), time.time(), {}
     for name, group in GROUPS.items():

@@ -31,7 +31,7 @@ class SocketManager(AsyncKernelManager):
 # %% ../../nbs/runner/10_kernels.ipynb #63478b4e
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package of faster kernels for 4 bits on a CPU
 
-PRELOAD = ["scir.runner.kernels", "scir.runner.pipeline", "scir.method.trainer", "scir.stages.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+PRELOAD = ["scir.runner.kernels", "scir.runner.work", "scir.method.trainer", "scir.stages.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
 
 def _die_with(owner, server):
     "End this kernel, and the fork server, when the process that started them is gone, even by kill -9."

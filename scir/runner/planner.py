@@ -32,10 +32,12 @@ from ..model.weights import body, compute_dtype, device, for_sampling, for_scori
 from ..stages.optimise import pair_loss
 from ..recipe import JudgeSpec, ModelSpec, Recipe, SamplingSpec, node_parts
 from ..method.rewards import View, margins, text_pair
-from ..stages.sample import Pool, generate
-from ..stages.judge import candidate_pairs
+from ..model.decoding import Pool
+from ..model.decoding import generate
+from ..method.scores import candidate_pairs
 from ..store import Response
-from ..stages.warm_start import sft_loss, warm_start_loss
+from ..stages.sft import sft_loss
+from ..stages.warm_start import warm_start_loss
 
 # %% ../../nbs/runner/13_planner.ipynb #2c22a175
 ASSUMED = {"prompt": 150, "seeds": 1400, "frame": 40, "answer": .5} # tokens of a prompt; labelled pairs; tokens of the judge's frame; share of the longest answer
@@ -56,7 +58,7 @@ def counted_sizes(recipe:Recipe)->Sizes:
     "Lengths of the rows that are here; reads them all."
     from scir.data.load import prompt_pool, seed_prompts
     from scir.stages.evaluate import labelled_sets
-    from scir.stages.warm_start import good_answers, seed_pairs
+    from scir.stages.sft import good_answers, seed_pairs
     tokenizer, d = load_tokenizer(recipe.model), recipe.data
     train, held, _ = prompt_pool(d)
     tokens = lambda rows: [n for r in rows if (n := len(encode_prompt(tokenizer, r.prompt))) <= d.max_prompt_tokens]
@@ -92,7 +94,7 @@ def assumed_sizes(recipe:Recipe)->Sizes:
 
 def answer_tokens(recipe:Recipe)->float:
     "Mean tokens of an answer: of a run of that name, if there is one, else a share of the longest."
-    from scir.runner.pipeline import root
+    from scir.recipe import root
     from scir.store import Response, read_rows
     made = sorted((root()/"data/runs"/recipe.name).glob("seed*/**/m*/responses.jsonl"))
     rows = [r for f in made[:4] for r in read_rows(f, Response)]
@@ -407,7 +409,7 @@ def evaluated(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
 
 def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
     "All that the stages of a run do with the model."
-    from scir.runner.pipeline import plan
+    from scir.runner.plan import plan
     steps = plan(recipe)
     rounds = sum(x.stage == "sample" for x in steps)
     pairs = rounds * len(sizes.prompts) * pairs_each(recipe.sampling)
@@ -506,7 +508,7 @@ def hours(todo:list, rates:dict)->dict: # stage -> hours
 def hours_on(gpus:int, recipe:Recipe, todo:list, rates:dict, start:float=0, # seconds of a step before its first row
             )->float:
     "Hours on so many GPUs that are each as fast as the rates say; what they send each other is not counted."
-    from scir.runner.pipeline import plan
+    from scir.runner.plan import plan
     sections = {"sft": recipe.sft, "warm_start": recipe.warm_start, "optimise": recipe.train}
     parts = {stage: min(gpus, section.batch_size) for stage, section in sections.items()}
     return sum(w.tokens * rates[w.kind] / (parts[w.stage] if w.kind == "trained" else gpus) for w in todo) / 3600 + len(plan(recipe)) * start / 3600

@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..stages.align import Duel, preference, summarise as won_by
-from ..stages.consistency import metrics
+from ..statistics import metrics
 from ..data.load import better_side, find_grader, grade
 from ..method.labels import agreed
 from ..method.loss import implicit_margin
-from .pipeline import State, Step, needed, plan, state
+from .state import State, state
+from .plan import Step, needed, plan
 from ..recipe import AlignmentSpec, Recipe, all_nodes, load_recipe, own_recipe
 from ..stages.sample import summarise
 from ..store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows

@@ -7,6 +7,7 @@ __all__ = ['FOLDS', 'STRENGTHS', 'WEAK', 'DRAWS', 'Duel', 'preference', 'duels',
            'reference_outputs', 'by_prompt', 'summarise', 'align', 'alpaca_eval', 'against_m1', 'against_file', 'run']
 
 # %% ../../nbs/stages/08_align.ipynb #b1305fd1
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import NormalDist
@@ -20,7 +21,6 @@ from ..model.outside import open_judge
 from ..model.weights import load_tokenizer
 from ..recipe import AlignmentSpec, JudgeSpec, Recipe, adapters, node_name, node_parts
 from .sample import sample
-from ..statistics import rate
 from ..store import Prompt, Response, Row, digest, read_rows, write_json, write_rows
 
 # %% ../../nbs/stages/08_align.ipynb #dda0cbc9

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from ..method.labels import agreed
 from ..recipe import Recipe
-from ..statistics import by_quantile, ece, frame, metrics, rate
+from ..statistics import by_quantile, ece, frame, grouped, metrics
 from ..store import Score, read_rows, write_json, write_rows, write_text
 
 # %% ../../nbs/stages/05_consistency.ipynb #895ae020

@@ -12,13 +12,14 @@ from pathlib import Path
 from scipy.special import expit
 
 from ..data.chat import as_text
-from .consistency import frame, grouped, metrics
+from ..statistics import frame, grouped, metrics
 from ..data.load import evaluation_rows, find_grader, grade, load_pairs, prompt_pool, row_split, shown_first
 from ..model.engines import open_engine
-from ..model.weights import adapters, for_scoring, load_tokenizer, model_path
+from ..recipe import adapters
+from ..model.weights import for_scoring, load_tokenizer, model_path
 from ..recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node, run_of
 from .sample import sample
-from .judge import candidate_pairs, drawn_side, label_by_grader, labelled_pairs, score, set_reference
+from ..method.scores import candidate_pairs, drawn_side, label_by_grader, labelled_pairs, score, set_reference
 from ..store import Grade, Response, Score, atomic_path, digest, hash_path, read_json, read_rows, write_json, write_rows
 
 # %% ../../nbs/stages/07_evaluate.ipynb #03acbd61

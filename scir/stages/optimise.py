@@ -17,7 +17,7 @@ from ..method.labels import OUTSIDE, agreed, labels
 from ..method.loss import scir_loss
 from ..recipe import Recipe, TrainSpec, node_name, node_parts, parent_node
 from ..method.rewards import View, implicit, margins
-from .judge import scored_pairs, set_reference
+from ..method.scores import scored_pairs, set_reference
 from ..store import ResponseReward, Score, meet, rank, read_rows, row_seed, write_rows
 from .warm_start import read_seeds, warm_start_loss
 
@@ -32,7 +32,8 @@ def training_pairs(tokenizer, scores:list, spec:TrainSpec, rewards:dict|None=Non
 
 def replayed(tokenizer, recipe:Recipe, run, parent:str, pairs:int)->list: # of Pair
     "Seed pairs of the warm start with their labels, as many as make `train.replay` of the whole with `pairs` others; fewer when there are not so many."
-    from scir.model.weights import adapters, for_scoring
+    from scir.recipe import adapters
+    from scir.model.weights import for_scoring
     seed = node_parts(parent)[0]
     known = read_seeds(tokenizer, Path(run)/node_name(seed, 1)/"seed_pairs.jsonl")
     random.Random(row_seed(seed, "replay")).shuffle(known)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..data.load import prompt_pool
 from ..model.decoding import text_of
 from ..model.engines import open_engine
-from ..model.logprobs import encode_prompt
+from ..model.logprobs import encode_prompt, turn_end
 from ..model.weights import load_tokenizer
 from ..recipe import Recipe, SamplingSpec, node_parts
 from ..store import Journal, Response, processes, rank, row_seed, share

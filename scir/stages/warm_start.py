@@ -89,7 +89,7 @@ def read_seeds(tokenizer, file)->list: # of Pair
 def run(recipe:Recipe, run_dir, node:str)->dict: # summary
     "Train M_1 from the SFT model; writes adapter/, metrics.jsonl and seed_pairs.jsonl, and seed_responses.jsonl where the recipe has seed prompts."
     from scir.model.weights import for_training, load_adapter, load_base, load_tokenizer
-    from scir.stages.judge import as_reference, set_reference
+    from scir.method.scores import as_reference, set_reference
     from scir.method.trainer import arguments, fit, optimizer_steps
     spec, tokenizer, seed, folder = recipe.warm_start, load_tokenizer(recipe.model), node_parts(node)[0], Path(run_dir)/node
     sft_adapter = Path(run_dir)/sft_node(seed)/"adapter"

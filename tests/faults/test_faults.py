@@ -114,7 +114,7 @@ import resource, sys
 from scir.model.weights import for_scoring, load_tokenizer, save_tiny
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
-from scir.stages.judge import score, set_reference
+from scir.method.scores import score, set_reference
 from pathlib import Path
 folder = Path(sys.argv[1])
 recipe = parse_recipe({"model": {"name": str(save_tiny(folder/"model")), "dtype": "float32"}, "judge": {"batch_tokens": 10**6}})

@@ -11,7 +11,8 @@ from scir.method.judge import judge_ids
 from scir.method.labels import parse_vote
 from scir.model.logprobs import encode_chat, encode_prompt, encode_response, encode_turns, render_chat
 from scir.recipe import JudgeSpec, Recipe, RecipeError, dump_recipe, load_recipe, override, parse_recipe
-from scir.stages.sample import generate, sample
+from scir.model.decoding import generate
+from scir.stages.sample import sample
 from scir.store import Prompt, Response, read_rows
 
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

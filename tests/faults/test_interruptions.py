@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil, pytest
 
 from harness import ENV, ROOT, SCIR, TALLY, command, equal
-from scir.runner.pipeline import plan
+from scir.runner.plan import plan
 from scir.recipe import load_recipe
 from scir.store import read_json
 

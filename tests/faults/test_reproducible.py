@@ -10,7 +10,8 @@ import json, sys
 from scir.data.load import load_prompts
 from scir.model.weights import for_sampling, load_tokenizer
 from scir.recipe import ModelSpec, SamplingSpec
-from scir.stages.sample import generate, sample
+from scir.model.decoding import generate
+from scir.stages.sample import sample
 from functools import partial
 from pathlib import Path
 import torch
