@@ -55,7 +55,7 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
             for name in ("hash_path", "notebook_hash"): m.setattr(states, name, lambda p, end=end, plain=getattr(states, name): "other" if str(p).endswith(end) else plain(p))
             assert names(recipe, run)[key] == "stale" and {"data/pairs.jsonl": "data/pairs.jsonl", "data/models/tiny-random": "tiny-random", "02_sample.ipynb": "02_sample"}[end] in why(recipe, run, key)
     with monkeypatch.context() as m:
-        edit(m, "stages.judge", "score")
+        edit(m, "stages.judge", "run")
         assert why(recipe, run, "judge:seed0/m1") == "the code of scir.stages.judge changed" and state(recipe, run, SAMPLE).name == "done"
         edit(m, "stages.sample", "run")
         assert why(recipe, run, SAMPLE.key) == "the code of scir.stages.sample changed"
@@ -140,7 +140,7 @@ def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkey
     monkeypatch.setattr(states, "files_of", lambda folder: {"stages.judge": "edited"})
     states.check_code("judge")  # only a comment was edited, or a function that judging does not call
     now = states.read_package(states.CODE)
-    now.defined["stages.judge"]["score"] = edited(now.defined["stages.judge"]["score"])
+    now.defined["stages.judge"]["run"] = edited(now.defined["stages.judge"]["run"])
     monkeypatch.setattr(states, "read_package", lambda folder: now)
     with pytest.raises(RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"): begin(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
