@@ -337,7 +337,7 @@ def report(folders: Annotated[list[Path], typer.Argument(help="run directories, 
            out: Annotated[Path | None, typer.Option(help="where to write; default: the one run's report/")] = None,
            json: Json = False, debug: Debug = False):
     "Rebuild tables and figures from a run's files, or put several runs side by side."
-    from scir.report.report import report as make
+    from scir.report.document import report as make
     with aside(json): make(folders, out)
     out = out or folders[0]/"report"
     if json: emit({"report": str(out), "tables": records(out)})
@@ -423,7 +423,8 @@ EXAMPLES = """Examples:
 
 def suits(to:str, asked:dict, shared:dict)->None:
     "Refuse a target nobody knows, options that it does not take, a benchmark without its file."
-    from scir.export.exports import EXPORTS, FOLDERS
+    from scir.export.benchmarks import EXPORTS
+    from scir.export.folders import FOLDERS
     if to not in FOLDERS | EXPORTS: raise UsageError(f"--to {to}: one of {', '.join(FOLDERS | EXPORTS)} is needed")
     if idle := [name for name, v in (shared if to in EXPORTS else asked).items() if v]: raise UsageError(f"--to {to} takes no {', '.join(idle)}: {'those are for what is shared' if to in EXPORTS else 'what a run made goes out as it is'}; leave it out")
     if to in EXPORTS and not asked["--data"]: raise UsageError(f"--to {to}: name the benchmark's file or hub name with --data")
@@ -441,7 +442,8 @@ def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged 
     """Put a run's model or preferences into a folder that others load, with a card.
 
     Or answer or judge a benchmark, in the file that its own program reads."""
-    from scir.export.exports import EXPORTS, FOLDERS, check_push, push as upload
+    from scir.export.benchmarks import EXPORTS
+    from scir.export.folders import FOLDERS, check_push, push as upload
     from scir.runner.work import quiet, say_shipped
     suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward}, {"--licence": licence, "--push": push})
     with aside(json):

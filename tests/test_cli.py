@@ -12,7 +12,9 @@ from scir import __version__
 from scir.cli import app, aside
 from scir.data.load import split_of
 from scir.stages.evaluate import file_pairs, judge_file
-from scir.export.exports import EXPORTS, FOLDERS, SECTIONS
+from scir.export.benchmarks import EXPORTS
+from scir.export.folders import FOLDERS
+from scir.export.benchmarks import SECTIONS
 from scir.model.weights import for_scoring, load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import dump_recipe, load_recipe, parse_recipe
 from scir.method.scores import score, set_reference
@@ -426,7 +428,7 @@ def test_exit_codes(args, code, words):
 def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path):
     given = {"run": ["recipes/tiny.yaml"], "status": ["r"], "report": ["r"], "verify": ["r"], "judge": ["--model", TINY, "--pairs", "p"], "sample": ["--model", TINY, "--prompts", "p"],
              "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path/"o")], "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"], "doctor": [], "bench": [], "testbed": ["--out", str(tmp_path/"t")]}[name]
-    where = {"run": "runner.run.run_recipe", "report": "report.report.report", "fit-reward": "data.load.load_pairs", "doctor": "doctor.examine",
+    where = {"run": "runner.run.run_recipe", "report": "report.document.report", "fit-reward": "data.load.load_pairs", "doctor": "doctor.examine",
              "bench": "runner.bench.bench", "testbed": "data.testbed.write_testbed"}
     def broken(*a, **kw): raise LookupError("lost")
     monkeypatch.setattr(f"scir.{where.get(name, 'runner.work.quiet')}", broken)

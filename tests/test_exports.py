@@ -8,7 +8,12 @@ import pytest, torch, yaml
 
 from scir.stages.align import Duel, length_controlled, preference, win_rate
 from scir.data.load import load_pairs
-from scir.export.exports import SECTIONS, Origin, alpaca_annotations, answer_questions, check_push, eval_results, export_adapter, export_dataset, export_merged, lineage, merged, model_card, mt_bench, origin, plain_chat, rewardbench, said_measure, usable_questions, whole_folder
+from scir.export.benchmarks import SECTIONS
+from scir.export.folders import merged
+from scir.export.origin import Origin, lineage, origin
+from scir.export.benchmarks import alpaca_annotations, answer_questions, mt_bench, rewardbench, usable_questions
+from scir.export.folders import check_push, export_adapter, export_dataset, export_merged, plain_chat, whole_folder
+from scir.export.cards import eval_results, model_card, said_measure
 from scir.stages.align import alpaca_eval
 from scir.model.logprobs import encode_prompt, encode_response, encode_turns
 from scir.model.weights import for_scoring, load_base, load_tokenizer, tiny_model
@@ -319,7 +324,7 @@ def test_nf4_and_bfloat16_are_said(elsewhere):
 
 @pytest.mark.parametrize("judge, said", [("reward:/home/me/secret/reward-model", "reward-model"), ("http://10.0.0.7:8000/v1", "a model behind a server"), ("org/judge", "org/judge")])
 def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
-    from scir.export.exports import won
+    from scir.export.cards import won
     for f in ("recipe.yaml", "manifest.json", f"{NODE}/evaluation/metrics.json"): write_text(tmp_path/f, (tiny_run/f).read_text())
     assert won(origin(str(tmp_path/NODE))) == ""
     write_json(tmp_path/NODE/"alignment"/"metrics.json", {"win_rate": .4, "win_rate_low": .3, "win_rate_high": .52, "win_rate_n": 37, "judge": judge, "reference": "m1"})
@@ -424,7 +429,7 @@ def test_agreed_pairs_of_a_warm_start(tiny_run, tmp_path, at_root):
     assert "this model's own answers" in (tmp_path/"agreed"/"README.md").read_text()
 
 def test_cream_may_favour_the_side_that_was_not_preferred(tokenizer, recipe):
-    from scir.export.exports import LABELLERS
+    from scir.export.folders import LABELLERS
     from scir.stages.optimise import preference_rows, training_pairs
     score = Score(id="p/0-1", prompt_id="p", prompt="Q", response_a="preferred", response_b="other", ids_a=[1], ids_b=[2], logps=(0, 0), reference_logps=(0, 0), order_margins=(1, -1), verdict_mass=(1, 1), margins={"implicit": 1.0, "generative": 1.0})
     for before, chosen in ((0., "other"), (-2., "preferred")):

@@ -8,12 +8,15 @@ import pytest
 from matplotlib import pyplot as plt
 from scipy.stats import t as student
 
-import scir.report.claims as claims
-import scir.report.report as report
-from scir.report.claims import AT, Gathered, answer_frame, compare, firm, gather, last, share_gap
+from scir.report import claims, compare as comparing, document, figures, gather as gathering, tables as tabling
+from scir.report.gather import AT, Gathered, answer_frame
+from scir.report.compare import compare, last, share_gap
+from scir.report.claims import firm
+from scir.report.gather import gather
 from scir.statistics import derive, grouped, rate
 from scir.recipe import ARMS, all_nodes, dump_recipe, parse_recipe
-from scir.report.report import course, tables
+from scir.document.figures import course
+from scir.report.document import tables
 from scir.store import Grade, Response, Score, write_json, write_rows, write_text
 
 NAMES = ["generative", "implicit"]
@@ -48,9 +51,9 @@ def answers(arm, iteration, scores, seed=0, run="r", **kw): # one answer per pro
 def gathered(*frames, models=None, steps=None, answered=()):
     d = pd.concat(frames, ignore_index=True)
     models = models or [model(a, t, s, r) for r, s, a, t in d[AT].drop_duplicates().itertuples(index=False)]
-    answered = pd.concat(answered, ignore_index=True) if len(answered) else pd.DataFrame(columns=[*AT, *claims.ANSWER])
+    answered = pd.concat(answered, ignore_index=True) if len(answered) else pd.DataFrame(columns=[*AT, *gathering.ANSWER])
     steps = pd.DataFrame(steps or [], columns=None if steps else [*AT, "step"])
-    return Gathered(derive(claims.with_own(d), NAMES), pd.DataFrame(models), steps, answered, NAMES)
+    return Gathered(derive(gathering.with_own(d), NAMES), pd.DataFrame(models), steps, answered, NAMES)
 
 def both(n, wrong=0, apart=0): # judge and implicit; the first `wrong` both wrong, then `apart` the judge only
     return "-" * (wrong + apart) + "+" * (n - wrong - apart), "-" * wrong + "+" * (n - wrong)
@@ -104,7 +107,7 @@ def test_grouped_covers():
 
 def test_summary_by_hand():
     "Two seeds of four pairs. Seed 0: judge ++-+, implicit +--+: one contradiction; seed 1: ++++ and ----: four."
-    s = report.summary(gathered(pairs("sft", 1, "++-+", "+--+"), pairs("sft", 1, "++++", "----", seed=1))).iloc[0]
+    s = tabling.summary(gathered(pairs("sft", 1, "++-+", "+--+"), pairs("sft", 1, "++++", "----", seed=1))).iloc[0]
     assert s.inconsistency == 5 / 8 and (s.inconsistency_least, s.inconsistency_most) == (.25, 1)
     assert s.inconsistency_n == 8 and s.inconsistency_prompts == 4 and s.seeds == 2 and s.pairs == 4
     assert s.accuracy_generative == 7 / 8 and s.accuracy_implicit == 2 / 8 and s.accuracy_agreed == 2 / 3
@@ -112,25 +115,25 @@ def test_summary_by_hand():
     assert (s.accuracy_agreed_least, s.accuracy_agreed_most) == (2 / 3,
         2 / 3), "a seed without an agreed pair has no share"
     assert s.accuracy_likelihood == 1 and s.flip_rate == 0 and s.inconsistency_likelihood == 1 / 8
-    row = report.reward_table(report.summary(gathered(pairs("sft", 1, "++-+", "+--+"),
+    row = tabling.reward_table(tabling.summary(gathered(pairs("sft", 1, "++-+", "+--+"),
                                                       pairs("sft", 1, "++++", "----", seed=1)))).iloc[0]
     assert row["accuracy where they agree"].startswith("67% of 3 [") and row["judge accuracy"].startswith("88% [")
     assert row["judge accuracy"].endswith("(75%-100%)")
 
 def test_what_cannot_be_said_is_left_out():
     g = gathered(pairs("base", 0, "+-+-", [0.0] * 4), pairs("sft", 1, "+-+-", "+-+-", set="panel", label=None))
-    s = report.summary(g).set_index("set")
+    s = tabling.summary(g).set_index("set")
     assert pd.isna(s.loc["held-out", "inconsistency"]) and s.loc["held-out", "accuracy_generative"] == .5
     assert "accuracy_implicit" not in s
     assert pd.isna(s.loc["panel", "accuracy_generative"]) and s.loc["panel", "inconsistency"] == 0
-    made = report.inconsistency_table(report.summary(g))
+    made = tabling.inconsistency_table(tabling.summary(g))
     assert made.inconsistency.tolist()[1] == "-" and made.model.tolist() == ["M_1", "M_0"]
 
 def test_a_third_reward_model_is_shown():
     d = pairs("sft", 1, "++-+", "+--+").assign(pointwise=[1.0, -1, -1, 1])
     g = gathered(pairs("sft", 1, "+", "+"))._replace(pairs=derive(d, [*NAMES, "pointwise"]),
                                                      rewards=[*NAMES, "pointwise"])
-    assert report.reward_table(report.summary(g)).iloc[0]["pointwise accuracy"].startswith("50%")
+    assert tabling.reward_table(tabling.summary(g)).iloc[0]["pointwise accuracy"].startswith("50%")
     panel = g._replace(pairs=g.pairs.assign(set="panel"))
     assert claims.headline(panel)[0].startswith("The internal reward models disagreed on 25%")
 
@@ -143,7 +146,7 @@ def test_arms_meet_on_the_same_pair_of_the_same_seed():
                  pairs("srlm", 2, "++++", "++++", seed=1).iloc[::-1])
     gap = compare(last(g), "scir", "srlm", lambda d: ~d.agree, "held-out")
     assert gap["n"] == 10 and gap["seeds"] == 3 and gap["prompts"] == 4, "seed 2 has two pairs in common"
-    a, b = claims.matched(last(g), "scir", "srlm", "held-out")
+    a, b = comparing.matched(last(g), "scir", "srlm", "held-out")
     assert (a.index == b.index).all()
     assert (a.agree.astype(int) - b.agree.astype(int)).groupby("seed").sum().to_dict() == {0: 3, 1: -4, 2: 0}
     assert gap["same_way"] < 3 and not firm(gap | {"low": .1, "high": .2}, 0)
@@ -165,22 +168,22 @@ def test_arms_are_compared_after_the_same_number_of_iterations():
     g = gathered(pairs("sft", 1, "++", "++"), pairs("srlm", 2, "++", "--"),
                  *(pairs("scir", t, "++", "++", seed=s) for s, t in ((0, 2), (0, 3), (1, 2))))
     assert set(zip(last(g).arm, last(g).iteration)) == {("sft", 1), ("scir", 2), ("srlm", 2)}
-    assert report.rounds_met(g) == " Compared with scir: srlm as M_2."
+    assert document.rounds_met(g) == " Compared with scir: srlm as M_2."
 
 def test_two_arms_meet_where_both_have_been():
     "srlm went as far as scir, an ablation stopped one round earlier: each is compared with scir of its own round."
     at = lambda arm, wrong: [pairs(arm, t, *both(60, wrong=w)) for t, w in wrong.items()]
     g = gathered(pairs("sft", 1, *both(60)), *at("scir", {2: 10, 3: 20}), *at("srlm", {2: 0, 3: 20}),
                  *at("scir-static", {2: 10}))
-    t = claims.comparisons(g).query("quantity == 'judge accuracy'").set_index("arms")
+    t = comparing.comparisons(g).query("quantity == 'judge accuracy'").set_index("arms")
     assert t["as"].to_dict() == {"scir - M_1": "M_3", "scir - srlm": "M_3", "scir - scir-static": "M_2"}
     assert t.difference.round(3).to_dict() == {"scir - M_1": -.333, "scir - srlm": 0, "scir - scir-static": 0}
-    assert report.rounds_met(g) == " Compared with scir: srlm as M_3; scir-static as M_2."
-    assert set(report.contrasted(g, "held-out")[0].iteration) == {1, 3}
-    assert set(report.ablation_table(g)["as"]) == {"M_2"}
-    assert {a: d.iteration.max() for a, d in report.latest(g).items()} == {"sft": 1, "srlm": 3, "scir": 3,
+    assert document.rounds_met(g) == " Compared with scir: srlm as M_3; scir-static as M_2."
+    assert set(figures.contrasted(g, "held-out")[0].iteration) == {1, 3}
+    assert set(tabling.ablation_table(g)["as"]) == {"M_2"}
+    assert {a: d.iteration.max() for a, d in figures.latest(g).items()} == {"sft": 1, "srlm": 3, "scir": 3,
         "scir-static": 2}
-    said = [line for line in report.strongest(claims.comparisons(g)) if line.startswith("judge accuracy")]
+    said = [line for line in tabling.strongest(comparing.comparisons(g)) if line.startswith("judge accuracy")]
     assert said[0].startswith("judge accuracy, held-out: strongest competitor: M_1 (scir - M_1 = -33.3 [")
     assert said[0].endswith(" points, significant)")
 
@@ -199,14 +202,14 @@ def test_firm(low, high, p, same, is_firm): assert firm({"low": low, "high": hig
                                                         p) == is_firm
 
 def test_holm_within_a_family():
-    t = claims.with_holm(pd.DataFrame({"set": list("aab"), "p": [.01, .04, .03]}), ["set"])
+    t = comparing.with_holm(pd.DataFrame({"set": list("aab"), "p": [.01, .04, .03]}), ["set"])
     assert t.p_holm.tolist() == [.02, .04, .03] and list(t.columns) == ["set", "p", "p_holm"]
-    assert claims.holm([.5, .9]) == [1, 1]
-    assert claims.holm([.01, np.nan, .04])[::2] == [.02, .04] and np.isnan(claims.holm([.01, np.nan])[1])
-    assert claims.holm([]) == []
+    assert comparing.holm([.5, .9]) == [1, 1]
+    assert comparing.holm([.01, np.nan, .04])[::2] == [.02, .04] and np.isnan(comparing.holm([.01, np.nan])[1])
+    assert comparing.holm([]) == []
     g = gathered(*(pairs(a, 2, *both(12, apart=k)) for a, k in (("scir", 0), ("srlm", 6), ("dice", 1))),
                  pairs("sft", 1, *both(12)))
-    c = claims.comparisons(g).query("quantity == 'inconsistency'").set_index("arms")
+    c = comparing.comparisons(g).query("quantity == 'inconsistency'").set_index("arms")
     assert c.loc["scir - srlm", "p"] == .03125 and c.loc["scir - srlm", "p_holm"] == pytest.approx(3 * .03125)
     assert c.loc["scir - M_1", "p"] == 1
 
@@ -230,42 +233,42 @@ def test_ties_count_for_agreement_but_not_for_accuracy():
     d = pairs("sft", 1, "+-++", "+-+-", set="panel").assign(label=["a", "b", None, None])
     d.loc[1, "implicit"] = 1.0
     g = gathered(d)
-    s = report.summary(g).iloc[0]
+    s = tabling.summary(g).iloc[0]
     assert s.inconsistency == .5 and s.inconsistency_n == 4 and s.inconsistency_labelled == .5
     assert s.inconsistency_labelled_n == 2
     assert s.accuracy_generative == 1 and s.accuracy_implicit == .5 and s.accuracy_agreed == 1
     assert s.accuracy_agreed_n == 1 and s.labelled == 2
-    assert report.reward_table(report.summary(g)).iloc[0]["set"] == "panel, 4 pairs, 2 labelled"
+    assert tabling.reward_table(tabling.summary(g)).iloc[0]["set"] == "panel, 4 pairs, 2 labelled"
 
 def test_paired_accuracy_uses_the_decided_pairs():
     label = ["a"] * 3 + [None] * 3
     rows = ("scir", 2, "++++++"), ("sft", 1, "--+---")
     g = gathered(*(pairs(a, t, "+" * 6, i, set="panel").assign(label=label) for a, t, i in rows))
-    gap = claims.difference(last(g), "scir", "sft", "accuracy_implicit", "panel")
+    gap = comparing.difference(last(g), "scir", "sft", "accuracy_implicit", "panel")
     assert gap["n"] == 3 and gap["difference"] == pytest.approx(2 / 3)
-    assert claims.difference(last(g), "scir", "sft", "inconsistency", "panel")["n"] == 6
+    assert comparing.difference(last(g), "scir", "sft", "inconsistency", "panel")["n"] == 6
 
 def test_m1s_own_answers_are_the_panel():
     g = gathered(pairs("sft", 1, "++++", "++--", set="panel"), pairs("scir", 2, "++++", "++++", set="panel"),
                  pairs("scir", 2, "+++", "++-", set="own"))
-    found = report.summary(g).set_index(["arm", "set"]).inconsistency.to_dict()
+    found = tabling.summary(g).set_index(["arm", "set"]).inconsistency.to_dict()
     assert found == {("sft", "own"): .5, ("scir", "own"): 1 / 3, ("sft", "panel"): .5, ("scir", "panel"): 0}
-    gap = claims.difference(last(g), "scir", "sft", "inconsistency", "own")
+    gap = comparing.difference(last(g), "scir", "sft", "inconsistency", "own")
     assert gap["difference"] == pytest.approx(1 / 3 - .5) and gap["n"] == 4, "rates are compared"
-    assert set(report.kept_tables(g)["pairs"].query("arm == 'sft'").set) == {"panel"}
+    assert set(document.kept_tables(g)["pairs"].query("arm == 'sft'").set) == {"panel"}
     assert "own" not in set(gathered(pairs("sft", 1, "++", "++", set="panel")).pairs.set)
 
 def test_rank_correlation_is_that_of_the_seeds():
     "One seed agrees perfectly, one is reversed; ranks over both, whose scales differ, would say something else."
     up, ten = [float(x) for x in range(1, 11)], [10.0 * x for x in range(1, 11)]
     g = gathered(pairs("sft", 1, up, up), pairs("sft", 1, ten, ten[::-1], seed=1))
-    m = claims.measure(g.pairs, "rank_correlation", NAMES)
+    m = comparing.measure(g.pairs, "rank_correlation", NAMES)
     assert m["value"] == pytest.approx(0) and (m["least"], m["most"]) == pytest.approx((-1, 1))
     assert m["low"] <= 0 <= m["high"]
-    alone = claims.measure(g.pairs[g.pairs.seed == 0], "rank_correlation", NAMES)
+    alone = comparing.measure(g.pairs[g.pairs.seed == 0], "rank_correlation", NAMES)
     assert alone["value"] == pytest.approx(1)
-    assert claims.measure(gathered(pairs("base", 0, up, [0.0] * 10)).pairs, "rank_correlation", NAMES) == {}
-    assert report.inconsistency_table(report.summary(g)).iloc[0]["rank correlation"].endswith("(-1.00-1.00)")
+    assert comparing.measure(gathered(pairs("base", 0, up, [0.0] * 10)).pairs, "rank_correlation", NAMES) == {}
+    assert tabling.inconsistency_table(tabling.summary(g)).iloc[0]["rank correlation"].endswith("(-1.00-1.00)")
 
 # answers
 
@@ -279,25 +282,25 @@ def test_answers_by_hand():
     assert d.bigrams.tolist() == [2, 2, 1] and d.new_bigrams.tolist() == [2, 1, 1] and d.tokens.tolist() == [3, 3, 2]
     assert d.success.tolist()[:2] == [1, 0]
     assert d.score.isna().tolist() == d.success.isna().tolist() == [False, False, True]
-    row = report.answer_cells(d.assign(seed=0))
+    row = tabling.answer_cells(d.assign(seed=0))
     assert row["strict success"].startswith("50% [") and row["mean score"].startswith("0.75 [")
     assert row["finished"].startswith("67% [")
     assert row["tokens"].startswith("2.7 [") and row["distinct-2"].startswith("0.80 [") and "(" not in row["tokens"]
 
 def test_answers_without_a_grader():
     g = gathered(pairs("sft", 1, "++", "++"), answered=[answers("sft", 1, [None, None])])
-    row = report.policy_table(g).iloc[0]
+    row = tabling.policy_table(g).iloc[0]
     assert row["strict success"] == row["mean score"] == row["correct labels"] == "-"
     assert row.tokens == "20.0 [20.0, 20.0]"
-    assert not len(report.policy_table(gathered(pairs("sft", 1, "++", "++"))))
+    assert not len(tabling.policy_table(gathered(pairs("sft", 1, "++", "++"))))
 
 def test_answers_are_compared_over_prompts():
     "Two answers to p0 count as one prompt; a prompt that one arm lacks is left out."
     one = pd.concat([answers("scir", 2, [1, 1, 1]), answers("scir", 2, [0])], ignore_index=True)
     g = gathered(pairs("sft", 1, "+", "+"), pairs("scir", 2, "+", "+"), answered=[one, answers("sft", 1, [0, 1])])
-    gap = claims.answer_gap(g, "scir", "sft", "success")
+    gap = comparing.answer_gap(g, "scir", "sft", "success")
     assert gap["difference"] == pytest.approx((.5 + 0) / 2) and gap["n"] == gap["prompts"] == 2
-    t = claims.comparisons(g).query("set == 'answers'").set_index("quantity")
+    t = comparing.comparisons(g).query("set == 'answers'").set_index("quantity")
     assert set(t.index) == {"strict success", "score", "finished", "tokens"}
     assert t.loc["strict success", "arms"] == "scir - M_1"
 
@@ -309,17 +312,17 @@ def test_alignment_by_hand():
                                                     model("scir", 2, seed=1, win_rate=.7,
                                                           **won | {"win_rate_high": .9}),
                                                           model("srlm", 2, win_rate=.5, **won)])
-    t = report.alignment_table(g).set_index("model")
+    t = tabling.alignment_table(g).set_index("model")
     assert t.loc["scir M_2", "win rate"] == "65% [40, 85] (60%-70%)"
     assert t.loc["scir M_2", "length-controlled"] == "55% (55%-55%)" and t.loc["srlm M_2", "win rate"] == "50% [40, 80]"
     elsewhere = t["reported, second-hand"]
     assert list(t.index) == ["scir M_2", "srlm M_2"] and elsewhere["scir M_2"].startswith("14.51 (LC win rate")
     assert "11.37" not in elsewhere["srlm M_2"] and "12.58" in elsewhere["srlm M_2"]
     assert "15.38" in elsewhere["srlm M_2"]
-    assert "9.94 as srlm M_1" in report.reported("sft", 1) and report.reported("scir", 5) == "-"
+    assert "9.94 as srlm M_1" in tabling.reported("sft", 1) and tabling.reported("scir", 5) == "-"
 
 def test_reported_numbers_say_where_they_are_from():
-    t = report.reported_table()
+    t = tabling.reported_table()
     assert t.source.str.contains("second-hand|notes").all()
     assert t[t.arm == "scir"].source.str.contains("second-hand").all() and len(t) == 5
     assert t.iloc[0]["values"] == "14.51, 18.49, 24.92" and t.iloc[0]["of"] == "M_2 to M_4"
@@ -353,7 +356,7 @@ def test_holm_is_over_all_tests_of_the_table():
     t = claims.claim_numbers(g)
     tested = t[t.claim.isin(list("abcei") + ["k1", "k2", "k3"])]
     assert t[~t.index.isin(tested.index)].p_holm.isna().all()
-    assert tested.p_holm.tolist() == pytest.approx(claims.holm(tested.p))
+    assert tested.p_holm.tolist() == pytest.approx(comparing.holm(tested.p))
 
 @pytest.mark.parametrize("apart, first, said", [(.2, 6, "met"), (.2, .2, "missed"), (2, 6, "missed")])
 def test_rank_correlation_claim(apart, first, said):
@@ -435,7 +438,7 @@ def test_ablations(arm, judge, implicit, letter, said):
     g = gathered(pairs("sft", 1, *both(60)), pairs("scir", 2, *scir), pairs(arm, 2, judge, implicit))
     v = verdicts(g)
     assert v[letter, "held-out"] == said and not {c for c, _ in v if c[0] == "k"} - {letter}
-    assert set(report.ablation_table(g).arm) == {arm}
+    assert set(tabling.ablation_table(g).arm) == {arm}
 
 @pytest.mark.parametrize("letter, arm", [("k1", "scir-no-confidence"), ("k2", "scir-no-gate"), ("k3", "scir-static")])
 def test_ablations_on_own_answers(letter, arm):
@@ -453,7 +456,7 @@ def test_wrong_labels_by_hand():
     ours, theirs, m = claims.moved(last(g), "scir-no-gate", "wrong labels", "held-out")
     assert ours["value"] == 3 / 8 and theirs["value"] == 1 / 5 and m["difference"] == pytest.approx(3 / 8 - 1 / 5)
     assert m["n"] == 5 and m["low"] < 0 < m["high"]
-    row = report.ablation_table(g).iloc[0]
+    row = tabling.ablation_table(g).iloc[0]
     assert row["arm - scir"].startswith("+17.5 [") and row.measure.startswith("wrong labels")
     assert row.without == "agreement gate"
 
@@ -477,8 +480,8 @@ def test_no_claim_without_its_arms(arms):
     made, letters = tables(g), {c for c, _ in verdicts(g)}
     assert letters == (set("adfgj") if arms == ("scir",) else set())
     assert bool(len(made["comparisons"])) == ("scir" in arms) and not len(made["ablation"])
-    assert set(report.figures(g, made["summary"])) >= {"headline", "inconsistency", "calibration_held-out"}
-    assert ("No claim applies" in report.document(made, claims.headline(g), "", [])) == (not letters)
+    assert set(document.figures(g, made["summary"])) >= {"headline", "inconsistency", "calibration_held-out"}
+    assert ("No claim applies" in document.document(made, claims.headline(g), "", [])) == (not letters)
 
 def test_arms_without_a_seed_in_common():
     g = gathered(pairs("sft", 1, *both(20)), pairs("sft", 1, *both(20), seed=1), pairs("srlm", 2, *both(20)),
@@ -531,7 +534,7 @@ def test_without_an_effect_nothing_significant_is_found():
 def test_headline_is_generated_from_the_numbers():
     g = made(1, effect=True)
     first, answers, second = claims.headline(g)
-    s = report.summary(g).set_index(["arm", "set"])
+    s = tabling.summary(g).set_index(["arm", "set"])
     before, srlm, scir = (f"{s.loc[(a, 'panel'), 'inconsistency']:.0%}" for a in ("sft", "srlm", "scir"))
     start = "The judge and the implicit reward disagreed on"
     later = f"on {srlm} after self-rewarding training, on {scir} after SCIR."
@@ -551,7 +554,7 @@ def test_headline_is_generated_from_the_numbers():
 def test_the_first_screen_is_above_the_appendix():
     g = made(1, effect=True)
     made_tables = tables(g)
-    text = report.document(made_tables, claims.headline(g), report.size(g, made_tables["summary"]),
+    text = document.document(made_tables, claims.headline(g), document.size(g, made_tables["summary"]),
                            [("headline", "headline", ""), ("joint_own", "joint_own", "")])
     top, rest = text.split("## Appendix\n")
     assert top.index("![How often the judge") < top.index(claims.headline(g)[0]) < top.index("## Claims") and "joint_own" not in top
@@ -581,28 +584,28 @@ def test_courses_by_hand():
     assert course(g, "scir", "absent").empty
 
 def test_panels():
-    assert report.families(ARMS) == {"methods": ["srlm", "srlm-pointwise", "dice", "cream", "external", "scir"],
+    assert figures.families(ARMS) == {"methods": ["srlm", "srlm-pointwise", "dice", "cream", "external", "scir"],
                                      "ablations": ["scir", "scir-no-consistency", "scir-no-confidence",
                                                    "scir-no-gate", "scir-static"]}
-    assert report.families(["sft"]) == {"methods": []} and report.families(["scir"]) == {"methods": ["scir"]}
-    assert list(report.families(["scir-static"])) == ["ablations"] and set(report.STYLE) == {"base", *ARMS}
-    for arms in report.families(ARMS).values(): assert len({report.STYLE[a][0] for a in arms}) == len(arms)
+    assert figures.families(["sft"]) == {"methods": []} and figures.families(["scir"]) == {"methods": ["scir"]}
+    assert list(figures.families(["scir-static"])) == ["ablations"] and set(figures.STYLE) == {"base", *ARMS}
+    for arms in figures.families(ARMS).values(): assert len({figures.STYLE[a][0] for a in arms}) == len(arms)
 
 def test_figures_of_little():
     for g in (gathered(pairs("base", 0, "+-", [0.0, 0.0])), gathered(pairs("sft", 1, "++", "++")),
               gathered(pairs("sft", 1, "++", "+-", label=None).assign(tokens_a=5))):
-        drawn = report.figures(g, report.summary(g))
+        drawn = document.figures(g, tabling.summary(g))
         assert not {"retained", "training"} & set(drawn)
         assert ("inconsistency" in drawn) == (g.pairs.arm.iloc[0] != "base")
     g = gathered(pairs("sft", 1, "+-", "+-"), pairs("scir", 2, "+-", "+-"))
-    figure = report.plot_sets(report.summary(g), "inconsistency", "rate")
+    figure = figures.plot_sets(tabling.summary(g), "inconsistency", "rate")
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["M_1", "M_2"]
     assert {t.get_text() for t in figure.axes[0].get_legend().get_texts()} == {"scir", "up to M_1"}
 
 def test_every_figure_has_a_caption():
-    for name in (*FIGURES, "training_ablations", "joint_held-out"): assert report.caption(name)
-    assert report.caption("retained") != report.caption("inconsistency")
-    assert report.caption("joint_panel").startswith("Judge against implicit")
+    for name in (*FIGURES, "training_ablations", "joint_held-out"): assert document.caption(name)
+    assert document.caption("retained") != document.caption("inconsistency")
+    assert document.caption("joint_panel").startswith("Judge against implicit")
 
 # a run's files
 
@@ -642,7 +645,7 @@ def make_run(folder, graded=True, **kw):
     write_json(folder/"manifest.json", {"steps": {f"optimise:{n}": {"summary": summary} for n in all_nodes(recipe)
                                                   if n.count("/") == 2}})
     for k, node in enumerate(all_nodes(recipe)):
-        arm, t = claims.coordinates(folder, node)["arm"], claims.coordinates(folder, node)["iteration"]
+        arm, t = gathering.coordinates(folder, node)["arm"], gathering.coordinates(folder, node)["iteration"]
         write_evaluation(folder/node/"evaluation", k, node, recipe, graded)
         if t > 1:
             write_rows(folder/node/"metrics.jsonl",
@@ -657,13 +660,13 @@ def make_run(folder, graded=True, **kw):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("runs")/"made")
-    report.report(folder)
+    document.report(folder)
     return folder
 
 @pytest.fixture
 def quick(monkeypatch):
     "Figures are drawn, but written as an empty file."
-    monkeypatch.setattr(report, "_save", lambda fig, path,
+    monkeypatch.setattr(document, "_save", lambda fig, path,
                         title: (fig.suptitle(title), path.with_suffix(".png").touch()))
 
 def kept_files(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())
@@ -677,7 +680,7 @@ def test_results_hold_every_table_figure_and_caption(run):
         t = pd.read_csv(out/f"{name}.csv", dtype=str, keep_default_na=False)
         assert len(t) and all(str(r.iloc[0]) in text for _, r in t.iterrows()), name
         if name != "comparisons": assert "| " + " | ".join(t.columns) + " |" in text, name
-    assert report.CAPTION in text
+    assert document.CAPTION in text
     assert all((out/f"{n}.png").stat().st_size > 5000 and (out/f"{n}.svg").exists() and f"]({n}.png)" in text
                for n in FIGURES)
     images = [line for line in text.splitlines() if line.startswith("![")]
@@ -685,7 +688,7 @@ def test_results_hold_every_table_figure_and_caption(run):
     assert sorted(p.stem for p in out.glob("*.png")) == sorted(i.split("](")[1][:-5] for i in images)
 
 def test_the_headline_is_printed_last(run, tmp_path, capsys, quick):
-    report.report(run, tmp_path/"out")
+    document.report(run, tmp_path/"out")
     said = capsys.readouterr().out.splitlines()
     assert said == claims.headline(gather([run])) == (tmp_path/"out/headline.txt").read_text().splitlines()
     assert len(said) == 3
@@ -703,7 +706,7 @@ def test_graded_answers_are_gathered_and_kept(run):
 
 def test_a_run_without_a_grader(tmp_path, quick):
     made = make_run(tmp_path/"plain", graded=False)
-    report.report(made)
+    document.report(made)
     numbers = pd.read_csv(made/"report/claim_numbers.csv")
     assert not {"h", "i"} & set(numbers.claim) and set(numbers[numbers.claim == "e"].set) == {"held-out"}
     assert {"own", "panel"} <= set(numbers[numbers.claim == "a"].set)
@@ -724,7 +727,7 @@ def test_a_kept_report_makes_the_same_again(run, tmp_path):
     before, bare = kept_files(run/"report"), tmp_path/"bare"
     shutil.copytree(run, bare)
     shutil.rmtree(bare/"seed0")
-    report.report(bare)
+    document.report(bare)
     after = kept_files(bare/"report")
     assert set(after) == set(before)
     assert {n for n in before if before[n] != after[n] and not n.endswith(".parquet")} == set()
@@ -733,12 +736,12 @@ def test_a_folder_of_tables_and_recipe_is_enough(run, tmp_path, quick):
     before, flat = kept_files(run/"report"), tmp_path/"flat"
     shutil.copytree(run/"report", flat)
     shutil.copy(run/"recipe.yaml", flat)
-    report.report(flat, tmp_path/"again")
+    document.report(flat, tmp_path/"again")
     assert all(kept_files(tmp_path/"again")[n] == b for n, b in before.items() if n.endswith((".csv", ".md")))
 
 def test_several_runs_side_by_side(run, tmp_path, quick):
     other = make_run(tmp_path/"other", name="other", arms=["scir"], seeds=[0, 1])
-    report.report([run, other], tmp_path/"out")
+    document.report([run, other], tmp_path/"out")
     out = tmp_path/"out"
     for name in ("inconsistency", "reward_models", "alignment", "comparisons", "claims", "claim_numbers",
                  "policy"): assert set(pd.read_csv(out/f"{name}.csv").run) == {"made", "other"}, name
@@ -753,7 +756,7 @@ def test_runs_of_one_name_are_seeds(run, tmp_path):
     second = make_run(tmp_path/"second", seeds=[1])
     g = gather([run, second])
     assert set(g.models.seed) == {0, 1}
-    assert report.summary(g).set_index(["arm", "set"]).loc[("scir", "panel"), "seeds"] == 2
+    assert tabling.summary(g).set_index(["arm", "set"]).loc[("scir", "panel"), "seeds"] == 2
     with pytest.raises(ValueError, match="run made, seed 0: M_0 comes twice") as e: gather([run, run])
     assert "\n" not in str(e.value)
 
@@ -762,18 +765,18 @@ def test_runs_of_one_name_are_seeds(run, tmp_path):
                                             "no evaluated model")])
 def test_errors_name_the_folder(tmp_path, prepare, said):
     prepare(tmp_path/"x")
-    with pytest.raises(ValueError, match=said) as e: report.report(tmp_path/"x")
+    with pytest.raises(ValueError, match=said) as e: document.report(tmp_path/"x")
     assert str(tmp_path/"x") in str(e.value) and "\n" not in str(e.value) and not (tmp_path/"x/report").exists()
 
 def test_runs_that_do_not_fit(run, tmp_path):
-    with pytest.raises(ValueError, match="--out"): report.report([run, run])
+    with pytest.raises(ValueError, match="--out"): document.report([run, run])
     third = make_run(tmp_path/"third", rewards=["generative", "implicit", "pointwise"], name="third")
-    with pytest.raises(ValueError, match="different reward models"): report.report([run, third], tmp_path/"out")
+    with pytest.raises(ValueError, match="different reward models"): document.report([run, third], tmp_path/"out")
 
 def test_what_is_missing_is_said_and_old_figures_go(run, tmp_path, capsys):
     again = shutil.copytree(run, tmp_path/"again")
-    report.report(again)
-    assert claims.unevaluated(again) == "" and (again/"report/joint_panel.png").exists()
+    document.report(again)
+    assert gathering.unevaluated(again) == "" and (again/"report/joint_panel.png").exists()
     gone = sorted(again.glob("seed*/*/m2"))[-1]
     shutil.rmtree(gone)
     for f in again.glob("seed*/**/evaluation/panel.jsonl"): f.unlink()
@@ -783,7 +786,7 @@ def test_what_is_missing_is_said_and_old_figures_go(run, tmp_path, capsys):
         write_json(f, found)
     (again/"report/mine.png").write_text("not the report's")
     with open(again/"report/results.md", "a") as f: f.write("![](mine.png)")
-    report.report(again)
+    document.report(again)
     line = f"Not evaluated in again, so not in the tables: {gone.relative_to(again).as_posix()}."
     assert line in capsys.readouterr().out and line in (again/"report/results.md").read_text()
     assert not list((again/"report").glob("joint_panel.*")) and (again/"report/mine.png").exists()
@@ -799,7 +802,7 @@ def test_an_older_kept_report_without_answers(run, tmp_path, quick, pairs):
     d = d[d.set != "own"] if pairs == "labelled" else d[d.set != "own"].assign(label=None)
     d.to_parquet(old/"pairs.parquet")
     pd.read_parquet(old/"models.parquet").drop(columns="correct_labels").to_parquet(old/"models.parquet")
-    report.report(old, tmp_path/"out")
+    document.report(old, tmp_path/"out")
     letters = set(pd.read_csv(tmp_path/"out/claim_numbers.csv").claim)
     assert "a" in letters and not {"h", "i"} & letters and ("e" in letters) == (pairs == "labelled")
     assert not len(gather([tmp_path/"old"]).answers)

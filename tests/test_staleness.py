@@ -19,7 +19,7 @@ def package(**sources):
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
 @pytest.mark.parametrize("module, name, expected", [
-    ("report.report", "plot_headline", {"report"}), ("method.loss", "scir_loss", {"optimise"}), ("data.testbed", "prompts", set()), ("cli", "run", set()),
+    ("report.figures", "plot_headline", {"report"}), ("method.loss", "scir_loss", {"optimise"}), ("data.testbed", "prompts", set()), ("cli", "run", set()),
     ("stages.sample", "sample", {"warm_start", "sample", "evaluate", "align"}), ("stages.evaluate", "run", {"evaluate"}),
 ])
 def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, module, name, expected):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from scir.data.chat import CLOCK, Message, as_text, messages, set_template, stop_clock
-from scir.export.exports import save_tokenizer, stop_where_answers_end
+from scir.export.folders import save_tokenizer, stop_where_answers_end
 from scir.method.judge import check_template, judge_ids
 from scir.model.logprobs import encode_messages, encode_prompt, encode_response, render_chat, turn_end
 from scir.model.weights import load_tokenizer, tiny_tokenizer

@@ -154,7 +154,7 @@ def generate(model, tokenizer,
         except Exception as e:
             if not out_of_memory(e): raise
             full = True
-        if full and spec.batch_size == 1: raise MemoryError(f"out of memory with a single response; lower sampling.max_new_tokens or data.max_prompt_tokens")
+        if full and spec.batch_size == 1: raise MemoryError("out of memory with a single response; lower sampling.max_new_tokens or data.max_prompt_tokens")
         if full and sharded(): raise MemoryError(f"out of memory with {spec.batch_size} responses decoded together, and with --shard these are not halved; lower sampling.batch_size")
         if full:
             spec = spec.model_copy(update={"batch_size": min(spec.batch_size, len(left) + 1) // 2})

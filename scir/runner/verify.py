@@ -164,7 +164,8 @@ def check_metrics(recipe:Recipe, run:Path): # yields (what, fault)
 
 def check_tables(recipe:Recipe, run:Path): # yields (what, fault)
     "The report's tables, made anew from the run's files."
-    from scir.report.report import gather, tables
+    from scir.report.gather import gather
+    from scir.report.document import tables
     if "report" not in recorded(recipe, run): return
     try: made = {name: t.to_csv(index=False) for name, t in tables(gather([run])).items()}
     except Exception as e: made = {"summary": f"cannot be made: {broken(e)}"}

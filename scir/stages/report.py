@@ -7,7 +7,7 @@ __all__ = ['run']
 
 # %% ../../nbs/stages/09_report.ipynb #92872d72
 from ..recipe import Recipe
-from ..report.report import report
+from ..report.document import report
 
 # %% ../../nbs/stages/09_report.ipynb #2a74e881
 def run(recipe:Recipe, run_dir, node:str="")->dict: # name -> file

@@ -161,7 +161,7 @@ def test_screenshots(site, browser):
     folder = Path(os.environ["SHOTS"])
     for view, size, scheme in (("desk", DESK, "light"), ("phone", PHONE, "light"), ("dark", DESK, "dark")):
         page = browser.new_page(viewport=size, color_scheme=scheme)
-        for name in [n for n in PAGES if not n.startswith(("library", "run")) or n in ("00_recipe.html", "method/03_loss.html", "stages/05_consistency.html", "report/02_report.html", "run/03_judge.html")]:
+        for name in [n for n in PAGES if not n.startswith(("library", "run")) or n in ("00_recipe.html", "method/03_loss.html", "stages/05_consistency.html", "report/06_document.html", "run/03_judge.html")]:
             page.goto(site + name, wait_until="networkidle")
             drawn(page)
             (folder/view).mkdir(parents=True, exist_ok=True)
