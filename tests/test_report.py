@@ -15,7 +15,7 @@ from scir.report.claims import firm
 from scir.report.gather import gather
 from scir.statistics import derive, grouped, rate
 from scir.recipe import ARMS, all_nodes, dump_recipe, parse_recipe
-from scir.document.figures import course
+from scir.report.figures import course
 from scir.report.document import tables
 from scir.store import Grade, Response, Score, write_json, write_rows, write_text
 
