@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest, torch
 
-from scir.stages import align as alignment
-from scir.stages import sample as sampling
+from scir.model import outside
+from scir.model import decoding as sampling
 from scir.model.logprobs import batches, in_batches
 from scir.model.weights import out_of_memory
 from scir.method.scores import score, set_reference
@@ -108,12 +108,12 @@ def test_rewards_are_the_same_in_little_memory(tmp_path, monkeypatch):
     from transformers import LlamaForSequenceClassification
     from scir.model.weights import save_tiny_reward
     folder, rows = str(save_tiny_reward(tmp_path/"reward")), [(f"q{i}", "word " * i) for i in range(9)]
-    whole, plain = alignment.reward_scores(folder, rows, dtype="float32"), LlamaForSequenceClassification.forward
+    whole, plain = outside.reward_scores(folder, rows, dtype="float32"), LlamaForSequenceClassification.forward
     def forward(self, input_ids=None, **kw):
         if len(input_ids) > 3: raise FULL
         return plain(self, input_ids=input_ids, **kw)
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", forward)
-    assert alignment.reward_scores(folder, rows, dtype="float32") == pytest.approx(whole, abs=1e-5)
+    assert outside.reward_scores(folder, rows, dtype="float32") == pytest.approx(whole, abs=1e-5)
 
 def test_the_peak_is_the_gpus_where_one_was_used_else_the_machines(monkeypatch):
     "A stage without a model leaves a GPU alone; some systems, gVisor among them, have no VmHWM."

@@ -85,7 +85,7 @@ def test_a_label_stands_in_every_arm_and_its_absence_asks_the_models(policy, tok
     assert penalty < asked < max(loss(0., "scir"), loss(1., "scir")) and loss(-1., "srlm") == 0
 
 def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch):
-    from scir.stages import judge as module
+    from scir.method import scores as module
     read, rows = [], module._rows
     monkeypatch.setattr(module, "_rows", lambda view: (read.append(len(view.pairs)), rows(view))[1])
     set_reference(policy, pairs, 4096)
@@ -218,7 +218,7 @@ def test_quantile_bins_hold_every_pair(column):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_no_rows(policy, tokenizer, pairs, recipe, tmp_path, monkeypatch, value):
     "JSON has no word for them: they would be read as nothing."
-    import scir.stages.judge as module
+    import scir.method.scores as module
     monkeypatch.setattr(module, "margins", lambda view: {k: v + value for k, v in margins(view).items()})
     with pytest.raises(FloatingPointError, match="pair p.: a log-prob or margin is not finite"): score(policy, tokenizer, pairs, recipe, tmp_path/"s.jsonl")
     assert (tmp_path/"s.partial.jsonl").read_text() == ""
