@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from scir.data.chat import CLOCK, Message, as_text, messages, set_template, stop_clock
 from scir.export.exports import save_tokenizer, stop_where_answers_end
-from scir.method.judge import check_template, find_verdicts, judge_ids
+from scir.method.judge import check_template, judge_ids
 from scir.model.logprobs import encode_messages, encode_prompt, encode_response, render_chat, turn_end
 from scir.model.weights import load_tokenizer, tiny_tokenizer
 from scir.runner.pipeline import check_words
@@ -97,11 +97,6 @@ def test_white_space_around_a_message_goes_where_the_template_strips_it():
         assert encode_prompt(tokenizer, turns) == tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         ours = encode_prompt(tokenizer, turns[:1]) + encode_response(tokenizer, turns[1]["content"])
         assert ours == tokenizer.apply_chat_template(turns[:2], return_dict=False)[:len(ours)]
-
-def test_a_verdict_is_one_token_where_answers_begin():
-    assert find_verdicts(tokenizer_that_merges(MISTRAL), ("H", "y")).first
-    assert find_verdicts(tokenizer_that_merges(CHAT), ("A", "B")).first
-    with pytest.raises(ValueError, match="'A' is not a single token at the start of this model's answers"): find_verdicts(tokenizer_that_merges(MISTRAL), ("A", "B"))
 
 # the clock ----------------------------------------------------------------
 

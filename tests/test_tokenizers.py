@@ -74,15 +74,10 @@ def test_the_verdict_is_among_the_ids_that_are_read(real, word):
 
 
 def test_words_that_cannot_be_verdicts_are_refused(real):
-    tokenizer, package = real
+    tokenizer, _ = real
     find_verdicts(tokenizer)
     with pytest.raises(ValueError, match="'Unmistakably' is not a single token"):
         verdict_ids(tokenizer, "Unmistakably")
-    if package.template:  # a space comes first, and has a token of its own before a digit
-        with pytest.raises(ValueError, match="'1' is not a single token at the start of this model's answers"):
-            verdict_ids(tokenizer, "1")
-    else:
-        assert verdict_ids(tokenizer, "1")
 
 
 def test_nobody_can_write_a_special_token(real):

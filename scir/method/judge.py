@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.chat import Prompted, as_text
-from ..model.logprobs import encode_chat, encode_piece, encode_response, hidden_at, project
+from ..model.logprobs import encode_chat, encode_piece, hidden_at, project
 
 # %% ../../nbs/method/01_judge.ipynb #28520c28
 @dataclass(frozen=True)
@@ -28,8 +28,6 @@ def verdict_ids(tokenizer, word:str)->tuple:
     ids = {tuple(encode_piece(tokenizer, w)) for w in (word, " " + word)} | {tuple(tokenizer.encode(word, add_special_tokens=False))}
     single = tuple(sorted(i[0] for i in ids if len(i) == 1 and tokenizer.decode(i).strip() == word))
     if not (single and word.strip()): raise ValueError(f"{word!r} is not a single token for this model's tokenizer ({sorted(ids)}), so it cannot be a verdict")
-    start = encode_response(tokenizer, word)[:-1]
-    if len(start) > 1: raise ValueError(f"{word!r} is not a single token at the start of this model's answers ({start}), so it cannot be a verdict")
     return single
 
 def find_verdicts(tokenizer, words:tuple=("A", "B"))->Verdicts:

