@@ -25,7 +25,7 @@ from scir.export.exports import export_merged
 from scir.method.rewards import text_pair
 from scir.model.logprobs import PLAIN_TEMPLATE, check_projection, encode_prompt, response_logps
 from scir.model.weights import adapters, dense, for_sampling, for_scoring, load_tokenizer, reach_summary
-from scir.recipe import RecipeError, load_recipe
+from scir.recipe import load_recipe
 from scir.runner.pipeline import do, ready, start_manifest
 from scir.stages.sample import end_ids, generate
 
@@ -128,6 +128,10 @@ def equal_answers(model, plain, tokenizer, spec) -> str:
 def steps_of(name: str, folder: Path):  # yields (column, what it says)
     """All that is done with a model; stops with the exception of what fails."""
     recipe = load_recipe(ROOT/"recipes/tiny.yaml", (*SETTINGS, f"model.name={save(name, folder/'model')}"))
+    try:
+        recipe = ready(recipe, folder/"run", say=False)
+    except ValueError as e:
+        yield "says", str(e)
     tokenizer = load_tokenizer(recipe.model)
     plain = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.float32)
     yield "prompts", equal_prompts(tokenizer, AutoTokenizer.from_pretrained(recipe.model.name))
@@ -136,7 +140,6 @@ def steps_of(name: str, folder: Path):  # yields (column, what it says)
     yield "logps", f"{logp_difference(base, plain, tokenizer):.0e}"
     yield "adapter", f"{reach_summary(base, recipe.lora)['fraction']:.0%}"
     yield "sampling", equal_answers(for_sampling(recipe.model), plain, tokenizer, recipe.sampling)
-    recipe = ready(recipe, folder/"run", say=False)
     start_manifest(recipe, folder/"run")
     do("optimise", recipe, folder/"run", LAST)
     yield "run", "done"
@@ -154,6 +157,12 @@ def fault_of(row: Row) -> str:
     return "; ".join(parts)
 
 
+def short(says: str, folder: str) -> str:
+    """A message in one line of a table, without the folder's name and without a command."""
+    says = " ".join(says.replace(f"model {folder}/model: ", "").replace(folder + "/", "").split())
+    return re.split(r"; (?=add --set)", says)[0][:300]
+
+
 def try_model(name: str) -> Row:
     """One row of the table."""
     row = Row(name)
@@ -162,10 +171,9 @@ def try_model(name: str) -> Row:
             for column, value in steps_of(name, Path(folder)):
                 row = row._replace(**{column: value})
         except Exception as e:
-            kind = "" if isinstance(e, (RecipeError, ValueError)) else f"{type(e).__name__}: "
-            text = " ".join(str(e).replace(folder + "/", "").split())
-            return row._replace(says=kind + re.split(r"; (?=add --set)", text)[0][:300])
-    return row._replace(says=fault_of(row))
+            says = row.says or (str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}")
+            return row._replace(says=short(says, folder))
+    return row._replace(says=short(row.says, folder) or fault_of(row))
 
 
 # the table --------------------------------------------------------------------
