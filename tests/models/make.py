@@ -96,11 +96,23 @@ LATENT = dict(
     n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
     first_k_dense_replace=1,
 )
+ROUTED = dict(
+    HEADS, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
+    first_k_dense_replace=1, n_shared_experts=1,
+)
 LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
 NEXT = dict(SHARED, layer_types=["linear_attention", "full_attention"], **LINEAR)
+NESTED = dict(
+    HEADS, sliding_window=64, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+    laurel_rank=4, altup_num_inputs=2, layer_types=["sliding_attention", "full_attention"],
+    activation_sparsity_pattern=[0.0, 0.0],
+)
 EYES = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
 )
+STATES = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8)
+FEW = dict(d_model=64, num_layers=2, attention_heads=4, ffn_dim=128, max_position_embeddings=2048)
+EARLY = dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=32, moe_layer_start_index=1, moe_num_shared_experts=1)
 SEEING = dict(text_config=SCALED, vision_config=EYES, mm_tokens_per_image=4)
 
 
@@ -122,6 +134,7 @@ MODELS = {
     "gemma2": Tiny("gemma2", SCALED, GOOGLE),
     "gemma3": Tiny("gemma3_text", SCALED, GOOGLE),
     "gemma3 with images": Tiny("gemma3", SEEING, IMAGES),
+    "gemma3n": Tiny("gemma3n_text", NESTED, GOOGLE),
     "qwen2": Tiny("qwen2", dict(WIDE, tie_word_embeddings=True), rows=100),
     "qwen2 base": Tiny("qwen2", WIDE, BASE),
     "qwen2-moe": Tiny("qwen2_moe", SHARED),
@@ -155,8 +168,15 @@ MODELS = {
     "smollm3": Tiny("smollm3", WIDE),
     "glm": Tiny("glm", HEADS),
     "glm4": Tiny("glm4", HEADS),
+    "glm4-moe": Tiny("glm4_moe", ROUTED),
     "nemotron": Tiny("nemotron", WIDE),
     "ernie4.5": Tiny("ernie4_5", HEADS),
+    "ernie4.5-moe": Tiny("ernie4_5_moe", dict(HEADS, **EARLY)),
+    "dots1": Tiny("dots1", ROUTED),
+    "arcee": Tiny("arcee", HEADS),
+    "persimmon": Tiny("persimmon", WIDE),
+    "xglm": Tiny("xglm", FEW),
+    "biogpt": Tiny("biogpt", WIDE),
     "exaone4": Tiny("exaone4", dict(LOCAL, sliding_window_pattern=2)),
     "seed-oss": Tiny("seed_oss", HEADS),
     "hunyuan": Tiny("hunyuan_v1_dense", HEADS),
@@ -165,6 +185,9 @@ MODELS = {
     "deepseek-v2": Tiny("deepseek_v2", LATENT),
     "deepseek-v3": Tiny("deepseek_v3", LATENT),
     "lfm2": Tiny("lfm2", dict(WIDE, layer_types=["conv", "full_attention"])),
+    "bamba": Tiny("bamba", dict(WIDE, attn_layer_indices=[1], **STATES)),
+    "falcon-h1": Tiny("falcon_h1", dict(HEADS, mamba_d_ssm=128, **STATES)),
+    "rwkv": Tiny("rwkv", dict(hidden_size=64, num_hidden_layers=2, attention_hidden_size=64)),
     "mamba": Tiny("mamba", dict(hidden_size=64, num_hidden_layers=2, state_size=4, initializer_range=0.2)),
 }
 
