@@ -29,7 +29,6 @@ from scir.recipe import load_recipe
 from scir.runner.pipeline import do, ready, start_manifest
 from scir.stages.sample import end_ids, generate
 
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT/"docs/models.md"
 MARK = "<!-- printed by make test-models -->"
@@ -106,9 +105,10 @@ def logp_difference(model, plain, tokenizer) -> float:
     pairs = [text_pair(tokenizer, "p", *texts) for texts in PAIRS]
     asked = [(p.prompt_ids, ids) for p in pairs for ids in (p.ids_a, p.ids_b)]
     with torch.no_grad():
-        ours = response_logps(model, *zip(*asked)).tolist()
-    theirs = [plain_logp(plain, *x) for x in asked]
-    return max(abs(a - b) / len(ids) for a, b, (_, ids) in zip(ours, theirs, asked))
+        ours = response_logps(model, *zip(*asked)).double()
+    theirs = torch.tensor([plain_logp(plain, *x) for x in asked]).double()
+    lengths = torch.tensor([len(ids) for _, ids in asked])
+    return ((ours - theirs).abs() / lengths).max().item()
 
 
 def equal_answers(model, plain, tokenizer, spec) -> str:
@@ -146,14 +146,17 @@ def steps_of(name: str, folder: Path):  # yields (column, what it says)
     export_merged(str(folder/"run"/LAST), folder/"out")
     exported = AutoModelForCausalLM.from_pretrained(folder/"out", dtype=torch.float32)
     trained = for_scoring(recipe.model, *adapters(recipe, folder/"run", LAST))
+    if not logp_difference(trained, plain, tokenizer) > TOLERANCE:
+        raise ValueError("training left the log-probs as they were")
     yield "exported", f"{logp_difference(trained, exported, tokenizer):.0e}"
 
 
 def fault_of(row: Row) -> str:
     """What differs in a row all of whose steps were done."""
-    counted = {what: getattr(row, what).split(" of ") for what in ("prompts", "sampling")}
-    parts = [f"{what} differ" for what, (same, total) in counted.items() if same != total]
-    parts += [f"{what} differ" for what in ("logps", "exported") if float(getattr(row, what)) > TOLERANCE]
+    counted = {"prompt ids": row.prompts, "answers": row.sampling}
+    measured = {"log-probs": row.logps, "exported log-probs": row.exported}
+    parts = [f"{what} differ" for what, text in counted.items() if len(set(text.split(" of "))) > 1]
+    parts += [f"{what} differ" for what, text in measured.items() if not float(text) <= TOLERANCE]  # nan is a fault too
     return "; ".join(parts)
 
 
