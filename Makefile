@@ -1,10 +1,10 @@
-# `make demo`, `make test`, `make test-faults`, `make bench`, `make docs`. Each sets up what it needs the first time.
+# `make demo`, `make test`, `make test-faults`, `make test-models`, `make bench`, `make docs`. Each sets up what it needs the first time.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test test-faults test-wheel interruptions faults bench docs test-docs export clean
+.PHONY: demo test test-faults test-models test-wheel interruptions faults bench docs test-docs export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 minutes by machine, two CPU cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -23,6 +23,9 @@ interruptions:
 
 faults:
 	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
+
+test-models: | $(VENV)/installed  ## every architecture at tiny size, from warm start to export; writes the table of docs/models.md: about ten minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m models.matrix
 
 test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from the checkout: about three minutes
 	rm -rf build/wheel && mkdir -p build/wheel

@@ -8,9 +8,9 @@ __all__ = ['CGROUP', 'TOKEN', 'CONTEXT', 'CHECKPOINTING', 'SMALLER', 'RUN_CHECKS
            'attention', 'four_bits', 'threads', 'threads_here', 'kernel', 'answered', 'constrained', 'package',
            'packages', 'python', 'text_encoding', 'disk', 'space', 'is_file', 'offline', 'model_found', 'models',
            'data', 'Inputs', 'inputs', 'readable', 'kept', 'from_hub', 'grader', 'hub_token', 'verdicts', 'token_ids',
-           'context', 'measured', 'shorter', 'fits', 'adapter', 'decoding', 'engine', 'optimizer', 'adapter_bytes',
-           'row_bytes', 'room_on_disk', 'mending', 'stage_memory', 'duration', 'memory_and_hours', 'open_recipe',
-           'planned', 'examine', 'lines', 'summary']
+           'context', 'measured', 'shorter', 'fits', 'causal', 'adapter', 'decoding', 'engine', 'optimizer',
+           'adapter_bytes', 'row_bytes', 'room_on_disk', 'mending', 'stage_memory', 'duration', 'memory_and_hours',
+           'open_recipe', 'planned', 'examine', 'lines', 'summary']
 
 # %% ../nbs/03_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
@@ -452,9 +452,17 @@ def fits(context:int|None, question:int, prompt:int, answer:int)->Finding: # tok
                    f"add --set data.max_prompt_tokens={left} --set data.max_response_tokens={left} --set sampling.max_new_tokens={left}")
 
 # %% ../nbs/03_doctor.ipynb #40ac4fc3
-def _empty(recipe): # the model without weights; None where it is not here
+def causal(recipe, fetch:bool=False)->Finding|None:
+    "The fault of a model that is not a causal language model."
+    from scir.model.weights import check_causal
+    from scir.runner.planner import config_of
+    if (config := config_of(recipe.model)) is None: return None
+    try: check_causal(config, recipe.model)
+    except ValueError as e: return Finding("model", str(e), "fault", "add --set model.name=FOLDER, with a model that is one")
+
+def _empty(recipe): # the model without weights; None where it is not here, or is none to train
     from scir.runner.planner import config_of, skeleton
-    return skeleton(recipe, "cpu", adapted=False) if config_of(recipe.model) else None
+    return skeleton(recipe, "cpu", adapted=False) if config_of(recipe.model) and not causal(recipe) else None
 
 def adapter(recipe, fetch:bool=False)->Finding|None:
     "What the adapter reaches."
@@ -608,7 +616,7 @@ def open_recipe(path, settings:tuple=())->tuple: # Recipe or None, list of Findi
     except RecipeError as e: return recipe, faults(e)
     return recipe, [Finding("recipe", f"{recipe.name}: {len(plan(recipe))} steps, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}, arms {', '.join(recipe.arms)}")]
 
-RUN_CHECKS = data, grader, verdicts, token_ids, context, adapter, decoding, optimizer # of the run and of --dry-run too
+RUN_CHECKS = data, grader, causal, verdicts, token_ids, context, adapter, decoding, optimizer # of the run and of --dry-run too
 RECIPE_CHECKS = models, hub_token, engine, *RUN_CHECKS, room_on_disk
 
 def planned(recipe, gpu:float|None=None, probed:bool=True)->list: # of Finding

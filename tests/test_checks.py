@@ -10,7 +10,7 @@ from scir import doctor
 from scir.cli import app
 from scir.data.load import load_prompts
 from scir.doctor import RECIPE_CHECKS, RUN_CHECKS, adapter, context, data, decoding, is_file, memory_and_hours, planned, token_ids
-from scir.model.weights import save_tiny, tiny_model
+from scir.model.weights import load_base, save_tiny, tiny_model
 from scir.runner.run import look_ahead, ready
 from scir.recipe import RecipeError, load_recipe, parse_recipe
 from scir.store import write_rows
@@ -54,6 +54,15 @@ def test_rows_that_no_stage_could_use_are_noticed(tmp_path):
     assert found.state == "fault" and "raise data.max_prompt_tokens" in found.finding
     write_rows(tmp_path/"pairs.jsonl", [{"prompt": "p", "chosen": "yes", "rejected": "no", "split": "test"}])
     assert "no row falls in the train split" in data(tiny(f"data.pairs={tmp_path}/pairs.jsonl"))[0].finding
+
+@pytest.mark.parametrize("kind", ["llava", "t5"])
+def test_a_model_that_is_not_causal_is_named_once_and_in_one_line(tmp_path, kind):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path/"model")
+    tiny_model()[1].save_pretrained(tmp_path/"model")
+    recipe = tiny(f"model.name={tmp_path}/model")
+    with pytest.raises(RecipeError, match=f"^model .*: {kind} is not a causal language model") as e: ready(recipe, tmp_path/"run")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=f"{kind} is not a causal language model"): load_base(recipe.model)
 
 def test_token_ids_beyond_the_embedding(tmp_path):
     assert token_ids(tiny()).state == "ok"

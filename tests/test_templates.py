@@ -3,6 +3,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer
 
 from scir.data.chat import CLOCK, Message, as_text, messages, set_template, stop_clock
 from scir.export.folders import save_tokenizer, stop_where_answers_end
@@ -47,7 +48,8 @@ def recipe_with(tmp_path):
 @pytest.mark.parametrize("template, end", [(GEMMA, "</turn>"), (CHAT, "</turn>"), (MISTRAL, "<|end|>"), (BARE, "<|end|>"), (None, "<|end|>"), ("{{ raise_exception('no') }}", "<|end|>")])
 def test_an_answer_ends_as_the_template_ends_a_turn(template, end):
     tokenizer = tokenizer_with(template)
-    assert tokenizer.decode(encode_response(tokenizer, "yes")) == "yes" + end and turn_end(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    space = " " * (template == MISTRAL) # which the template puts before an answer
+    assert tokenizer.decode(encode_response(tokenizer, "yes")) == space + "yes" + end and turn_end(tokenizer) == tokenizer.convert_tokens_to_ids(end)
     assert end_ids(SimpleNamespace(eos_token_id=7), tokenizer) == {7, turn_end(tokenizer), tokenizer.eos_token_id}
 
 def test_sampled_answers_end_like_labelled_ones(tmp_path, recipe):
@@ -65,6 +67,37 @@ def test_an_exported_model_stops_where_answers_end(recipe_with):
         model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=before))
         stop_where_answers_end(model, spec)
         assert model.generation_config.eos_token_id == after
+
+# the borders of messages --------------------------------------------------
+
+def tokenizer_that_merges(template):
+    "A tokenizer with tokens for a space and a letter, as real ones have."
+    tokenizer = tokenizer_with(template)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    pairs = [["\u0120", letter] for letter in "Hy"]
+    core["model"]["vocab"] |= {"".join(pair): 400 + i for i, pair in enumerate(pairs)}
+    core["model"]["merges"] = pairs
+    merging = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(core)), bos_token="<|start|>", eos_token="<|end|>")
+    merging.chat_template = template
+    return merging
+
+@pytest.mark.parametrize("template", [MISTRAL, BARE, CHAT])
+def test_a_space_before_a_message_belongs_to_its_first_token(template):
+    tokenizer = tokenizer_that_merges(template)
+    turns = [*messages(talk("u:Hi", "a:yes", "u:Hi"))]
+    assert encode_prompt(tokenizer, turns) == tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    ours = encode_prompt(tokenizer, turns[:1]) + encode_response(tokenizer, "yes")
+    theirs = tokenizer.apply_chat_template(turns[:2], return_dict=False)
+    if template != BARE: assert ours[:-1] == theirs[:len(ours) - 1] # its prompt ends with the space
+    assert (400 in ours) == (template != CHAT) and (401 in ours) == (template == MISTRAL)
+
+def test_white_space_around_a_message_goes_where_the_template_strips_it():
+    for template in (GEMMA, CHAT, CHAT.replace("m['content']", "m['content'].rstrip()")):
+        tokenizer = tokenizer_with(template)
+        turns = messages(talk("u:\n Hi \n", "a: yes\n", "u:So? "))
+        assert encode_prompt(tokenizer, turns) == tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        ours = encode_prompt(tokenizer, turns[:1]) + encode_response(tokenizer, turns[1]["content"])
+        assert ours == tokenizer.apply_chat_template(turns[:2], return_dict=False)[:len(ours)]
 
 # the clock ----------------------------------------------------------------
 

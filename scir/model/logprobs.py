@@ -70,14 +70,27 @@ def encode_piece(tokenizer, text:str, plain:bool=False)->list:
     if not _dummy_prefix(tokenizer): return encode(text)
     return encode("\n" + text)[len(encode("\n")):]
 
+def _holes(tokenizer, turns, fields, system, pieces)->list: # of (name, space that belongs to the text, how the text is stripped)
+    "The holes of a template in which every hole is a whole message."
+    padded = tuple(t.model_copy(update={"content": f"\n\t{t.content}\t\n"}) for t in turns)
+    around = render_chat(tokenizer, padded, fields, system)
+    strips = {(True, True): str.strip, (True, False): str.lstrip, (False, True): str.rstrip, (False, False): str}
+    out = []
+    for before, name, left, right in zip(pieces[::2], pieces[1::2], around[::2], around[2::2]):
+        strip = strips[not left.endswith("\n\t"), not right.startswith("\t\n")]
+        out.append((name, " " if before.endswith(" ") else "", strip))
+    return out
+
 @lru_cache(maxsize=64)
-def _frame(tokenizer, turns, fields, system):
-    "The template with its own pieces already encoded: ids at even places, field names at odd ones."
+def _frame(tokenizer, turns, fields, system, whole=False)->tuple: # ids of the template's pieces, the holes between them
+    "The template with its own pieces already encoded."
     pieces = render_chat(tokenizer, turns, fields, system)
-    ids = [encode_piece(tokenizer, p) if i % 2 == 0 else p for i, p in enumerate(pieces)]
+    holes = _holes(tokenizer, turns, fields, system, pieces) if whole else [(name, "", str) for name in pieces[1::2]]
+    first, *texts = [p.removesuffix(space) for p, space in zip(pieces[::2], [*(h[1] for h in holes), ""])]
+    start = tokenizer(first, add_special_tokens=False)["input_ids"] # the only piece that is not in the middle of a text
     bos = tokenizer.bos_token_id
-    if tokenizer.chat_template is None and bos is not None and ids[0][:1] != [bos]: ids[0] = [bos] + ids[0]
-    return ids
+    if tokenizer.chat_template is None and bos is not None and start[:1] != [bos]: start = [bos] + start
+    return [start] + [encode_piece(tokenizer, t) for t in texts], holes
 
 # %% ../../nbs/model/02_logprobs.ipynb #1b04582b
 def encode_text(tokenizer,
@@ -86,11 +99,11 @@ def encode_text(tokenizer,
     "Encode `text` as plain text: template tokens inside it are split into ordinary ones."
     return encode_piece(tokenizer, text, plain=True)
 
-def _fill(tokenizer, turns, fields, system):
-    "Ids of the frame with `fields` encoded into its holes."
-    out = []
-    for i, piece in enumerate(_frame(tokenizer, turns, tuple(fields), system)):
-        out += piece if i % 2 == 0 else encode_text(tokenizer, fields[piece])
+def _fill(tokenizer, turns, fields, system, whole=False):
+    "Ids of the frame with `fields` encoded into its holes; with `whole`, every field is a whole message."
+    (start, *rest), holes = _frame(tokenizer, turns, tuple(fields), system, whole)
+    out = [*start]
+    for (name, space, strip), ids in zip(holes, rest): out += encode_text(tokenizer, space + strip(fields[name])) + ids
     return out
 
 def encode_chat(tokenizer, content:str, fields:dict, system:str|None=None)->list:
@@ -104,7 +117,7 @@ def encode_messages(tokenizer,
     "Ids of messages, every text in them plain. After a user's turn they go on to where the assistant starts to speak."
     fields = {f"turn {i}": m["content"] for i, m in enumerate(turns)}
     holes = tuple(Message(role=m["role"], content="{" + name + "}") for m, name in zip(turns, fields))
-    return _fill(tokenizer, holes, fields, system)
+    return _fill(tokenizer, holes, fields, system, whole=True)
 
 def encode_prompt(tokenizer, prompt:Prompted, system:str|None=None)->list:
     "Ids of a prompt in the model's chat format. `system` is for a prompt without a system message of its own."
@@ -130,9 +143,21 @@ def turn_end(tokenizer)->int:
     ids = encode_piece(tokenizer, after.lstrip())
     return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else tokenizer.eos_token_id
 
+@lru_cache(maxsize=8)
+def _answer(tokenizer)->tuple: # space before an answer, how an answer is stripped
+    "How the chat template writes an answer after the prompt."
+    if tokenizer.chat_template is None: return "", str
+    question, answer = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
+    try:
+        asked, answered = (render_chat(tokenizer, talk, ("q", "a")) for talk in ((question,), (question, answer)))
+        strip = _holes(tokenizer, (question, answer), ("q", "a"), None, answered)[1][2]
+    except ValueError: return "", str # it renders no answers
+    return " " if answered[2] == asked[2] + " " else "", strip
+
 def encode_response(tokenizer, response:str)->list:
-    "Ids of a finished response: its text, then the end-of-turn id."
-    return encode_text(tokenizer, response) + [turn_end(tokenizer)]
+    "Ids of a finished response as the template has it after the prompt: its text, then the end-of-turn id."
+    space, strip = _answer(tokenizer)
+    return encode_text(tokenizer, space + strip(response)) + [turn_end(tokenizer)]
 
 # %% ../../nbs/model/02_logprobs.ipynb #db8b7fdd
 def project(model,

@@ -6,10 +6,11 @@
 __all__ = ['PACKAGED', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION', 'EXPERTS', 'ROUTER', 'MAMBA',
            'fetch_packaged', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
-           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'load_base', 'body', 'shard', 'Weight',
-           'is_linear', 'older_names', 'kind_of', 'in_attention', 'numbers', 'weights', 'Reach', 'layer_of', 'named',
-           'chosen', 'reached', 'counted', 'reach_summary', 'reach_text', 'shortest_names', 'endings', 'lora_config',
-           'new_adapter', 'safe_adapter', 'load_adapter', 'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'check_causal', 'load_base', 'body',
+           'shard', 'Weight', 'is_linear', 'older_names', 'kind_of', 'in_attention', 'numbers', 'weights', 'Reach',
+           'layer_of', 'named', 'chosen', 'reached', 'counted', 'reach_summary', 'reach_text', 'shortest_names',
+           'endings', 'lora_config', 'new_adapter', 'safe_adapter', 'load_adapter', 'for_training', 'dense',
+           'for_scoring', 'for_sampling']
 
 # %% ../../nbs/model/01_weights.ipynb #f5242200
 import ctypes, hashlib, os, re, subprocess, sys, zipfile
@@ -233,10 +234,17 @@ def _as_set(spec, template):
     try: return set_template(template, spec.template_args, spec.system_role == "user")
     except ValueError as e: raise ValueError(f"model {spec.name}: {e}") from None
 
+def check_causal(config, spec:ModelSpec)->None:
+    "Raise ValueError for a model that transformers does not load as a causal language model. Code that comes with a model may say more."
+    from transformers import AutoModelForCausalLM
+    if spec.trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping: return
+    raise ValueError(f"model {spec.name}: {config.model_type} is not a causal language model in transformers (AutoModelForCausalLM), so it cannot be trained here")
+
 def load_base(spec:ModelSpec):
     "M_0 on this process's device (on the CPU where `shard` is to deal it out), quantised if the recipe says so, in eval mode and frozen."
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     dtype, options = compute_dtype(spec), {}
+    check_causal(AutoConfig.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code), spec)
     if device().type == "cpu": keep_freed_memory()
     if spec.quantize == "nf4":
         from transformers import BitsAndBytesConfig
