@@ -25,7 +25,7 @@ from scir.model.decoding import _decoded
 from scir.store import Prompt, Response, read_rows, write_rows
 
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]
-CODE = Path(engines.__file__).parent
+CODE = Path(engines.__file__).parent.parent
 ENDS = list(range(0, 250, 10))
 
 def by(recipe, engine, **sampling): return recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"engine": engine, **sampling})})
