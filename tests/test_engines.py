@@ -25,7 +25,7 @@ from scir.model.decoding import _decoded
 from scir.store import Prompt, Response, read_rows, write_rows
 
 PROMPTS = [Prompt(id=f"p{i}", prompt=t) for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])]
-CODE = Path(engines.__file__).parent
+CODE = Path(engines.__file__).parent.parent
 ENDS = list(range(0, 250, 10))
 
 def by(recipe, engine, **sampling): return recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"engine": engine, **sampling})})
@@ -362,7 +362,7 @@ def test_the_doctor_asks_the_server(recipe):
 
 def test_all_that_is_sampled_goes_through_the_engine():
     "Nobody else loads a model to decode with, or decodes; `bench` and `planner` measure our own."
-    uses = {f.stem for f in CODE.glob("*.py") for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.ImportFrom) and {"for_sampling", "generate"} & {a.name for a in n.names}}
+    uses = {f.stem for f in CODE.glob("**/*.py") for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.ImportFrom) and {"for_sampling", "generate"} & {a.name for a in n.names}}
     assert uses == {"engines", "bench", "planner"}
 
 @pytest.mark.parametrize("stage", ["sample", "label", "evaluate", "align"])
