@@ -10,6 +10,8 @@ demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 mi
 	$(BIN)/scir run recipes/smol.yaml
 
 test: $(MODEL)            ## gates, notebook tests, pytest
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check nbs tests docs
 	$(BIN)/python tests/gates.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^run$$' --skip_file_re '^[_.]|^getting_started|^scale'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -44,7 +46,8 @@ docs: $(VENV)/docs        ## the site, _site/index.html, from the notebooks and 
 test-docs: docs           ## the site in a browser (Debian: apt install chromium); SHOTS=FOLDER keeps pictures
 	$(BIN)/python -m pytest tests/docs
 
-export:                   ## notebooks -> scir/, cleaned; README from nbs/index.ipynb
+export:                   ## notebooks -> scir/, formatted and cleaned; README from nbs/index.ipynb
+	$(BIN)/ruff format --quiet nbs tests docs
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/gates.py --write-readme

@@ -4,6 +4,7 @@ nbdev reads the notebooks (directives, hidden cells and lines). Two of its steps
 first cell says below the title, here the equations; and its `show_doc` executes every cell that imports something, the examples that
 train models too. Signatures are read from the source instead, so that nothing is executed and the site needs no model.
 """
+
 import ast, base64, hashlib, io, re, shutil, subprocess, sys, tarfile, tokenize
 from functools import cache
 from pathlib import Path
@@ -14,36 +15,50 @@ from nbdev.process import NBProcessor
 from nbdev.processors import filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, SITE, CACHE = ROOT/"_proc", ROOT/"_site", ROOT/"build"/"docs"
-MATHJAX, MATHJAX_SHA512 = "mathjax@3.2.2", "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw=="
+SOURCE, SITE, CACHE = ROOT / "_proc", ROOT / "_site", ROOT / "build" / "docs"
+MATHJAX, MATHJAX_SHA512 = (
+    "mathjax@3.2.2",
+    "Bt+SSVU8eBG27zChVewOicYs7Xsdt40qm4+UpHyX7k0/O9NliPc+x77k1/FEsPsjKPZGJvtRZM1vO+geW0OhGw==",
+)
 PROCESSORS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_]
 
 
 FOLDERS = ("", "data", "method", "model", "stages", "runner", "report", "export")  # of nbs/, as the library has them
 
 
-def library() -> list: return [f for folder in FOLDERS for f in sorted((ROOT/"nbs"/folder).glob("[0-9][0-9]_*.ipynb"))]
-def guides() -> list: return sorted(f for f in (ROOT/"nbs").glob("[!0-9_.]*.ipynb") if f.stem != "index")
-def run_notebooks() -> list: return sorted((ROOT/"nbs"/"run").glob("[0-9]*.ipynb"))
+def library() -> list:
+    return [f for folder in FOLDERS for f in sorted((ROOT / "nbs" / folder).glob("[0-9][0-9]_*.ipynb"))]
+
+
+def guides() -> list:
+    return sorted(f for f in (ROOT / "nbs").glob("[!0-9_.]*.ipynb") if f.stem != "index")
+
+
+def run_notebooks() -> list:
+    return sorted((ROOT / "nbs" / "run").glob("[0-9]*.ipynb"))
 
 
 def notebooks() -> dict:
     """Notebook -> its place among the pages."""
-    return {f: f"{f.parent.relative_to(ROOT/'nbs')/f.name}" for f in (*guides(), *library(), *run_notebooks())}
+    return {f: f"{f.parent.relative_to(ROOT / 'nbs') / f.name}" for f in (*guides(), *library(), *run_notebooks())}
 
 
 # Markdown
 
+
 def plain(text: str) -> str:
     """Text that stays as it is in Markdown; `code` remains code, and --options become it, which keeps their dashes."""
     parts = re.split(r"(`[^`]*`|(?<![\w-])--[a-z][\w-]*)", " ".join(text.split()))
-    return "".join(p if p.startswith("`") else f"`{p}`" if i % 2 else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", p) for i, p in enumerate(parts))
+    return "".join(
+        p if p.startswith("`") else f"`{p}`" if i % 2 else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", p)
+        for i, p in enumerate(parts)
+    )
 
 
 @cache
 def pages() -> dict:
     """File of the repository -> the page that shows it."""
-    docs = {f.relative_to(ROOT): f.relative_to(ROOT/"docs") for f in (ROOT/"docs").glob("**/*.md")}
+    docs = {f.relative_to(ROOT): f.relative_to(ROOT / "docs") for f in (ROOT / "docs").glob("**/*.md")}
     kept = {Path(f"docs/results/{name}/results.md"): Path(f"results/{name}.md") for name in ("smol",)}
     return {str(k): str(v) for k, v in (docs | kept | {f.relative_to(ROOT): p for f, p in notebooks().items()}).items()}
 
@@ -53,13 +68,17 @@ def names() -> dict:
     """Public name, short where only one module has it, and full -> full name."""
     full = [f"{module_of(f)}.{d['name']}" for f in library() for d in definitions(f)]
     short = [n.rsplit(".", 1)[1] for n in full]
-    return {n: n for n in full} | {s: n for s, n in zip(short, full) if short.count(s) == 1 and re.search(r"_|[a-z][A-Z]", s)}
+    return {n: n for n in full} | {
+        s: n for s, n in zip(short, full) if short.count(s) == 1 and re.search(r"_|[a-z][A-Z]", s)
+    }
 
 
 def link(code: str) -> str:
     """A file or a name of the library in backticks, linked to its page."""
-    if code in pages(): return f"[`{code}`](/{pages()[code]})"
-    if code in names(): return f"{{py:obj}}`{code} <{names()[code]}>`"
+    if code in pages():
+        return f"[`{code}`](/{pages()[code]})"
+    if code in names():
+        return f"{{py:obj}}`{code} <{names()[code]}>`"
     return f"`{code}`"
 
 
@@ -68,14 +87,26 @@ def linked(text: str) -> str:
     out, fence = [], ""
     for line in text.split("\n"):
         mark = re.match(r"\s*(`{3,}|~{3,}|:{3,})", line)
-        if mark and not mark[1].startswith(":"): fence = "" if fence and mark[1].startswith(fence) else fence or mark[1]
-        out.append(line if mark or fence or line.startswith("#") else re.sub(r"(?<![`\[}])`([\w./*-]+)`(?![`\]])", lambda m: link(m[1]), line))
+        if mark and not mark[1].startswith(":"):
+            fence = "" if fence and mark[1].startswith(fence) else fence or mark[1]
+        out.append(
+            line
+            if mark or fence or line.startswith("#")
+            else re.sub(r"(?<![`\[}])`([\w./*-]+)`(?![`\]])", lambda m: link(m[1]), line)
+        )
     return "\n".join(out)
 
 
 def displayed(text: str) -> str:
     """Markdown in which every displayed equation is a paragraph of its own, as MyST wants it; equations side by side stand below each other."""
-    def below(m): return "\n\n$$" + (rf"\begin{{gathered}}{m[1]}\end{{gathered}}".replace(r"\qquad", r"\\") if r"\qquad" in m[1] else m[1]) + "$$\n\n"
+
+    def below(m):
+        return (
+            "\n\n$$"
+            + (rf"\begin{{gathered}}{m[1]}\end{{gathered}}".replace(r"\qquad", r"\\") if r"\qquad" in m[1] else m[1])
+            + "$$\n\n"
+        )
+
     return re.sub(r"\n*^\$\$(.+?)\$\$[ \t]*$\n*", below, text, flags=re.M | re.S)
 
 
@@ -86,15 +117,22 @@ def text_of(source: str) -> str:
 
 # Definitions, from the source of exported cells
 
+
 def comments(source: str) -> dict:
     """Line number -> comment."""
-    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]: t.string.lstrip("# ").strip()
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
 
 
 def text_in(node, values: dict) -> str:
     """A string of the source, its names taken from the module's values."""
-    if isinstance(node, ast.JoinedStr): return "".join(text_in(v, values) for v in node.values)
-    if isinstance(node, ast.FormattedValue): return text_in(node.value, values)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_in(v, values) for v in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return text_in(node.value, values)
     return text_in(values[node.id], values) if isinstance(node, ast.Name) else node.value
 
 
@@ -116,17 +154,26 @@ def bare(node):
     return node.slice.elts[0] if more else node
 
 
-def signature(f: ast.FunctionDef, notes: dict, values: dict = {}) -> tuple:  # signature, {parameter: comment}, comment on what is returned
+def signature(
+    f: ast.FunctionDef, notes: dict, values: dict = {}
+) -> tuple:  # signature, {parameter: comment}, comment on what is returned
     """A function's signature and the comments beside its parameters; of a command, their help."""
     a, said, first = f.args, {}, f.body[0]
     body = min(n.lineno for n in (first, *getattr(first, "decorator_list", [])))
-    closed = f.returns.end_lineno if f.returns else max(f.lineno, body - 1)  # the signature's last line, whose comment is on what is returned
+    closed = (
+        f.returns.end_lineno if f.returns else max(f.lineno, body - 1)
+    )  # the signature's last line, whose comment is on what is returned
     every = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
-    ends = [min((x.lineno for x in every[i + 1:]), default=f.returns.lineno if f.returns else body) for i in range(len(every))]
+    ends = [
+        min((x.lineno for x in every[i + 1 :]), default=f.returns.lineno if f.returns else body)
+        for i in range(len(every))
+    ]
     for arg, end in zip(every, ends):
         lines = range(arg.lineno, max(end, arg.lineno + 1)) if arg.lineno > f.lineno or end > arg.lineno else ()
         arg.annotation = annotated(arg.annotation, values)
-        said[arg.arg] = help_of(arg.annotation, values) or " ".join(notes[n] for n in lines if n in notes and n != closed)
+        said[arg.arg] = help_of(arg.annotation, values) or " ".join(
+            notes[n] for n in lines if n in notes and n != closed
+        )
         arg.annotation = bare(arg.annotation)
     text = f"({ast.unparse(a)})" + (f" -> {ast.unparse(f.returns)}" if f.returns else "")
     return text, {k: v for k, v in said.items() if v and k != "self"}, notes.get(closed, "")
@@ -134,7 +181,9 @@ def signature(f: ast.FunctionDef, notes: dict, values: dict = {}) -> tuple:  # s
 
 def constant_of(call, place: int, name: str) -> str:
     """An argument of a call, where it is a constant."""
-    value = next((k.value for k in call.keywords if k.arg == name), call.args[place] if len(call.args) > place else None)
+    value = next(
+        (k.value for k in call.keywords if k.arg == name), call.args[place] if len(call.args) > place else None
+    )
     return str(value.value) if isinstance(value, ast.Constant) else ""
 
 
@@ -142,7 +191,8 @@ def fields(c: ast.ClassDef, notes: dict) -> list:  # (name, type, default, meani
     """A class's typed fields; those of a recipe say themselves what they mean."""
     rows = []
     for n in c.body:
-        if not isinstance(n, ast.AnnAssign): continue
+        if not isinstance(n, ast.AnnAssign):
+            continue
         spec = isinstance(n.value, ast.Call) and getattr(n.value.func, "id", "") == "spec"
         default = n.value.args[0] if spec else n.value
         meaning = constant_of(n.value, 1, "text") if spec else notes.get(n.end_lineno, "")
@@ -154,25 +204,45 @@ def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, no
     """What a notebook exports, in order; a name that comes twice counts the first time."""
     found = {}
     for i, cell in enumerate(read_nb(path).cells):
-        if cell.cell_type != "code" or not re.search(r"^#\|\s*exports?\b", cell.source, re.M): continue
+        if cell.cell_type != "code" or not re.search(r"^#\|\s*exports?\b", cell.source, re.M):
+            continue
         notes = comments(cell.source)
         for node in ast.parse(cell.source).body:
-            for name, kind in defined(node): found.setdefault(name, {"name": name, "kind": kind, "cell": i, "node": node, "notes": notes})
-    values = {n: d["node"].value for n, d in found.items() if isinstance(d["node"], ast.Assign) and defined(d["node"]) == [(n, "data")]}
+            for name, kind in defined(node):
+                found.setdefault(name, {"name": name, "kind": kind, "cell": i, "node": node, "notes": notes})
+    values = {
+        n: d["node"].value
+        for n, d in found.items()
+        if isinstance(d["node"], ast.Assign) and defined(d["node"]) == [(n, "data")]
+    }
     return [d | {"values": values} for d in found.values()]
 
 
 def defined(node) -> list:  # (name, kind)
     """Public names that a statement defines."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): made = [(node.name, "function")]
-    elif isinstance(node, ast.ClassDef): made = [(node.name, "class")]
-    else: made = [(t.id, "data") for t in getattr(node, "targets", [getattr(node, "target", None)]) for t in getattr(t, "elts", [t]) if isinstance(t, ast.Name)] if isinstance(node, (ast.Assign, ast.AnnAssign)) else []
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        made = [(node.name, "function")]
+    elif isinstance(node, ast.ClassDef):
+        made = [(node.name, "class")]
+    else:
+        made = (
+            [
+                (t.id, "data")
+                for t in getattr(node, "targets", [getattr(node, "target", None)])
+                for t in getattr(t, "elts", [t])
+                if isinstance(t, ast.Name)
+            ]
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            else []
+        )
     return [(n, k) for n, k in made if not n.startswith("_")]
 
 
 def module_of(path: Path) -> str | None:
     """The module that a notebook is exported to."""
-    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code"), re.M)
+    found = re.search(
+        r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code"), re.M
+    )
     return f"scir.{found[1]}" if found else None
 
 
@@ -184,10 +254,12 @@ def described(d: dict, module: str) -> str:
         shown, said, returned = signature(node, notes, d["values"])
         text += shown
         inside = [plain(ast.get_docstring(node) or ""), *params(said, returned)]
-    elif d["kind"] == "class": inside = [plain(ast.get_docstring(node) or ""), field_table(fields(node, notes)), *methods(node, notes, module)]
+    elif d["kind"] == "class":
+        inside = [plain(ast.get_docstring(node) or ""), field_table(fields(node, notes)), *methods(node, notes, module)]
     else:
         value = ast.unparse(node.value) if node.value else ""
-        if value and len(value) <= 90 and not isinstance(node.value, ast.Tuple): options.append(":value: '" + value.replace("'", "''") + "'")
+        if value and len(value) <= 90 and not isinstance(node.value, ast.Tuple):
+            options.append(":value: '" + value.replace("'", "''") + "'")
         inside = [plain(notes.get(node.end_lineno, ""))]
     return directive(f"py:{d['kind']}", text, options, inside)
 
@@ -200,15 +272,20 @@ def directive(kind: str, text: str, options: list, inside: list) -> str:
 def params(said: dict, returned: str) -> list:
     """A field list of parameters."""
     field = "yields" if returned.startswith("yields ") else "returns"
-    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + ([f":{field}: {plain(returned.removeprefix('yields '))}"] if returned else [])
+    rows = [f":param {k}: {plain(v)}" for k, v in said.items()] + (
+        [f":{field}: {plain(returned.removeprefix('yields '))}"] if returned else []
+    )
     return ["\n".join(rows)] if rows else []
 
 
 def field_table(rows: list) -> str:
     """Fields of a class as a table."""
-    if not rows: return ""
+    if not rows:
+        return ""
     code = lambda s: "`" + s.replace("|", "\\|").replace("\n", " ") + "`" if s and len(s) <= 60 else "…" if s else ""
-    return "| field | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(f"| `{n}` | {code(t)} | {code(v)} | {plain(m)} |" for n, t, v, m in rows)
+    return "| field | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(
+        f"| `{n}` | {code(t)} | {code(v)} | {plain(m)} |" for n, t, v, m in rows
+    )
 
 
 def methods(c: ast.ClassDef, notes: dict, module: str) -> list:
@@ -216,15 +293,29 @@ def methods(c: ast.ClassDef, notes: dict, module: str) -> list:
     out = []
     for f in c.body:
         marks = {ast.unparse(x).split("(")[0] for x in getattr(f, "decorator_list", [])}
-        if not isinstance(f, ast.FunctionDef) or f.name.startswith("_") or marks & {"field_validator", "model_validator"} or not ast.get_docstring(f): continue
+        if (
+            not isinstance(f, ast.FunctionDef)
+            or f.name.startswith("_")
+            or marks & {"field_validator", "model_validator"}
+            or not ast.get_docstring(f)
+        ):
+            continue
         f.args.args = f.args.args[1:]
         text, said, returned = signature(f, notes)
         prop = bool(marks & {"property", "cached_property"})
-        out.append(directive("py:property" if prop else "py:method", f"{c.name}.{f.name}" + ("" if prop else text), [f":module: {module}"], [plain(ast.get_docstring(f)), *params(said, returned)]))
+        out.append(
+            directive(
+                "py:property" if prop else "py:method",
+                f"{c.name}.{f.name}" + ("" if prop else text),
+                [f":module: {module}"],
+                [plain(ast.get_docstring(f)), *params(said, returned)],
+            )
+        )
     return out
 
 
 # Notebooks
+
 
 def heading(source: str, path: Path, module: str | None) -> str:
     """A first cell: the title, where the page comes from, the summary as a paragraph, and the rest."""
@@ -237,10 +328,14 @@ def code_cell(cell, directives: dict, module: str | None, made: list) -> list:
     """A code cell for the reader: what is exported is described, its source folded."""
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
     kept = nbformat.v4.new_code_cell(source, outputs=[nbformat.from_dict(dict(o)) for o in cell.get("outputs", [])])
-    if "default_exp" in directives or not source: return []
-    if directives.get("echo:", [""])[0] == "false": kept.metadata.tags = ["remove-input"]
-    if not directives.keys() & {"export", "exports"}: return [kept]
-    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body): return []
+    if "default_exp" in directives or not source:
+        return []
+    if directives.get("echo:", [""])[0] == "false":
+        kept.metadata.tags = ["remove-input"]
+    if not directives.keys() & {"export", "exports"}:
+        return [kept]
+    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body):
+        return []
     kept.metadata.tags = ["hide-input"]
     return [nbformat.v4.new_markdown_cell("\n\n".join(described(d, module) for d in made))] * bool(made) + [kept]
 
@@ -249,57 +344,86 @@ def bridge(path: Path):
     """One of our notebooks as a plain one that myst-nb can show."""
     found, module, cells = definitions(path), module_of(path), []
     raw = read_nb(path)
-    for i, cell in enumerate(raw.cells): cell["place"] = i
+    for i, cell in enumerate(raw.cells):
+        cell["place"] = i
     reader = NBProcessor(nb=raw, procs=PROCESSORS)
     reader.process()
     for cell in reader.nb.cells:
         if cell.cell_type == "markdown":
-            cells.append(nbformat.v4.new_markdown_cell(text_of(cell.source) if cell["place"] else heading(cell.source, path, module)))
-        elif cell.cell_type == "code": cells += code_cell(cell, cell.directives_, module, [d for d in found if d["cell"] == cell["place"]])
-    for i, cell in enumerate(cells): cell.id = f"c{i}"
-    info = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+            cells.append(
+                nbformat.v4.new_markdown_cell(
+                    text_of(cell.source) if cell["place"] else heading(cell.source, path, module)
+                )
+            )
+        elif cell.cell_type == "code":
+            cells += code_cell(cell, cell.directives_, module, [d for d in found if d["cell"] == cell["place"]])
+    for i, cell in enumerate(cells):
+        cell.id = f"c{i}"
+    info = {
+        "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+    }
     return nbformat.v4.new_notebook(cells=cells, metadata=info)
 
 
 # Building
 
+
 def mathjax() -> Path:
     """MathJax's one file that needs no other, from npm; kept outside the site, its archive checked."""
-    archive = CACHE/f"{MATHJAX.replace('@', '-')}.tgz"
+    archive = CACHE / f"{MATHJAX.replace('@', '-')}.tgz"
     if not archive.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        if not shutil.which("npm"): sys.exit("docs: npm is not there, by which MathJax is fetched; install it (Debian: apt install npm)")
-        done = subprocess.run(["npm", "pack", MATHJAX, "--silent", "--pack-destination", str(CACHE)], capture_output=True, text=True)
-        if done.returncode: sys.exit(f"docs: npm pack {MATHJAX} failed: {' '.join((done.stderr or done.stdout).split())[:200]}")
+        if not shutil.which("npm"):
+            sys.exit("docs: npm is not there, by which MathJax is fetched; install it (Debian: apt install npm)")
+        done = subprocess.run(
+            ["npm", "pack", MATHJAX, "--silent", "--pack-destination", str(CACHE)], capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(f"docs: npm pack {MATHJAX} failed: {' '.join((done.stderr or done.stdout).split())[:200]}")
     if base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode() != MATHJAX_SHA512:
         sys.exit(f"docs: {archive} is not the {MATHJAX} that was tested; delete it and try again")
-    with tarfile.open(archive) as t: (CACHE/"tex-svg.js").write_bytes(t.extractfile("package/es5/tex-svg.js").read())
-    return CACHE/"tex-svg.js"
+    with tarfile.open(archive) as t:
+        (CACHE / "tex-svg.js").write_bytes(t.extractfile("package/es5/tex-svg.js").read())
+    return CACHE / "tex-svg.js"
 
 
 def write_source() -> None:
     """All pages, where Sphinx reads them."""
     from pages import MADE, extra
+
     shutil.rmtree(SOURCE, ignore_errors=True)
-    shutil.copytree(ROOT/"docs", SOURCE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.parquet"))
-    for run in (SOURCE/"results").glob("*/results.md"): run.unlink()
+    shutil.copytree(ROOT / "docs", SOURCE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.parquet"))
+    for run in (SOURCE / "results").glob("*/results.md"):
+        run.unlink()
     for path, page in notebooks().items():
-        (SOURCE/page).parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(bridge(path), SOURCE/page)
+        (SOURCE / page).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(bridge(path), SOURCE / page)
     for page, text in extra().items():
-        (SOURCE/page).parent.mkdir(exist_ok=True)
-        (SOURCE/page).write_text(text)
+        (SOURCE / page).parent.mkdir(exist_ok=True)
+        (SOURCE / page).write_text(text)
     for page in SOURCE.glob("**/*.md"):
-        page.write_text(linked(re.sub(r"^<!-- made: (\w+)(.*?) -->$", lambda m: MADE[m[1]](*m[2].split()), page.read_text(), flags=re.M)))
-    (SOURCE/"_static").mkdir(exist_ok=True)
-    for file in (mathjax(), ROOT/"docs"/"style.css"): shutil.copy(file, SOURCE/"_static")
+        page.write_text(
+            linked(
+                re.sub(
+                    r"^<!-- made: (\w+)(.*?) -->$", lambda m: MADE[m[1]](*m[2].split()), page.read_text(), flags=re.M
+                )
+            )
+        )
+    (SOURCE / "_static").mkdir(exist_ok=True)
+    for file in (mathjax(), ROOT / "docs" / "style.css"):
+        shutil.copy(file, SOURCE / "_static")
 
 
 if __name__ == "__main__":
     write_source()
-    for folder in (SITE, CACHE/"html"): shutil.rmtree(folder, ignore_errors=True)
-    options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(ROOT/"docs"), "-d", str(CACHE/"doctrees"), "-E"]
-    done = subprocess.run([sys.executable, "-m", "sphinx", *options, str(SOURCE), str(CACHE/"html")])  # myst-nb writes beside the pages too
-    if done.returncode: sys.exit(done.returncode)
-    shutil.move(CACHE/"html", SITE)
-    print(f"docs: {len(list(SITE.glob('**/*.html')))} pages, {(SITE/'index.html').relative_to(ROOT)}")
+    for folder in (SITE, CACHE / "html"):
+        shutil.rmtree(folder, ignore_errors=True)
+    options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(ROOT / "docs"), "-d", str(CACHE / "doctrees"), "-E"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, str(SOURCE), str(CACHE / "html")]
+    )  # myst-nb writes beside the pages too
+    if done.returncode:
+        sys.exit(done.returncode)
+    shutil.move(CACHE / "html", SITE)
+    print(f"docs: {len(list(SITE.glob('**/*.html')))} pages, {(SITE / 'index.html').relative_to(ROOT)}")

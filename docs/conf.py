@@ -1,4 +1,5 @@
 """Sphinx's settings; docs/build.py writes what it reads."""
+
 project = "scir"
 copyright = "2026 onwards, the scir authors"
 extensions = ["myst_nb"]

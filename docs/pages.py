@@ -1,16 +1,17 @@
 """What pages hold that is made from the repository's files: tables of kept runs, the recipe's schema, the index of names."""
+
 import ast, json, re, sys
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from build import ROOT, definitions, guides, library, module_of, notebooks, plain
+
 sys.path.insert(0, str(ROOT))
 from scir.runner import planner
 from scir.recipe import ARMS, Recipe, field_names, load_recipe
 
-KEPT = ROOT/"docs"/"results"
+KEPT = ROOT / "docs" / "results"
 STANDINGS = {"P": "stated by the paper", "S": "second-hand", "D": "ours"}
 
 
@@ -21,12 +22,14 @@ def table(columns: list, rows: list) -> str:
 
 # Kept runs
 
-def kept(run: str, name: str) -> pd.DataFrame: return pd.read_csv(KEPT/run/f"{name}.csv", dtype=str).fillna("")
+
+def kept(run: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(KEPT / run / f"{name}.csv", dtype=str).fillna("")
 
 
 def headline() -> str:
     """The kept run's result in two sentences."""
-    return " ".join((KEPT/"smol"/"headline.txt").read_text().split("\n")).strip()
+    return " ".join((KEPT / "smol" / "headline.txt").read_text().split("\n")).strip()
 
 
 def result_table() -> str:
@@ -42,10 +45,12 @@ def verdicts() -> str:
     return table(list(t.columns), t.map(plain).values)
 
 
-def manifests(run: str) -> list: return [json.loads(f.read_text()) for f in sorted((KEPT/run).glob("manifest*.json"))]
+def manifests(run: str) -> list:
+    return [json.loads(f.read_text()) for f in sorted((KEPT / run).glob("manifest*.json"))]
 
 
-def hours(manifest: dict) -> float: return sum(s["seconds"] for s in manifest["steps"].values()) / 3600
+def hours(manifest: dict) -> float:
+    return sum(s["seconds"] for s in manifest["steps"].values()) / 3600
 
 
 def measured(run: str) -> str:
@@ -61,24 +66,40 @@ def measured(run: str) -> str:
 def stages(run: str) -> str:
     """Minutes by stage, of every seed."""
     found = manifests(run)
-    sums = [pd.Series({k: s["seconds"] / 60 for k, s in m["steps"].items()}).groupby(lambda k: k.split(":")[0], sort=False).sum() for m in found]
-    return table(["stage", *(f"minutes, seed {m['seeds'][0]}" for m in found)], [[f"`{s}`", *(f"{x.get(s, 0):.1f}" for x in sums)] for s in sums[0].index])
+    sums = [
+        pd.Series({k: s["seconds"] / 60 for k, s in m["steps"].items()})
+        .groupby(lambda k: k.split(":")[0], sort=False)
+        .sum()
+        for m in found
+    ]
+    return table(
+        ["stage", *(f"minutes, seed {m['seeds'][0]}" for m in found)],
+        [[f"`{s}`", *(f"{x.get(s, 0):.1f}" for x in sums)] for s in sums[0].index],
+    )
 
 
 def report(run: str) -> str:
     """A kept report as a page: figures with their captions, which lead to their full size for having a width; files beside them; no table of contents, for room."""
-    text = (KEPT/run/"results.md").read_text()
-    text = re.sub(r"!\[(.*?)\]\((\S+)\)\n\n\*(.*?)\*$", lambda m: f"```{{figure}} {run}/{m[2]}\n:alt: {m[1]}\n:width: 100%\n:figclass: wide\n\n{m[3]}\n```", text, flags=re.M)
-    files = ", ".join(f"[{f.name}]({run}/{f.name})" for f in sorted((KEPT/run).iterdir()) if f.suffix in (".csv", ".json", ".yaml"))
+    text = (KEPT / run / "results.md").read_text()
+    text = re.sub(
+        r"!\[(.*?)\]\((\S+)\)\n\n\*(.*?)\*$",
+        lambda m: f"```{{figure}} {run}/{m[2]}\n:alt: {m[1]}\n:width: 100%\n:figclass: wide\n\n{m[3]}\n```",
+        text,
+        flags=re.M,
+    )
+    files = ", ".join(
+        f"[{f.name}]({run}/{f.name})" for f in sorted((KEPT / run).iterdir()) if f.suffix in (".csv", ".json", ".yaml")
+    )
     title = f"---\nhide-toc: true\n---\n\n# Report: {run}\n\nAs `scir report` wrote it, unchanged. {measured(run)} Its files: {files}.\n\n"
     return title + text
 
 
 # Recipes
 
+
 def recipe(name: str) -> str:
     """A recipe's file, folded."""
-    text = (ROOT/"recipes"/f"{name}.yaml").read_text()
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     return f"<details><summary>recipes/{name}.yaml</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
@@ -86,11 +107,20 @@ def standing() -> str:
     """Every field of a recipe with its standing, section by section."""
     out, rows = [], [(n, f, f.json_schema_extra or {}) for n, f in field_names().items()]
     counts = pd.Series([x.get("standing", "D") for *_, x in rows]).value_counts()
-    out.append(f"{len(rows)} fields: " + ", ".join(f"{counts.get(k, 0)} {v} (**{k}**)" for k, v in STANDINGS.items()) + ".")
+    out.append(
+        f"{len(rows)} fields: " + ", ".join(f"{counts.get(k, 0)} {v} (**{k}**)" for k, v in STANDINGS.items()) + "."
+    )
     for section in dict.fromkeys(n.rpartition(".")[0] for n, *_ in rows):
         said = Recipe.model_fields[section].annotation.__doc__ if section else "One experiment."
-        part = [(f"`{n}`", code(f.default), x.get("unit", ""), f"**{x.get('standing', 'D')}**", plain(f.description)) for n, f, x in rows if n.rpartition(".")[0] == section]
-        out.append(f"## {section or 'The whole'}\n\n{plain(said)}\n\n" + table(["field", "default", "unit", "standing", "meaning"], part))
+        part = [
+            (f"`{n}`", code(f.default), x.get("unit", ""), f"**{x.get('standing', 'D')}**", plain(f.description))
+            for n, f, x in rows
+            if n.rpartition(".")[0] == section
+        ]
+        out.append(
+            f"## {section or 'The whole'}\n\n{plain(said)}\n\n"
+            + table(["field", "default", "unit", "standing", "meaning"], part)
+        )
     return "\n\n".join(out)
 
 
@@ -102,7 +132,10 @@ def code(value) -> str:
 
 def arms() -> str:
     """The arms and what each changes."""
-    shown = lambda changes: ", ".join(f"`{k}: {str(v).lower() if isinstance(v, bool) else v}`" for k, v in (changes or {}).items()) or "stays at M_1"
+    shown = lambda changes: (
+        ", ".join(f"`{k}: {str(v).lower() if isinstance(v, bool) else v}`" for k, v in (changes or {}).items())
+        or "stays at M_1"
+    )
     return table(["arm", "what it changes in `train`"], [(f"`{a}`", shown(c)) for a, c in ARMS.items()])
 
 
@@ -113,33 +146,57 @@ ASSUMED_RATES = {"decoded": 500, "read": 6000, "trained": 1500}  # tokens a seco
 
 def memory() -> str:
     """Peak memory of every stage of recipes/mistral-7b.yaml on a GPU."""
-    r = load_recipe(ROOT/"recipes"/"mistral-7b.yaml")
+    r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
     wider = r.model_copy(update={"model": r.model.model_copy(update={"gradient_checkpointing": False})})
     whole = r.model_copy(update={"model": r.model.model_copy(update={"quantize": None})})
     columns = {"as it is": r, "without checkpointing": wider, "bfloat16 weights": whole}
-    rows = [[f"`{s}`", *(f"{planner.peak(s, x, planner.assumed_sizes(x), 'cuda') / 1e9:.1f}" for x in columns.values())] for s in planner.MEASURED]
+    rows = [
+        [f"`{s}`", *(f"{planner.peak(s, x, planner.assumed_sizes(x), 'cuda') / 1e9:.1f}" for x in columns.values())]
+        for s in planner.MEASURED
+    ]
     return table(["GB at most", *columns], rows)
 
 
 def effort() -> str:
     """Tokens and hours by stage of recipes/mistral-7b.yaml."""
-    r = load_recipe(ROOT/"recipes"/"mistral-7b.yaml")
+    r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
     todo = planner.work(r, planner.assumed_sizes(r))
-    rows = [(f"`{w.stage}`", w.kind, f"{w.rows:,.0f}", f"{w.tokens / 1e6:.1f}", ASSUMED_RATES[w.kind], f"{w.tokens / ASSUMED_RATES[w.kind] / 3600:.1f}") for w in todo]
+    rows = [
+        (
+            f"`{w.stage}`",
+            w.kind,
+            f"{w.rows:,.0f}",
+            f"{w.tokens / 1e6:.1f}",
+            ASSUMED_RATES[w.kind],
+            f"{w.tokens / ASSUMED_RATES[w.kind] / 3600:.1f}",
+        )
+        for w in todo
+    ]
     total, assumed = sum(w.tokens / ASSUMED_RATES[w.kind] for w in todo) / 3600, planner.assumed_sizes(r)
-    return "\n\n".join([
-        table(["stage", "kind", "rows", "million tokens", "tokens/s, assumed", "hours"], rows),
-        f"Together {total:.0f} hours, with prompts of {assumed.prompts[0]} tokens, answers of {assumed.answer:.0f} (half of the limit), {len(assumed.seeds)} seed pairs and these rates, none of them measured. Half the rates double it; answers that fill the limit nearly do."])
+    return "\n\n".join(
+        [
+            table(["stage", "kind", "rows", "million tokens", "tokens/s, assumed", "hours"], rows),
+            f"Together {total:.0f} hours, with prompts of {assumed.prompts[0]} tokens, answers of {assumed.answer:.0f} (half of the limit), {len(assumed.seeds)} seed pairs and these rates, none of them measured. Half the rates double it; answers that fill the limit nearly do.",
+        ]
+    )
 
 
 # Names
+
 
 def api() -> str:
     """All public names, module by module."""
     out = []
     for path in library():
         module = module_of(path)
-        rows = [(f"{{py:obj}}`{d['name']} <{module}.{d['name']}>`", {"data": "value"}.get(d["kind"], d["kind"]), plain((doc(d).split("\n") or [""])[0])) for d in definitions(path)]
+        rows = [
+            (
+                f"{{py:obj}}`{d['name']} <{module}.{d['name']}>`",
+                {"data": "value"}.get(d["kind"], d["kind"]),
+                plain((doc(d).split("\n") or [""])[0]),
+            )
+            for d in definitions(path)
+        ]
         out.append(f"## {module}\n\nFrom `{path.relative_to(ROOT)}`.\n\n" + table(["name", "is a", "what"], rows))
     return "\n\n".join(out)
 
@@ -151,23 +208,47 @@ def doc(d: dict) -> str:
 
 def picture(wide: str, narrow: str) -> str:
     """A drawing, and another one for a phone; the style sheet shows one of them."""
-    drawn = "".join(f"<div class=\"picture {kind}\">\n{(ROOT/'docs'/name).read_text()}</div>\n" for kind, name in (("wide", wide), ("narrow", narrow)))
+    drawn = "".join(
+        f'<div class="picture {kind}">\n{(ROOT / "docs" / name).read_text()}</div>\n'
+        for kind, name in (("wide", wide), ("narrow", narrow))
+    )
     return f"```{{raw}} html\n{drawn}```"
 
 
 def howtos() -> str:
     """The how-to pages, the everyday ones first."""
     first = ["model", "prompts", "pairs", "reward", "judge", "outside-judge"]
-    return "\n".join(f"howto/{n}" for n in sorted((f.stem for f in (ROOT/"docs"/"howto").glob("*.md")), key=lambda n: (first.index(n) if n in first else len(first), n)))
+    return "\n".join(
+        f"howto/{n}"
+        for n in sorted(
+            (f.stem for f in (ROOT / "docs" / "howto").glob("*.md")),
+            key=lambda n: (first.index(n) if n in first else len(first), n),
+        )
+    )
 
 
 FOLDERS = {  # folder of nbs/ and of the library -> its page's title, and what it holds
-    "experiment": ("The experiment", "The recipe that describes an experiment, the files in which stages meet, and the two programs: `scir doctor` and the command line."),
-    "data": ("Data", "Prompts and labelled pairs: how they are read, in which layouts, as which conversations; and the testbed."),
+    "experiment": (
+        "The experiment",
+        "The recipe that describes an experiment, the files in which stages meet, and the two programs: `scir doctor` and the command line.",
+    ),
+    "data": (
+        "Data",
+        "Prompts and labelled pairs: how they are read, in which layouts, as which conversations; and the testbed.",
+    ),
     "model": ("Models", "Weights and adapters, text to token ids, log-probabilities, and what generates text."),
-    "stages": ("Stages", "What each stage does, from the warm start to the win rates. Every stage has a run notebook of the same number and name."),
-    "run": ("Run notebooks", "One per stage: parameters, one call, a table, a plot. papermill runs them one after the other."),
-    "runner": ("Running", "Which stage is to be done, what made a finished one stale, and how notebooks are executed, one by one or side by side."),
+    "stages": (
+        "Stages",
+        "What each stage does, from the warm start to the win rates. Every stage has a run notebook of the same number and name.",
+    ),
+    "run": (
+        "Run notebooks",
+        "One per stage: parameters, one call, a table, a plot. papermill runs them one after the other.",
+    ),
+    "runner": (
+        "Running",
+        "Which stage is to be done, what made a finished one stale, and how notebooks are executed, one by one or side by side.",
+    ),
     "report": ("Report", "Tables, claims and figures over runs, arms and seeds."),
     "export": ("Export", "Adapters, merged models, preference sets and benchmark files for other tools."),
 }
@@ -176,17 +257,45 @@ FOLDERS = {  # folder of nbs/ and of the library -> its page's title, and what i
 def folder_page(folder: str) -> str:
     """The page of a folder of notebooks."""
     title, said = FOLDERS[folder]
-    inside = [p for p in notebooks().values() if str(Path(p).parent) == folder.replace("experiment", ".") and Path(p).name[0].isdigit()]
+    inside = [
+        p
+        for p in notebooks().values()
+        if str(Path(p).parent) == folder.replace("experiment", ".") and Path(p).name[0].isdigit()
+    ]
     below = "\n".join(f"/{p.removesuffix('.ipynb')}" for p in inside)
     return f"# {title}\n\n{said}\n\n```{{toctree}}\n:maxdepth: 1\n\n{below}\n```\n"
 
 
 def extra() -> dict:  # page -> text
     """Pages that stand nowhere else."""
-    log = ROOT/"CHANGELOG.md"
+    log = ROOT / "CHANGELOG.md"
     folders = {f"{folder}/index.md": folder_page(folder) for folder in FOLDERS}
-    return folders | {f"results/{run}.md": report(run) for run in ("smol",)} | ({"changelog.md": log.read_text()} if log.exists() else {})
+    return (
+        folders
+        | {f"results/{run}.md": report(run) for run in ("smol",)}
+        | ({"changelog.md": log.read_text()} if log.exists() else {})
+    )
 
 
-MADE = {f.__name__: f for f in (headline, result_table, verdicts, measured, stages, recipe, standing, arms, memory, effort, api, picture, howtos)}
-MADE |= {"guides": lambda: "\n".join(f.stem for f in guides()), "changelog": lambda: "changelog" if (ROOT/"CHANGELOG.md").exists() else ""}
+MADE = {
+    f.__name__: f
+    for f in (
+        headline,
+        result_table,
+        verdicts,
+        measured,
+        stages,
+        recipe,
+        standing,
+        arms,
+        memory,
+        effort,
+        api,
+        picture,
+        howtos,
+    )
+}
+MADE |= {
+    "guides": lambda: "\n".join(f.stem for f in guides()),
+    "changelog": lambda: "changelog" if (ROOT / "CHANGELOG.md").exists() else "",
+}

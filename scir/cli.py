@@ -32,98 +32,144 @@ CODES = """Exit codes:
   130  interrupted by Ctrl-C; the same command goes on"""
 
 UsageError = typer.BadParameter.__base__
-CONTINUED = "run", "sample", "judge" # what is interrupted is kept, and gone on with
+CONTINUED = "run", "sample", "judge"  # what is interrupted is kept, and gone on with
 
-def fail(error, exit_code:int=1)->None:
+
+def fail(error, exit_code: int = 1) -> None:
     "One line on stderr (of a faulty recipe, one per fault), and an exit code."
     typer.echo(f"scir: {error}", err=True)
     raise typer.Exit(exit_code)
 
+# %% ../nbs/04_cli.ipynb #fd6df343
 @contextmanager
-def one_line(debug:bool=False, ctx=None):
+def one_line(debug: bool = False, ctx=None):
     "What fails inside is said in one line; a fault, with `debug`, with its traceback."
-    try: yield
-    except (typer.Exit, typer.Abort): raise
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
     except KeyboardInterrupt:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise typer.Exit(130)  # the launcher says it
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise typer.Exit(130)  # the launcher says it
         fail("interrupted" + "; the same command goes on" * bool(ctx and ctx.invoked_subcommand in CONTINUED), 130)
-    except UsageError as e: fail(_usage(e), 2)
+    except UsageError as e:
+        fail(_usage(e), 2)
     except Exception as e:
-        if debug or isinstance(e, BrokenPipeError) and reader_left(): raise
+        if debug or isinstance(e, BrokenPipeError) and reader_left():
+            raise
         fail(_reason(e))
 
-def reader_left()->bool:
+# %% ../nbs/04_cli.ipynb #f431a4ac
+def reader_left() -> bool:
     "Whether nobody reads stdout or stderr any more."
     watched = select.poll()
-    for stream in (1, 2): watched.register(stream, 0)
+    for stream in (1, 2):
+        watched.register(stream, 0)
     return any(event & select.POLLERR for _, event in watched.poll(0))
+
 
 def _usage(error):
     where = error.ctx.command_path if error.ctx else "scir"
     return f"{' '.join(error.format_message().split()).rstrip('.')}; see {where} --help"
 
+
 def _reason(error):
     "A recipe's faults each on its line, any other error on one."
-    if isinstance(error, ModuleNotFoundError): return f"{error}; pip install {error.name}, and scir doctor says what else is missing"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; pip install {error.name}, and scir doctor says what else is missing"
     from scir.runner.work import reason
     from scir.recipe import RecipeError
-    if isinstance(error, RecipeError): return error
-    return reason(error) + (" (the executed notebook in the run's notebooks/ has the traceback)" if hasattr(error, "ename") else "")
+
+    if isinstance(error, RecipeError):
+        return error
+    return reason(error) + (
+        " (the executed notebook in the run's notebooks/ has the traceback)" if hasattr(error, "ename") else ""
+    )
 
 # %% ../nbs/04_cli.ipynb #1b69baca
 class OneLine(TyperGroup):
     "The commands, with their errors in one line."
+
     def make_context(self, *args, **kw):
-        with one_line(): return super().make_context(*args, **kw)
+        with one_line():
+            return super().make_context(*args, **kw)
 
     def invoke(self, ctx):
-        with one_line("--debug" in ctx.args, ctx): return super().invoke(ctx)
+        with one_line("--debug" in ctx.args, ctx):
+            return super().invoke(ctx)
 
+# %% ../nbs/04_cli.ipynb #414e1daa
 app = typer.Typer(cls=OneLine, invoke_without_command=True, pretty_exceptions_enable=False, epilog=CODES)
 
-def show_version(asked:bool)->None:
+
+def show_version(asked: bool) -> None:
     "Print the version and end."
     if asked:
         typer.echo(f"scir {__version__}")
         raise typer.Exit()
 
+# %% ../nbs/04_cli.ipynb #5cbe97bb
 @app.callback()
-def main(ctx:typer.Context, version: Annotated[bool, typer.Option("--version", metavar="", help="show the version", callback=show_version, is_eager=True)] = False):
+def main(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="show the version", callback=show_version, is_eager=True)
+    ] = False,
+):
     "Self-Consistent Internal Rewards, notebook by notebook."
-    if ctx.invoked_subcommand: return
+    if ctx.invoked_subcommand:
+        return
     typer.echo(ctx.get_help())
     raise typer.Exit(2)
 
 # %% ../nbs/04_cli.ipynb #80861804
-def positive(n:int|None)->int|None:
+def positive(n: int | None) -> int | None:
     "Refuse a number below 1."
-    if n is not None and n < 1: raise UsageError(f"--limit {n}: give a number from 1 on, or leave it out for all rows")
+    if n is not None and n < 1:
+        raise UsageError(f"--limit {n}: give a number from 1 on, or leave it out for all rows")
     return n
 
+# %% ../nbs/04_cli.ipynb #c4f372bb
 def known_split(name):
     "Refuse what is not a split; takes one name, several or none."
     from scir.data.load import SPLITS
+
     for n in [name] if isinstance(name, str) else name or []:
-        if n not in SPLITS: raise UsageError(f"--split {n}: {', '.join(SPLITS[:-1])} or {SPLITS[-1]} is needed")
+        if n not in SPLITS:
+            raise UsageError(f"--split {n}: {', '.join(SPLITS[:-1])} or {SPLITS[-1]} is needed")
     return name
 
-def not_a_folder(out:Path|None)->Path|None:
+# %% ../nbs/04_cli.ipynb #7c823903
+def not_a_folder(out: Path | None) -> Path | None:
     "Refuse to write a file over a folder, before hours are spent on it."
-    if out and out.is_dir(): raise UsageError(f"--out {out}: this is a folder; name a file in it")
+    if out and out.is_dir():
+        raise UsageError(f"--out {out}: this is a folder; name a file in it")
     return out
+
 
 MODEL = "a run's model (data/runs/smol/seed0/scir/m2), a peft adapter's folder, a model's folder or hub id"
 OutFile = Annotated[Path, typer.Option(help="file to write", callback=not_a_folder)]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="recipe with templates, limits and sampling, where the model brings none")]
-Settings = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="override a field of the recipe, e.g. --set train.beta=0.2; may come several times")]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="recipe with templates, limits and sampling, where the model brings none"),
+]
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="override a field of the recipe, e.g. --set train.beta=0.2; may come several times",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="only the first so many rows", callback=positive)]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show the traceback of an error")]  # read by OneLine
 
 # %% ../nbs/04_cli.ipynb #69cadbe5
 Json = Annotated[bool, typer.Option("--json", metavar="", help="print JSON, and nothing else, on stdout")]
 
+
 @contextmanager
-def aside(json:bool):
+def aside(json: bool):
     "Under `json`, what is printed inside goes to stderr."
     if not json:
         yield
@@ -132,274 +178,473 @@ def aside(json:bool):
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with redirect_stdout(sys.stderr): yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
 
-def emit(value)->None:
+# %% ../nbs/04_cli.ipynb #e3e91ba9
+def emit(value) -> None:
     "Print a value as JSON."
     typer.echo(dumps(strict(value), indent=1, allow_nan=False))
 
+# %% ../nbs/04_cli.ipynb #f3358b7c
 def strict(v):
     "Plain values, with None for numbers that JSON does not have."
-    if isinstance(v, dict): return {k: strict(x) for k, x in v.items()}
-    if isinstance(v, (list, tuple)): return [strict(x) for x in v]
+    if isinstance(v, dict):
+        return {k: strict(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [strict(x) for x in v]
     return None if isinstance(v, float) and not isfinite(v) else v
 
 # %% ../nbs/04_cli.ipynb #d500e3d1
-def settle(model:str, recipe:Path|None, setting:list)->tuple: # model, Recipe
+def settle(model: str, recipe: Path | None, setting: list) -> tuple:  # model, Recipe
     "The recipe with its settings: a run's own for a run's model (then named by its adapter), else the file's, else the defaults."
     from scir.recipe import load_recipe, override, parse_recipe, run_of
-    path = Path(model)
-    own = run_of(path) if setting and (path/"adapter").is_dir() else None
-    if own: return str(path/"adapter"), load_recipe(own/"recipe.yaml", tuple(setting))
-    return model, load_recipe(recipe, tuple(setting)) if recipe else parse_recipe(reduce(override, setting, {}), "--set")
 
+    path = Path(model)
+    own = run_of(path) if setting and (path / "adapter").is_dir() else None
+    if own:
+        return str(path / "adapter"), load_recipe(own / "recipe.yaml", tuple(setting))
+    return model, load_recipe(recipe, tuple(setting)) if recipe else parse_recipe(
+        reduce(override, setting, {}), "--set"
+    )
+
+# %% ../nbs/04_cli.ipynb #bafd7ac2
 def usable_tokenizer(recipe):
     "The recipe's tokenizer; raises ValueError or FileNotFoundError for a model that is not there."
     from scir.model.weights import load_tokenizer
-    try: return load_tokenizer(recipe.model)
-    except (OSError, ValueError) as e:
-        if str(e).startswith("model "): raise
-        raise ValueError(f"model {recipe.model.name}: neither a model's folder nor to be had from the hub ({' '.join(str(e).split())[:160]}); name a folder written by save_pretrained, or a hub id") from None
 
-def check(model:str, recipe)->None:
+    try:
+        return load_tokenizer(recipe.model)
+    except (OSError, ValueError) as e:
+        if str(e).startswith("model "):
+            raise
+        raise ValueError(
+            f"model {recipe.model.name}: neither a model's folder nor to be had from the hub ({' '.join(str(e).split())[:160]}); name a folder written by save_pretrained, or a hub id"
+        ) from None
+
+# %% ../nbs/04_cli.ipynb #67190a85
+def check(model: str, recipe) -> None:
     "Raise for a model that is not there, verdict words that are no single tokens, a reward model nobody knows."
     from scir.stages.evaluate import resolve
     from scir.runner.run import check_words
     from scir.method.rewards import check_rewards
+
     recipe, _ = resolve(model, recipe)
     check_words(usable_tokenizer(recipe), recipe)
     check_rewards(recipe)
 
 # %% ../nbs/04_cli.ipynb #8f5a2e4d
-def say(item)->str:
+def say(item) -> str:
     "One figure in words."
     name, v = item
-    if isinstance(v, list): return f"{name}: {', '.join(v) or 'nothing'}"
-    if not isinstance(v, dict): return f"{name}: {v:.3f}" if isinstance(v, float) else f"{name}: {v}"
-    if "value" not in v: return f"{name}: {', '.join(f'{n} {k}' for k, n in v.items() if n) or 'nothing'}"
-    return f"{name}: -" if v["value"] is None else f"{name}: {v['value']:.1%} [{v['low']:.1%}, {v['high']:.1%}], n={v['n']}"
+    if isinstance(v, list):
+        return f"{name}: {', '.join(v) or 'nothing'}"
+    if not isinstance(v, dict):
+        return f"{name}: {v:.3f}" if isinstance(v, float) else f"{name}: {v}"
+    if "value" not in v:
+        return f"{name}: {', '.join(f'{n} {k}' for k, n in v.items() if n) or 'nothing'}"
+    return (
+        f"{name}: -"
+        if v["value"] is None
+        else f"{name}: {v['value']:.1%} [{v['low']:.1%}, {v['high']:.1%}], n={v['n']}"
+    )
 
-def told(found:dict, json:bool, **where)->None:
+# %% ../nbs/04_cli.ipynb #197add95
+def told(found: dict, json: bool, **where) -> None:
     "Figures and where the rest is, for people or for a program."
-    if json: emit(found)
-    else: typer.echo("\n".join([*map(say, found.items()), *(f"{k}: {v}" for k, v in where.items())]))
+    if json:
+        emit(found)
+    else:
+        typer.echo("\n".join([*map(say, found.items()), *(f"{k}: {v}" for k, v in where.items())]))
 
-def tables(folder:Path)->dict: # name -> DataFrame
+# %% ../nbs/04_cli.ipynb #7d7643a4
+def tables(folder: Path) -> dict:  # name -> DataFrame
     "The report's main tables, those with rows."
     import pandas as pd
-    files = {name: folder/f"{name}.csv" for name in ("inconsistency", "reward_models", "comparisons", "claims")}
+
+    files = {name: folder / f"{name}.csv" for name in ("inconsistency", "reward_models", "comparisons", "claims")}
     found = {name: pd.read_csv(f) for name, f in files.items() if f.read_text(encoding="utf-8").strip()}
     return {name: t for name, t in found.items() if len(t)}
 
-def show(folder:Path)->None:
+# %% ../nbs/04_cli.ipynb #115006ec
+def show(folder: Path) -> None:
     "Print the main tables and where the rest is."
-    for name, t in tables(folder).items(): typer.echo(f"\n{name.replace('_', ' ')}\n" + t.round(3).to_string(index=False, max_colwidth=90))
-    typer.echo(f"\ntables:  {folder/'results.md'}\nfigures: " + ", ".join(str(p) for p in sorted(folder.glob("*.png"))))
-    if (headline := folder/"headline.txt").exists(): typer.echo("\n" + headline.read_text(encoding="utf-8").rstrip())
+    for name, t in tables(folder).items():
+        typer.echo(f"\n{name.replace('_', ' ')}\n" + t.round(3).to_string(index=False, max_colwidth=90))
+    typer.echo(
+        f"\ntables:  {folder / 'results.md'}\nfigures: " + ", ".join(str(p) for p in sorted(folder.glob("*.png")))
+    )
+    if (headline := folder / "headline.txt").exists():
+        typer.echo("\n" + headline.read_text(encoding="utf-8").rstrip())
 
-def records(folder:Path)->dict: # name -> list of rows
+# %% ../nbs/04_cli.ipynb #b2e8ecee
+def records(folder: Path) -> dict:  # name -> list of rows
     "The main tables for a program."
     return {name: t.to_dict("records") for name, t in tables(folder).items()}
 
 # %% ../nbs/04_cli.ipynb #77039483
-def words_again()->list:
+def words_again() -> list:
     "The words of this command, without what is for the launcher."
     words, out = iter(sys.argv[1:]), []
     for w in words:
-        if w == "--processes": next(words, None)
-        elif w != "--dry-run" and not w.startswith("--processes="): out.append(w)
+        if w == "--processes":
+            next(words, None)
+        elif w != "--dry-run" and not w.startswith("--processes="):
+            out.append(w)
     return out
 
-def launch(words:list, processes:int, debug:bool=False)->None:
+# %% ../nbs/04_cli.ipynb #f8615d4b
+def launch(words: list, processes: int, debug: bool = False) -> None:
     "Do a command in several processes of this machine, which share its cores and end with this one. The one that fails says why; `debug` adds the launcher's report."
     import logging
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run as torchrun
     from scir.runner.processes import launch_line
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    if not debug: logging.disable()
-    try: torchrun(parse_args(launch_line(words, processes)[1:]))
+    if not debug:
+        logging.disable()
+    try:
+        torchrun(parse_args(launch_line(words, processes)[1:]))
     except SignalException as e:
-        if e.sigval == signal.SIGINT: raise KeyboardInterrupt from None
+        if e.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         raise typer.Exit(128 + e.sigval) from None
     except ChildFailedError as e:
         which, failure = e.get_first_failure()
-        if failure.exitcode < 0: fail(f"process {which} of {processes} was killed ({failure.signal_name()}), most often for want of memory; the same command goes on")
+        if failure.exitcode < 0:
+            fail(
+                f"process {which} of {processes} was killed ({failure.signal_name()}), most often for want of memory; the same command goes on"
+            )
         raise typer.Exit(failure.exitcode) from None
 
-def from_here(path:Path, here:Path)->Path:
+# %% ../nbs/04_cli.ipynb #3abf374b
+def from_here(path: Path, here: Path) -> Path:
     "A path, relative to the project's folder or not, as it is called from where the command was given; goes back there."
     path = path.resolve()
     os.chdir(here)
     return Path(os.path.relpath(path)) if path.is_relative_to(here) else path
 
-def rehearse(recipe, out:Path, here:Path, words:list, jobs:int, processes:int, json:bool)->None:
+# %% ../nbs/04_cli.ipynb #843e7bae
+def rehearse(recipe, out: Path, here: Path, words: list, jobs: int, processes: int, json: bool) -> None:
     "Print every step's state, and how to start the run on one machine and, where no steps are side by side, on several."
     from scir.runner.verify import status as ask
     from scir.runner.processes import launch_line
     from scir.runner.execute import seen
     from scir.runner.execute import told as state
+
     shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
     steps = [(step.key, seen(recipe, out, step) if s.name == "done" else s) for step, s in ask(recipe, out)]
-    lines = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])} | ({"on two, on each": shell(launch_line(words, processes, machines=2))} if jobs == 1 else {})
-    if json: return emit({"run": str(from_here(out, here)), "steps": [{"step": key, "state": s.name, "why": s.why} for key, s in steps], "commands": lines})
-    for key, s in steps: typer.echo(f"{key}: {state(s)}")
+    lines = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])} | (
+        {"on two, on each": shell(launch_line(words, processes, machines=2))} if jobs == 1 else {}
+    )
+    if json:
+        return emit(
+            {
+                "run": str(from_here(out, here)),
+                "steps": [{"step": key, "state": s.name, "why": s.why} for key, s in steps],
+                "commands": lines,
+            }
+        )
+    for key, s in steps:
+        typer.echo(f"{key}: {state(s)}")
     typer.echo("\n" + "\n".join(f"{where}: {line}" for where, line in lines.items()))
 
-def fits_together(jobs:int, cluster:dict|None, processes:int, shard:bool)->None:
+# %% ../nbs/04_cli.ipynb #195745e9
+def fits_together(jobs: int, cluster: dict | None, processes: int, shard: bool) -> None:
     "Refuse options of a run that make no sense together."
     from scir.store import processes as launched
-    if processes > 1 and jobs > 1: raise UsageError("--jobs and --processes: take one of them; steps side by side need no processes that share them")
-    if processes > 1 and launched() > 1: raise UsageError(f"--processes: WORLD_SIZE={launched()} says that a launcher has started several; leave out --processes, or unset WORLD_SIZE")
-    if cluster and jobs == 1: raise UsageError("--cluster: say with --jobs how many jobs may be there at once")
-    if shard and processes == launched() == 1: raise UsageError("--shard: say with --processes among how many, or start them with torchrun")
 
-def as_settings(cluster:list)->dict|None:
+    if processes > 1 and jobs > 1:
+        raise UsageError(
+            "--jobs and --processes: take one of them; steps side by side need no processes that share them"
+        )
+    if processes > 1 and launched() > 1:
+        raise UsageError(
+            f"--processes: WORLD_SIZE={launched()} says that a launcher has started several; leave out --processes, or unset WORLD_SIZE"
+        )
+    if cluster and jobs == 1:
+        raise UsageError("--cluster: say with --jobs how many jobs may be there at once")
+    if shard and processes == launched() == 1:
+        raise UsageError("--shard: say with --processes among how many, or start them with torchrun")
+
+# %% ../nbs/04_cli.ipynb #175b4ec0
+def as_settings(cluster: list) -> dict | None:
     "KEY=VALUE words as settings, values as YAML; None for none."
     import yaml
-    if bad := [c for c in cluster if "=" not in c]: raise UsageError(f"--cluster {bad[0]}: write it as KEY=VALUE")
-    try: return {k: yaml.safe_load(v) for k, _, v in (c.partition("=") for c in cluster)} or None
-    except yaml.YAMLError as e: raise UsageError(f"--cluster: a value is not YAML: {e}") from None
+
+    if bad := [c for c in cluster if "=" not in c]:
+        raise UsageError(f"--cluster {bad[0]}: write it as KEY=VALUE")
+    try:
+        return {k: yaml.safe_load(v) for k, _, v in (c.partition("=") for c in cluster)} or None
+    except yaml.YAMLError as e:
+        raise UsageError(f"--cluster: a value is not YAML: {e}") from None
 
 # %% ../nbs/04_cli.ipynb #a774b18e
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
   scir run recipes/tiny.yaml
   scir run recipes/smol.yaml --set name=mine --set train.beta=0.2
   scir run recipes/tiny.yaml --set name=sweep --set 'seeds=[0, 1]' --jobs 2
   scir run recipes/tiny.yaml --processes 2 --dry-run
-  scir run recipes/tiny.yaml --processes 2 --shard""")
-def run(recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol.yaml", show_default=False)],
-        setting: Settings = [],
-        out: Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")] = None,
-        jobs: Annotated[int, typer.Option(metavar="N", help="steps done at once: seeds and arms side by side, GPUs dealt out among them", min=1)] = 1,
-        cluster: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="do the steps as jobs of a cluster: settings for submitit, e.g. --cluster cluster=slurm --cluster timeout_min=600 --cluster gpus_per_node=1")] = [],
-        processes: Annotated[int, typer.Option(metavar="N", help="processes that share each step, a GPU each: rows dealt out, DDP in training", min=1)] = 1,
-        shard: Annotated[bool, typer.Option("--shard", metavar="", help="deal the layers' weights out among the processes (FSDP2): for a model past one GPU")] = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="say what would be done, and the line that starts it on one machine and on several")] = False,
-        json: Json = False, debug: Debug = False):
+  scir run recipes/tiny.yaml --processes 2 --shard"""
+)
+def run(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, e.g. recipes/smol.yaml", show_default=False)],
+    setting: Settings = [],
+    out: Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="steps done at once: seeds and arms side by side, GPUs dealt out among them", min=1
+        ),
+    ] = 1,
+    cluster: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="do the steps as jobs of a cluster: settings for submitit, e.g. --cluster cluster=slurm --cluster timeout_min=600 --cluster gpus_per_node=1",
+        ),
+    ] = [],
+    processes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="processes that share each step, a GPU each: rows dealt out, DDP in training", min=1
+        ),
+    ] = 1,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            metavar="",
+            help="deal the layers' weights out among the processes (FSDP2): for a model past one GPU",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar="",
+            help="say what would be done, and the line that starts it on one machine and on several",
+        ),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+):
     "Run a recipe: every stage that is not finished, each notebook in a fresh kernel."
     from scir.runner.run import place, ready, run_recipe
     from scir.recipe import load_recipe
     from scir.store import rank
+
     fits_together(jobs, settings := as_settings(cluster), processes, shard)
     loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
     if dry_run or processes > 1:  # the faults of a recipe are said once, before several processes would
-        with aside(json): settled = ready(loaded, folder := place(loaded, out), shard, say=dry_run)
-        if dry_run: return rehearse(settled, folder, here, words_again(), jobs, processes, json)
+        with aside(json):
+            settled = ready(loaded, folder := place(loaded, out), shard, say=dry_run)
+        if dry_run:
+            return rehearse(settled, folder, here, words_again(), jobs, processes, json)
         os.chdir(here)
         return launch(words_again(), processes, debug)
-    with aside(json): folder = run_recipe(loaded, out, jobs, settings, shard)
-    if rank(): return
+    with aside(json):
+        folder = run_recipe(loaded, out, jobs, settings, shard)
+    if rank():
+        return
     folder = from_here(folder, here)
-    if json: emit({"run": str(folder), "steps": standing(*opened(folder)), "tables": records(folder/"report")})
-    else: show(folder/"report")
+    if json:
+        emit({"run": str(folder), "steps": standing(*opened(folder)), "tables": records(folder / "report")})
+    else:
+        show(folder / "report")
 
-def opened(run:Path, recipe:Path|None=None, setting:tuple|list=())->tuple: # Recipe, run directory
+# %% ../nbs/04_cli.ipynb #995ee3fa
+def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
     "A run directory with its own recipe, or with another one. Goes to the project's folder, where recipes name their data from."
     from scir.runner.work import quiet, settled
     from scir.recipe import root
     from scir.recipe import load_recipe, own_recipe
+
     quiet()
     own = own_recipe(run)
     loaded, run = load_recipe(recipe or own, tuple(setting)), run.resolve()
     os.chdir(root(run))
     return settled(loaded, run), run
 
-def standing(recipe, run:Path)->list: # dicts
+# %% ../nbs/04_cli.ipynb #c59f4a2a
+def standing(recipe, run: Path) -> list:  # dicts
     "Every step of a run, its state and why."
     from scir.runner.verify import status as ask
+
     return [{"step": step.key, "state": s.name, "why": s.why} for step, s in ask(recipe, run)]
 
 # %% ../nbs/04_cli.ipynb #6a055eba
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
   scir status data/runs/tiny
-  scir status data/runs/tiny --set train.beta=0.05""")
-def status(run: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
-           recipe: Annotated[Path | None, typer.Option(help="ask what this recipe would do there; default: the run's own")] = None,
-           setting: Settings = [], json: Json = False, debug: Debug = False):
+  scir status data/runs/tiny --set train.beta=0.05"""
+)
+def status(
+    run: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
+    recipe: Annotated[
+        Path | None, typer.Option(help="ask what this recipe would do there; default: the run's own")
+    ] = None,
+    setting: Settings = [],
+    json: Json = False,
+    debug: Debug = False,
+):
     "Say of every stage of a run whether it is done, stale, missing or failed, and why."
     from collections import Counter
+
     found = standing(*opened(run, recipe, setting))
     counts, width = Counter(s["state"] for s in found), max(len(s["step"]) for s in found)
-    if json: return emit({"run": str(run), "steps": found, "counts": counts})
-    for s in found: typer.echo(f"{s['step']:{width}}  {s['state']:10}  {s['why']}".rstrip())
+    if json:
+        return emit({"run": str(run), "steps": found, "counts": counts})
+    for s in found:
+        typer.echo(f"{s['step']:{width}}  {s['state']:10}  {s['why']}".rstrip())
     typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
 
-@app.command(epilog="""Examples:
+# %% ../nbs/04_cli.ipynb #78278758
+@app.command(
+    epilog="""Examples:
   scir report data/runs/tiny
-  scir report data/runs/tiny docs/results/smol --out both""")
-def report(folders: Annotated[list[Path], typer.Argument(help="run directories, or folders with a kept report", show_default=False)],
-           out: Annotated[Path | None, typer.Option(help="where to write; default: the one run's report/")] = None,
-           json: Json = False, debug: Debug = False):
+  scir report data/runs/tiny docs/results/smol --out both"""
+)
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="run directories, or folders with a kept report", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="where to write; default: the one run's report/")] = None,
+    json: Json = False,
+    debug: Debug = False,
+):
     "Rebuild tables and figures from a run's files, or put several runs side by side."
     from scir.report.document import report as make
-    with aside(json): make(folders, out)
-    out = out or folders[0]/"report"
-    if json: emit({"report": str(out), "tables": records(out)})
-    else: show(out)
 
-@app.command(epilog="""Example:
-  scir verify data/runs/tiny""")
-def verify(run: Annotated[Path, typer.Argument(help="a run directory", show_default=False)], json: Json = False, debug: Debug = False):
+    with aside(json):
+        make(folders, out)
+    out = out or folders[0] / "report"
+    if json:
+        emit({"report": str(out), "tables": records(out)})
+    else:
+        show(out)
+
+# %% ../nbs/04_cli.ipynb #334f179a
+@app.command(
+    epilog="""Example:
+  scir verify data/runs/tiny"""
+)
+def verify(
+    run: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
+    json: Json = False,
+    debug: Debug = False,
+):
     """Hash a run's files again and derive its margins, figures and tables again.
 
     Exit code 1 when anything is not as recorded."""
     from scir.runner.verify import verify as ask
+
     checks = ask(opened(run)[1])
     counts = {name: {"right": sum(not fault for _, fault in found), "of": len(found)} for name, found in checks.items()}
-    faults = [{"check": name, "what": what, "fault": fault} for name, found in checks.items() for what, fault in found if fault]
-    if json: emit({"run": str(run), "checks": counts, "faults": faults})
+    faults = [
+        {"check": name, "what": what, "fault": fault}
+        for name, found in checks.items()
+        for what, fault in found
+        if fault
+    ]
+    if json:
+        emit({"run": str(run), "checks": counts, "faults": faults})
     else:
-        for name, n in counts.items(): typer.echo(f"{name}: {n['right']} of {n['of']} as they should be")
-        for f in faults: typer.echo(f"{f['what']}: {f['fault']}", err=True)
-    if faults: raise typer.Exit(1)
+        for name, n in counts.items():
+            typer.echo(f"{name}: {n['right']} of {n['of']} as they should be")
+        for f in faults:
+            typer.echo(f"{f['what']}: {f['fault']}", err=True)
+    if faults:
+        raise typer.Exit(1)
 
 # %% ../nbs/04_cli.ipynb #6d16beef
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
   scir judge --model data/runs/tiny/seed0/scir/m2 --pairs data/pairs.jsonl \\
     --split test --out scores.parquet
   scir judge --model smollm2-135m-instruct --pairs data/pairs.jsonl \\
-    --limit 20 --json""")
-def judge(model: Annotated[str, typer.Option(help=MODEL)],
-          pairs: Annotated[str, typer.Option(help="labelled pairs: prompt, response_a, response_b, label; or prompt, chosen, rejected; file or hub name")],
-          out: OutFile = Path("scores.parquet"),
-          reference: Annotated[str | None, typer.Option(help="reference of the implicit reward; default: an adapter's base")] = None,
-          split: Annotated[str | None, typer.Option(help="only this split of the pairs: test is what a model trained on this source has never seen", callback=known_split)] = None,
-          recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None, json: Json = False, debug: Debug = False):
+    --limit 20 --json"""
+)
+def judge(
+    model: Annotated[str, typer.Option(help=MODEL)],
+    pairs: Annotated[
+        str,
+        typer.Option(
+            help="labelled pairs: prompt, response_a, response_b, label; or prompt, chosen, rejected; file or hub name"
+        ),
+    ],
+    out: OutFile = Path("scores.parquet"),
+    reference: Annotated[
+        str | None, typer.Option(help="reference of the implicit reward; default: an adapter's base")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="only this split of the pairs: test is what a model trained on this source has never seen",
+            callback=known_split,
+        ),
+    ] = None,
+    recipe: RecipeFile = None,
+    setting: Settings = [],
+    limit: Limit = None,
+    json: Json = False,
+    debug: Debug = False,
+):
     "Score labelled pairs with a model's internal reward models, a Parquet row each."
     from scir.stages.evaluate import judge_file
     from scir.runner.work import quiet, say_shipped
+
     with aside(json):
         quiet()
         say_shipped([pairs])
         model, base = settle(model, recipe, setting)
-        for name in filter(None, (model, reference)): check(name, base)
+        for name in filter(None, (model, reference)):
+            check(name, base)
         found = judge_file(model, pairs, out, base, reference, limit, split)
     told(found, json, rows=out)
 
 # %% ../nbs/04_cli.ipynb #62bcdd2d
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
   scir sample --model data/runs/tiny/seed0/scir/m2 \\
     --prompts data/prompts.jsonl --candidates 1 --limit 8 --out responses.jsonl
   scir sample --model smollm2-135m-instruct --prompts data/prompts.jsonl \\
-    --seed 1 --limit 4 --set sampling.max_new_tokens=32 --json""")
-def sample(model: Annotated[str, typer.Option(help=MODEL)],
-           prompts: Annotated[str, typer.Option(help="prompts: prompt; instruction (+ input); turns; file or hub name")],
-           out: OutFile = Path("responses.jsonl"),
-           candidates: Annotated[int | None, typer.Option(metavar="N", help="responses per prompt; default: the recipe's sampling.candidates", min=1)] = None,
-           seed: Annotated[int, typer.Option(metavar="N", help="every response draws from its own seed, made of this, its prompt and its number", min=0)] = 0,
-           recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None, json: Json = False, debug: Debug = False):
+    --seed 1 --limit 4 --set sampling.max_new_tokens=32 --json"""
+)
+def sample(
+    model: Annotated[str, typer.Option(help=MODEL)],
+    prompts: Annotated[str, typer.Option(help="prompts: prompt; instruction (+ input); turns; file or hub name")],
+    out: OutFile = Path("responses.jsonl"),
+    candidates: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="responses per prompt; default: the recipe's sampling.candidates", min=1),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="every response draws from its own seed, made of this, its prompt and its number", min=0
+        ),
+    ] = 0,
+    recipe: RecipeFile = None,
+    setting: Settings = [],
+    limit: Limit = None,
+    json: Json = False,
+    debug: Debug = False,
+):
     """Sample responses to prompts, a JSON line each.
 
     An interrupted try goes on with the same command."""
     from scir.stages.evaluate import resolve
     from scir.runner.work import quiet, say_shipped
     from scir.model.engines import sample_file
+
     with aside(json):
         quiet()
         say_shipped([prompts])
@@ -421,57 +666,121 @@ EXAMPLES = """Examples:
   scir export smollm2-135m-instruct --to reward_bench \\
     --data allenai/reward-bench:filtered --out results.json"""
 
-def suits(to:str, asked:dict, shared:dict)->None:
+
+def suits(to: str, asked: dict, shared: dict) -> None:
     "Refuse a target nobody knows, options that it does not take, a benchmark without its file."
     from scir.export.benchmarks import EXPORTS
     from scir.export.folders import FOLDERS
-    if to not in FOLDERS | EXPORTS: raise UsageError(f"--to {to}: one of {', '.join(FOLDERS | EXPORTS)} is needed")
-    if idle := [name for name, v in (shared if to in EXPORTS else asked).items() if v]: raise UsageError(f"--to {to} takes no {', '.join(idle)}: {'those are for what is shared' if to in EXPORTS else 'what a run made goes out as it is'}; leave it out")
-    if to in EXPORTS and not asked["--data"]: raise UsageError(f"--to {to}: name the benchmark's file or hub name with --data")
 
+    if to not in FOLDERS | EXPORTS:
+        raise UsageError(f"--to {to}: one of {', '.join(FOLDERS | EXPORTS)} is needed")
+    if idle := [name for name, v in (shared if to in EXPORTS else asked).items() if v]:
+        raise UsageError(
+            f"--to {to} takes no {', '.join(idle)}: {'those are for what is shared' if to in EXPORTS else 'what a run made goes out as it is'}; leave it out"
+        )
+    if to in EXPORTS and not asked["--data"]:
+        raise UsageError(f"--to {to}: name the benchmark's file or hub name with --data")
+
+# %% ../nbs/04_cli.ipynb #f9833a33
 @app.command(epilog=EXAMPLES)
-def export(model: Annotated[str, typer.Argument(help=f"{MODEL}; adapter, merged and dataset: a run's model; dataset also: its agreed.jsonl", show_default=False)],
-           to: Annotated[str, typer.Option(help="for others to load: adapter (peft), merged (safetensors), dataset (preferences); a benchmark's file: alpaca_eval (its model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (its results)")],
-           out: Annotated[Path, typer.Option(help="new folder; for a benchmark the file to write", show_default=False)],
-           data: Annotated[str | None, typer.Option(help="the benchmark's file or hub name; columns: instruction; question_id, turns; prompt, chosen, rejected, subset")] = None,
-           licence: Annotated[str | None, typer.Option("--licence", "--license", help="for the card, as the hub writes it (apache-2.0); default: the base model's where its card tells, else unknown")] = None,
-           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload the folder there, on the hub; private unless it was there")] = None,
-           recipe: RecipeFile = None, setting: Settings = [], limit: Limit = None,
-           reward: Annotated[str | None, typer.Option(help="the internal reward model for reward_bench; default: generative")] = None,
-           json: Json = False, debug: Debug = False):
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"{MODEL}; adapter, merged and dataset: a run's model; dataset also: its agreed.jsonl",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="for others to load: adapter (peft), merged (safetensors), dataset (preferences); a benchmark's file: alpaca_eval (its model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (its results)"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="new folder; for a benchmark the file to write", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="the benchmark's file or hub name; columns: instruction; question_id, turns; prompt, chosen, rejected, subset"
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--licence",
+            "--license",
+            help="for the card, as the hub writes it (apache-2.0); default: the base model's where its card tells, else unknown",
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="upload the folder there, on the hub; private unless it was there"),
+    ] = None,
+    recipe: RecipeFile = None,
+    setting: Settings = [],
+    limit: Limit = None,
+    reward: Annotated[
+        str | None, typer.Option(help="the internal reward model for reward_bench; default: generative")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+):
     """Put a run's model or preferences into a folder that others load, with a card.
 
     Or answer or judge a benchmark, in the file that its own program reads."""
     from scir.export.benchmarks import EXPORTS
     from scir.export.folders import FOLDERS, check_push, push as upload
     from scir.runner.work import quiet, say_shipped
-    suits(to, {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward}, {"--licence": licence, "--push": push})
+
+    suits(
+        to,
+        {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward},
+        {"--licence": licence, "--push": push},
+    )
     with aside(json):
         quiet()
         if to in FOLDERS:
-            if push: check_push(model, to, push)
+            if push:
+                check_push(model, to, push)
             found = FOLDERS[to](model, out, licence, push) | ({"pushed": upload(out, push, to)} if push else {})
         else:
             not_a_folder(out)
             say_shipped([data])
             model, base = settle(model, recipe, setting)
             check(model, base)
-            found = EXPORTS[to](model, data, out, base, limit, **({"reward": reward or "generative"} if to == "reward_bench" else {}))
+            found = EXPORTS[to](
+                model, data, out, base, limit, **({"reward": reward or "generative"} if to == "reward_bench" else {})
+            )
     told(found | {"folder" if to in FOLDERS else "file": str(out)}, json)
 
 # %% ../nbs/04_cli.ipynb #5467a1b3
-@app.command("fit-reward", epilog="""Example:
+@app.command(
+    "fit-reward",
+    epilog="""Example:
   scir fit-reward --model smollm2-135m-instruct --pairs data/pairs.jsonl \\
-    --limit 40 --out data/models/reward""")
-def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under the linear head: folder, hub id or built-in name; it stays as it is")],
-                     pairs: Annotated[str, typer.Option(help="labelled pairs, file or hub name")],
-                     out: Annotated[Path, typer.Option(help="folder of the reward model", show_default=False)],
-                     split: Annotated[list[str], typer.Option(help="splits to fit on: train, validation, test; more than once for several", callback=known_split)] = ["train"],
-                     limit: Limit = None, json: Json = False, debug: Debug = False):
+    --limit 40 --out data/models/reward""",
+)
+def fit_reward_model(
+    model: Annotated[
+        str, typer.Option(help="causal model under the linear head: folder, hub id or built-in name; it stays as it is")
+    ],
+    pairs: Annotated[str, typer.Option(help="labelled pairs, file or hub name")],
+    out: Annotated[Path, typer.Option(help="folder of the reward model", show_default=False)],
+    split: Annotated[
+        list[str],
+        typer.Option(
+            help="splits to fit on: train, validation, test; more than once for several", callback=known_split
+        ),
+    ] = ["train"],
+    limit: Limit = None,
+    json: Json = False,
+    debug: Debug = False,
+):
     "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates."
     from scir.model.outside import fit_reward
     from scir.data.load import load_pairs, row_split
     from scir.runner.work import quiet, say_shipped
+
     with aside(json):
         quiet()
         say_shipped([pairs])
@@ -480,62 +789,102 @@ def fit_reward_model(model: Annotated[str, typer.Option(help="causal model under
     told(found | {"dropped": dropped}, json, model=out)
 
 # %% ../nbs/04_cli.ipynb #775cf194
-@app.command(epilog="""Example:
-  scir testbed --out data/testbed""")
-def testbed(out: Annotated[Path, typer.Option(help="folder to write")] = Path("data/testbed"), json: Json = False, debug: Debug = False):
+@app.command(
+    epilog="""Example:
+  scir testbed --out data/testbed"""
+)
+def testbed(
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("data/testbed"),
+    json: Json = False,
+    debug: Debug = False,
+):
     """Write the testbed: prompts that give three words, labelled pairs, and pairs of another task.
 
     The same files every time; prints the sha256 of each."""
     from scir.data.testbed import write_testbed
-    if out.is_file(): raise UsageError(f"--out {out}: this is a file; name a folder")
-    sums = write_testbed(out)
-    if json: emit({"folder": str(out), "sha256": sums})
-    else: typer.echo("\n".join([*(f"{value}  {name}" for name, value in sums.items()), f"folder: {out}"]))
 
-@app.command(epilog="""Examples:
+    if out.is_file():
+        raise UsageError(f"--out {out}: this is a file; name a folder")
+    sums = write_testbed(out)
+    if json:
+        emit({"folder": str(out), "sha256": sums})
+    else:
+        typer.echo("\n".join([*(f"{value}  {name}" for name, value in sums.items()), f"folder: {out}"]))
+
+# %% ../nbs/04_cli.ipynb #206e94c1
+@app.command(
+    epilog="""Examples:
   scir doctor
   scir doctor --recipe recipes/smol.yaml --json
-  scir doctor --recipe recipes/smol.yaml --gpu 24""")
-def doctor(recipe: Annotated[Path | None, typer.Option(help="ask too whether this recipe can run here")] = None,
-           setting: Settings = [],
-           gpu: Annotated[float | None, typer.Option(metavar="GB", help="plan the recipe's memory for a GPU of so many GB that is not here", min=1)] = None,
-           probe: Annotated[bool, typer.Option(help="time the recipe's work for half a minute, for its hours")] = True,
-           json: Json = False, debug: Debug = False):
+  scir doctor --recipe recipes/smol.yaml --gpu 24"""
+)
+def doctor(
+    recipe: Annotated[Path | None, typer.Option(help="ask too whether this recipe can run here")] = None,
+    setting: Settings = [],
+    gpu: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="plan the recipe's memory for a GPU of so many GB that is not here", min=1),
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="time the recipe's work for half a minute, for its hours")] = True,
+    json: Json = False,
+    debug: Debug = False,
+):
     """Say what this machine is, how scir runs on it, and what is missing or wrong.
 
     Each with the command that mends it. With a recipe, also the memory of every stage and the hours of all. Exit code 1 when there is a fault; a warning is none."""
     from scir.doctor import examine, lines, summary
-    if (setting or gpu) and not recipe: raise UsageError("--set and --gpu are about a recipe; name one with --recipe")
+
+    if (setting or gpu) and not recipe:
+        raise UsageError("--set and --gpu are about a recipe; name one with --recipe")
     found, heading = [], ""
     with aside(json):
         for group, f in examine(recipe, tuple(setting), gpu, probe):
             found.append((group, f))
-            if json: continue
+            if json:
+                continue
             typer.echo("" if group == heading else f"{group}\n", nl=False)
             typer.echo(lines(f))
             heading = group
-    if json: emit({"findings": [{"group": group} | f._asdict() for group, f in found]})
-    else: typer.echo(summary([f for _, f in found]))
-    if any(f.state == "fault" for _, f in found): raise typer.Exit(1)
+    if json:
+        emit({"findings": [{"group": group} | f._asdict() for group, f in found]})
+    else:
+        typer.echo(summary([f for _, f in found]))
+    if any(f.state == "fault" for _, f in found):
+        raise typer.Exit(1)
 
-@app.command(epilog="""Examples:
+# %% ../nbs/04_cli.ipynb #2e4147ec
+@app.command(
+    epilog="""Examples:
   scir bench --out bench.json
   scir bench --out judge.json --recipe recipes/tiny.yaml \\
-    --only judge --repeats 1""")
-def bench(out: Annotated[Path, typer.Option(help="file to write; a plot of the same name goes beside it", callback=not_a_folder)] = Path("data/bench.json"),
-          recipe: Annotated[Path, typer.Option(help="model, adapter, judge and data")] = Path("recipes/smol.yaml"),
-          setting: Settings = ["model.dtype=auto"],
-          repeats: Annotated[int, typer.Option(metavar="N", help="of every measurement; the median counts", min=1)] = 5,
-          tokens: Annotated[int, typer.Option(metavar="N", help="of a sampled response, at most", min=1)] = 32,
-          only: Annotated[str | None, typer.Option(help="one group: judge, judge-gradient, training, sampling, growth")] = None,
-          json: Json = False, debug: Debug = False):
+    --only judge --repeats 1"""
+)
+def bench(
+    out: Annotated[
+        Path, typer.Option(help="file to write; a plot of the same name goes beside it", callback=not_a_folder)
+    ] = Path("data/bench.json"),
+    recipe: Annotated[Path, typer.Option(help="model, adapter, judge and data")] = Path("recipes/smol.yaml"),
+    setting: Settings = ["model.dtype=auto"],
+    repeats: Annotated[int, typer.Option(metavar="N", help="of every measurement; the median counts", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(metavar="N", help="of a sampled response, at most", min=1)] = 32,
+    only: Annotated[
+        str | None, typer.Option(help="one group: judge, judge-gradient, training, sampling, growth")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+):
     """Measure sampling, judging and training against what one would otherwise run.
 
     All of it takes about a quarter of an hour on two cores."""
     from scir.runner.bench import GROUPS, main as measure
     from scir.recipe import load_recipe
     from scir.store import read_json
-    if only not in (None, *GROUPS): raise UsageError(f"--only {only}: one of {', '.join(GROUPS)} is needed")
-    with aside(json): said = measure(out, load_recipe(recipe, tuple(setting)), repeats, tokens, only)
-    if json: emit(read_json(out))
-    else: typer.echo(said)
+
+    if only not in (None, *GROUPS):
+        raise UsageError(f"--only {only}: one of {', '.join(GROUPS)} is needed")
+    with aside(json):
+        said = measure(out, load_recipe(recipe, tuple(setting)), repeats, tokens, only)
+    if json:
+        emit(read_json(out))
+    else:
+        typer.echo(said)

@@ -25,492 +25,914 @@ from typing import NamedTuple
 # %% ../nbs/03_doctor.ipynb #b911358e
 class Finding(NamedTuple):
     "What was looked at, what was found, whether that is well, and the command that mends it."
+
     what: str
     finding: str
-    state: str = "ok" # warn: it works, but slower or not all of it; fault: it does not work
+    state: str = "ok"  # warn: it works, but slower or not all of it; fault: it does not work
     mend: str = ""
 
-def size(n:float)->str:
+# %% ../nbs/03_doctor.ipynb #54edca5e
+def size(n: float) -> str:
     "Bytes for people."
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
-def ask(check, *args)->list: # of Finding
+# %% ../nbs/03_doctor.ipynb #73118ffa
+def ask(check, *args) -> list:  # of Finding
     "What a check found: one finding, several or none. A check that fails is a fault itself."
-    try: found = check(*args)
+    try:
+        found = check(*args)
     except Exception as e:
         lacking = f"pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
-        return [Finding(check.__name__.replace("_", " ")[:11], f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", "fault", lacking)]
+        return [
+            Finding(
+                check.__name__.replace("_", " ")[:11],
+                f"{type(e).__name__}: {' '.join(str(e).split())[:300]}",
+                "fault",
+                lacking,
+            )
+        ]
     return [found] if isinstance(found, Finding) else list(found or ())
 
 # %% ../nbs/03_doctor.ipynb #840ff916
 CGROUP = Path("/sys/fs/cgroup")
 
-def _limit(file): # a number, or None where no limit is set
+
+def _limit(file):  # a number, or None where no limit is set
     text = file.read_text().split()[0] if file.exists() else "max"
     return None if text == "max" else int(text)
 
-def cores(group:Path=CGROUP)->int:
+# %% ../nbs/03_doctor.ipynb #bc1c7a43
+def cores(group: Path = CGROUP) -> int:
     "CPU cores that this process may use: its affinity, or a container's share if that is less."
-    own, share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), _limit(group/"cpu.max")
-    return own if share is None else max(1, min(own, share // int((group/"cpu.max").read_text().split()[1])))
+    own, share = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        _limit(group / "cpu.max"),
+    )
+    return own if share is None else max(1, min(own, share // int((group / "cpu.max").read_text().split()[1])))
 
-def memory(group:Path=CGROUP)->tuple: # free, total bytes
+# %% ../nbs/03_doctor.ipynb #3b949947
+def memory(group: Path = CGROUP) -> tuple:  # free, total bytes
     "Memory that this process may use."
     import psutil
-    all_of_it, limit = psutil.virtual_memory(), _limit(group/"memory.max")
-    if limit is None: return all_of_it.available, all_of_it.total
+
+    all_of_it, limit = psutil.virtual_memory(), _limit(group / "memory.max")
+    if limit is None:
+        return all_of_it.available, all_of_it.total
     total = min(all_of_it.total, limit)
-    return max(0, min(all_of_it.available, total - _limit(group/"memory.current"))), total
+    return max(0, min(all_of_it.available, total - _limit(group / "memory.current"))), total
 
-def system()->Finding: return Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
+# %% ../nbs/03_doctor.ipynb #4be760ec
+def system() -> Finding:
+    return Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
 
-def processors()->Finding: return Finding("cores", f"{cores()} usable of {os.cpu_count()}")
+# %% ../nbs/03_doctor.ipynb #f5ff408c
+def processors() -> Finding:
+    return Finding("cores", f"{cores()} usable of {os.cpu_count()}")
 
-def main_memory()->Finding:
+# %% ../nbs/03_doctor.ipynb #aa7e253f
+def main_memory() -> Finding:
     free, total = memory()
     return Finding("memory", f"{size(free)} free of {size(total)}")
 
 # %% ../nbs/03_doctor.ipynb #7a1504c2
-def driver()->str|None:
+def driver() -> str | None:
     "The NVIDIA driver's version; None where there is none."
-    if not (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")): return None
-    try: done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired): return "unknown"
+    if not (os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi")):
+        return None
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
     return done.stdout.split("\n")[0].strip() or "unknown"
 
-def gpus()->list:
+# %% ../nbs/03_doctor.ipynb #2491f7e2
+def gpus() -> list:
     "Every GPU that torch can use, or why there is none."
     import torch
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
-    if not usable: return [no_gpu(driver(), torch.version.cuda, " ".join(str(w.message) for w in said), os.environ.get("CUDA_VISIBLE_DEVICES"))]
-    of = lambda i, p: f"{p.name}, {size(torch.cuda.mem_get_info(i)[0])} free of {size(p.total_memory)}, compute capability {p.major}.{p.minor}, driver {driver()}"
+    if not usable:
+        return [
+            no_gpu(
+                driver(),
+                torch.version.cuda,
+                " ".join(str(w.message) for w in said),
+                os.environ.get("CUDA_VISIBLE_DEVICES"),
+            )
+        ]
+    of = lambda i, p: (
+        f"{p.name}, {size(torch.cuda.mem_get_info(i)[0])} free of {size(p.total_memory)}, compute capability {p.major}.{p.minor}, driver {driver()}"
+    )
     return [Finding(f"gpu {i}", of(i, torch.cuda.get_device_properties(i))) for i in range(torch.cuda.device_count())]
 
-def no_gpu(driver:str|None, # its version
-           built:str|None, # CUDA version that torch is built for
-           said:str, # by torch
-           visible:str|None, # CUDA_VISIBLE_DEVICES
-          )->Finding:
+# %% ../nbs/03_doctor.ipynb #14162cb3
+def no_gpu(
+    driver: str | None,  # its version
+    built: str | None,  # CUDA version that torch is built for
+    said: str,  # by torch
+    visible: str | None,  # CUDA_VISIBLE_DEVICES
+) -> Finding:
     "Why torch uses no GPU."
-    if driver is None: return Finding("gpu", "none, so scir runs on the CPU")
-    if built is None: return Finding("gpu", f"NVIDIA driver {driver} is there, but this torch is built for CPUs only", "warn", "pip uninstall -y torch && pip install torch")
-    if visible is not None: return Finding("gpu", f"NVIDIA driver {driver} is there, but CUDA_VISIBLE_DEVICES={visible} leaves torch no GPU", "warn", "unset CUDA_VISIBLE_DEVICES")
-    return Finding("gpu", f"NVIDIA driver {driver} is there, but torch (CUDA {built}) cannot use it. {said}".strip(), "warn", "nvidia-smi")
+    if driver is None:
+        return Finding("gpu", "none, so scir runs on the CPU")
+    if built is None:
+        return Finding(
+            "gpu",
+            f"NVIDIA driver {driver} is there, but this torch is built for CPUs only",
+            "warn",
+            "pip uninstall -y torch && pip install torch",
+        )
+    if visible is not None:
+        return Finding(
+            "gpu",
+            f"NVIDIA driver {driver} is there, but CUDA_VISIBLE_DEVICES={visible} leaves torch no GPU",
+            "warn",
+            "unset CUDA_VISIBLE_DEVICES",
+        )
+    return Finding(
+        "gpu",
+        f"NVIDIA driver {driver} is there, but torch (CUDA {built}) cannot use it. {said}".strip(),
+        "warn",
+        "nvidia-smi",
+    )
 
 # %% ../nbs/03_doctor.ipynb #ae66b857
-def precision(model, # a recipe's model section
-             )->Finding:
+def precision(
+    model,  # a recipe's model section
+) -> Finding:
     "Device and compute dtype."
     from scir.model.weights import compute_dtype, device
-    name, fast = (str(compute_dtype(m)).removeprefix("torch.") for m in (model, model.model_copy(update={"dtype": "auto"})))
-    where = "the GPU" if device().type == "cuda" else "this CPU"
-    if name == "bfloat16" and fast != name: return Finding("precision", f"bfloat16, as the recipe says, but {where} does not multiply it in hardware: slower than float32", "warn", "add --set model.dtype=float32")
-    why = "as the recipe says" if model.dtype != "auto" else f"which {where} multiplies in hardware" if name == "bfloat16" else f"since {where} does not multiply bfloat16 in hardware"
-    return Finding("precision", f"{name} on {device()}, {why}" + (f"; {fast} would be faster" if fast == "bfloat16" != name else ""))
 
-def attention()->Finding:
+    name, fast = (
+        str(compute_dtype(m)).removeprefix("torch.") for m in (model, model.model_copy(update={"dtype": "auto"}))
+    )
+    where = "the GPU" if device().type == "cuda" else "this CPU"
+    if name == "bfloat16" and fast != name:
+        return Finding(
+            "precision",
+            f"bfloat16, as the recipe says, but {where} does not multiply it in hardware: slower than float32",
+            "warn",
+            "add --set model.dtype=float32",
+        )
+    why = (
+        "as the recipe says"
+        if model.dtype != "auto"
+        else f"which {where} multiplies in hardware"
+        if name == "bfloat16"
+        else f"since {where} does not multiply bfloat16 in hardware"
+    )
+    return Finding(
+        "precision",
+        f"{name} on {device()}, {why}" + (f"; {fast} would be faster" if fast == "bfloat16" != name else ""),
+    )
+
+# %% ../nbs/03_doctor.ipynb #4ed5bdda
+def attention() -> Finding:
     "The attention implementation, after a forward pass of the tiny model."
     import torch
     from scir.model.weights import compute_dtype, device, tiny_model, use_grouped_attention
     from scir.recipe import ModelSpec
-    model = use_grouped_attention(tiny_model()[0].to(device(), compute_dtype(ModelSpec())))
-    with torch.no_grad(): logits = model(torch.tensor([[1, 2, 3]], device=model.device)).logits
-    name = model.config._attn_implementation
-    if not logits.isfinite().all(): return Finding("attention", f"{name}: a forward pass gives numbers that are not finite", "fault", "pip install --force-reinstall torch")
-    return Finding("attention", f"{name}" + (", scir's own for CPUs" if name == "grouped" else ", torch's fused kernels"))
 
-def four_bits(model, # a recipe's model section
-             )->Finding:
+    model = use_grouped_attention(tiny_model()[0].to(device(), compute_dtype(ModelSpec())))
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3]], device=model.device)).logits
+    name = model.config._attn_implementation
+    if not logits.isfinite().all():
+        return Finding(
+            "attention",
+            f"{name}: a forward pass gives numbers that are not finite",
+            "fault",
+            "pip install --force-reinstall torch",
+        )
+    return Finding(
+        "attention", f"{name}" + (", scir's own for CPUs" if name == "grouped" else ", torch's fused kernels")
+    )
+
+# %% ../nbs/03_doctor.ipynb #de3660f1
+def four_bits(
+    model,  # a recipe's model section
+) -> Finding:
     "Whether weights can be kept in 4 bits: a few are."
     needed = "fault" if model.quantize else "warn"
     try:
         import torch
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
         from scir.model.weights import device
+
         weights = torch.linspace(-1, 1, 4096, device=device()).view(64, 64)
         error = (dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).abs().max()
-    except Exception as e: return Finding("4 bits", f"not available: {' '.join(str(e).split())[:200]}", needed, "pip install --force-reinstall --no-deps bitsandbytes")
-    if error > .2: return Finding("4 bits", f"nf4 gives back weights that are {error:.1f} off", needed, "pip install --force-reinstall --no-deps bitsandbytes")
-    return Finding("4 bits", f"available (nf4, bitsandbytes {metadata.version('bitsandbytes')})" + ("; on a CPU weights are unpacked for judging and sampling" if device().type == "cpu" else ""))
+    except Exception as e:
+        return Finding(
+            "4 bits",
+            f"not available: {' '.join(str(e).split())[:200]}",
+            needed,
+            "pip install --force-reinstall --no-deps bitsandbytes",
+        )
+    if error > 0.2:
+        return Finding(
+            "4 bits",
+            f"nf4 gives back weights that are {error:.1f} off",
+            needed,
+            "pip install --force-reinstall --no-deps bitsandbytes",
+        )
+    return Finding(
+        "4 bits",
+        f"available (nf4, bitsandbytes {metadata.version('bitsandbytes')})"
+        + ("; on a CPU weights are unpacked for judging and sampling" if device().type == "cpu" else ""),
+    )
 
 # %% ../nbs/03_doctor.ipynb #e4884e3b
-def threads(n:int, cores:int, load:float, env:dict)->Finding:
+def threads(n: int, cores: int, load: float, env: dict) -> Finding:
     "torch's threads against the cores, and how they wait. `load`: runnable processes, a minute's mean."
-    if n > cores: return Finding("threads", f"{n} on {cores} usable cores: they take turns", "warn", f"export OMP_NUM_THREADS={cores}")
+    if n > cores:
+        return Finding(
+            "threads", f"{n} on {cores} usable cores: they take turns", "warn", f"export OMP_NUM_THREADS={cores}"
+        )
     if n > 1 and load > cores / 2 and env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
-        return Finding("threads", f"{n}, and other processes are at work (load {load:.1f}): threads that wait by spinning slow each other down", "warn", "export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0")
+        return Finding(
+            "threads",
+            f"{n}, and other processes are at work (load {load:.1f}): threads that wait by spinning slow each other down",
+            "warn",
+            "export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0",
+        )
     return Finding("threads", f"{n} on {cores} usable cores")
 
-def threads_here()->Finding:
+# %% ../nbs/03_doctor.ipynb #8f5d479a
+def threads_here() -> Finding:
     import torch
-    return threads(torch.get_num_threads(), cores(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, dict(os.environ))
+
+    return threads(
+        torch.get_num_threads(), cores(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, dict(os.environ)
+    )
 
 # %% ../nbs/03_doctor.ipynb #7fd63e56
-def kernel(name:str="python3", seconds:float=120)->Finding:
+def kernel(name: str = "python3", seconds: float = 120) -> Finding:
     "Start a kernel as for a stage, and import scir in it."
     from jupyter_client.kernelspec import NoSuchKernel
     from jupyter_client.manager import start_new_kernel
     from jupyter_client.provisioning import KernelProvisionerFactory
     from scir.runner.kernels import use_warm_kernels
-    kind = "warm, forked with torch imported" if use_warm_kernels() else "ordinary, since CUDA does not survive a fork" if driver() else "ordinary, since only Linux forks"
+
+    kind = (
+        "warm, forked with torch imported"
+        if use_warm_kernels()
+        else "ordinary, since CUDA does not survive a fork"
+        if driver()
+        else "ordinary, since only Linux forks"
+    )
     wanted = KernelProvisionerFactory.instance().default_provisioner_name
-    if wanted not in KernelProvisionerFactory.instance().get_provisioner_entries(): return Finding("kernels", f"{wanted} is not registered: scir is not installed, or anew since", "fault", "pip install -e .")
-    try: manager, client = start_new_kernel(kernel_name=name, startup_timeout=seconds)
-    except NoSuchKernel: return Finding("kernels", f"no kernel {name}", "fault", f"python -m ipykernel install --sys-prefix --name {name}")
-    except Exception as e: return Finding("kernels", f"a kernel does not start: {' '.join(str(e).split())[:200] or type(e).__name__}", "fault", "pip install --force-reinstall ipykernel jupyter_client")
-    try: answer = _asked(client, "import sys, scir; print(sys.executable)", seconds)
+    if wanted not in KernelProvisionerFactory.instance().get_provisioner_entries():
+        return Finding(
+            "kernels", f"{wanted} is not registered: scir is not installed, or anew since", "fault", "pip install -e ."
+        )
+    try:
+        manager, client = start_new_kernel(kernel_name=name, startup_timeout=seconds)
+    except NoSuchKernel:
+        return Finding(
+            "kernels", f"no kernel {name}", "fault", f"python -m ipykernel install --sys-prefix --name {name}"
+        )
+    except Exception as e:
+        return Finding(
+            "kernels",
+            f"a kernel does not start: {' '.join(str(e).split())[:200] or type(e).__name__}",
+            "fault",
+            "pip install --force-reinstall ipykernel jupyter_client",
+        )
+    try:
+        answer = _asked(client, "import sys, scir; print(sys.executable)", seconds)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     return answered(answer, sys.executable, name, kind)
 
-def _asked(client, code, seconds): # what it prints, or its error
+
+def _asked(client, code, seconds):  # what it prints, or its error
     said = []
+
     def keep(message):
         content = message["content"]
-        if message["msg_type"] in ("stream", "error"): said.append(content.get("text") or f"{content['ename']}: {content['evalue']}")
+        if message["msg_type"] in ("stream", "error"):
+            said.append(content.get("text") or f"{content['ename']}: {content['evalue']}")
+
     client.execute_interactive(code, timeout=seconds, output_hook=keep)
     return "".join(said).strip()
 
-def answered(answer:str, python:str, name:str, kind:str)->Finding:
+# %% ../nbs/03_doctor.ipynb #49743fb6
+def answered(answer: str, python: str, name: str, kind: str) -> Finding:
     "Whether a kernel is this Python."
-    if answer == python: return Finding("kernels", kind)
-    return Finding("kernels", f"kernel {name} is not this Python ({answer})", "fault", f"python -m ipykernel install --sys-prefix --name {name}")
+    if answer == python:
+        return Finding("kernels", kind)
+    return Finding(
+        "kernels",
+        f"kernel {name} is not this Python ({answer})",
+        "fault",
+        f"python -m ipykernel install --sys-prefix --name {name}",
+    )
 
 # %% ../nbs/03_doctor.ipynb #218fd59a
-def constrained(file:Path)->dict: # package -> version
+def constrained(file: Path) -> dict:  # package -> version
     "The versions of a constraints file that hold for this Python."
     from packaging.requirements import Requirement
-    if not file.exists(): return {}
+
+    if not file.exists():
+        return {}
     lines = [l.strip() for l in file.read_text(encoding="utf-8").splitlines()]
     found = [Requirement(l) for l in lines if l and not l.startswith("#")]
     return {r.name: str(r.specifier).removeprefix("==") for r in found if r.marker is None or r.marker.evaluate()}
 
-def package(asked:str, # a requirement, torch>=2.6
-            known:dict, # package -> tested version
-            importer=import_module)->Finding:
+# %% ../nbs/03_doctor.ipynb #7d819e51
+def package(
+    asked: str,  # a requirement, torch>=2.6
+    known: dict,  # package -> tested version
+    importer=import_module,
+) -> Finding:
     "One package: there, new enough, importable, as tested."
     from packaging.requirements import Requirement
     from packaging.version import Version
+
     r = Requirement(asked)
-    try: version = metadata.version(r.name)
-    except metadata.PackageNotFoundError: return Finding(r.name, "not installed", "fault", f"pip install '{asked}'")
-    if not r.specifier.contains(version, prereleases=True): return Finding(r.name, f"{version}, but {r.specifier} is needed", "fault", f"pip install '{asked}'")
-    try: importer({"pyyaml": "yaml"}.get(r.name, r.name.replace("-", "_")))
-    except Exception as e: return Finding(r.name, f"{version} cannot be imported: {' '.join(str(e).split())[:200]}", "fault", f"pip install --force-reinstall --no-deps {r.name}=={version}")
-    if (wanted := known.get(r.name) or known.get(r.name.replace("-", "_"))) and Version(version).public != Version(wanted).public: return Finding(r.name, f"{version}; tested with {wanted}", "warn", f"pip install {r.name}=={wanted}")
+    try:
+        version = metadata.version(r.name)
+    except metadata.PackageNotFoundError:
+        return Finding(r.name, "not installed", "fault", f"pip install '{asked}'")
+    if not r.specifier.contains(version, prereleases=True):
+        return Finding(r.name, f"{version}, but {r.specifier} is needed", "fault", f"pip install '{asked}'")
+    try:
+        importer({"pyyaml": "yaml"}.get(r.name, r.name.replace("-", "_")))
+    except Exception as e:
+        return Finding(
+            r.name,
+            f"{version} cannot be imported: {' '.join(str(e).split())[:200]}",
+            "fault",
+            f"pip install --force-reinstall --no-deps {r.name}=={version}",
+        )
+    if (wanted := known.get(r.name) or known.get(r.name.replace("-", "_"))) and Version(version).public != Version(
+        wanted
+    ).public:
+        return Finding(r.name, f"{version}; tested with {wanted}", "warn", f"pip install {r.name}=={wanted}")
     return Finding(r.name, version)
 
-def packages()->list:
+# %% ../nbs/03_doctor.ipynb #5bac2fda
+def packages() -> list:
     "Those that need attention, then the rest in one line."
     from packaging.requirements import Requirement
     from scir.recipe import root
-    with suppress(ImportError): import scir.runner.kernels  # which keeps bitsandbytes quiet
-    known = constrained(root()/"constraints.txt")
+
+    with suppress(ImportError):
+        import scir.runner.kernels  # noqa: F401 (keeps bitsandbytes quiet)
+    known = constrained(root() / "constraints.txt")
     asked = [r for r in metadata.requires("scir") if (m := Requirement(r).marker) is None or m.evaluate({"extra": ""})]
     found = [package(a, known) for a in asked]
     well = ", ".join(f"{f.what} {f.finding}" for f in found if f.state == "ok")
-    return [*(f for f in found if f.state != "ok"), Finding("packages", well + ("; as in constraints.txt" if known else "; no constraints.txt here to compare with"))]
+    return [
+        *(f for f in found if f.state != "ok"),
+        Finding(
+            "packages", well + ("; as in constraints.txt" if known else "; no constraints.txt here to compare with")
+        ),
+    ]
 
 # %% ../nbs/03_doctor.ipynb #ce763c95
-def python(version:tuple=sys.version_info[:3], wanted:str|None=None)->Finding:
+def python(version: tuple = sys.version_info[:3], wanted: str | None = None) -> Finding:
     "Python's version against what scir is made for."
     from packaging.specifiers import SpecifierSet
-    wanted, here = wanted or metadata.metadata("scir")["Requires-Python"], ".".join(map(str, version))
-    if SpecifierSet(wanted).contains(here): return Finding("python", here)
-    return Finding("python", f"{here}, but {wanted} is needed", "fault", "python3.11 -m venv .venv && .venv/bin/pip install -c constraints.txt -e .")
 
-def text_encoding(name:str|None=None)->Finding:
+    wanted, here = wanted or metadata.metadata("scir")["Requires-Python"], ".".join(map(str, version))
+    if SpecifierSet(wanted).contains(here):
+        return Finding("python", here)
+    return Finding(
+        "python",
+        f"{here}, but {wanted} is needed",
+        "fault",
+        "python3.11 -m venv .venv && .venv/bin/pip install -c constraints.txt -e .",
+    )
+
+# %% ../nbs/03_doctor.ipynb #956cdffb
+def text_encoding(name: str | None = None) -> Finding:
     "Whether files and terminals are UTF-8 by default."
     name = name or locale.getpreferredencoding(False)
-    if name.replace("-", "").lower() == "utf8": return Finding("locale", "UTF-8")
+    if name.replace("-", "").lower() == "utf8":
+        return Finding("locale", "UTF-8")
     return Finding("locale", f"{name}: texts beyond it cannot be printed", "warn", "export PYTHONUTF8=1")
 
-def disk(folder, needed:float, what:str)->Finding:
+# %% ../nbs/03_doctor.ipynb #c60a53f9
+def disk(folder, needed: float, what: str) -> Finding:
     "Room in a folder, or the nearest one above that is there. `needed`: bytes."
     there = next(p for p in (Path(folder).resolve(), *Path(folder).resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK): return Finding("disk", f"{folder}: this user may not write there", "fault", f"sudo chown -R $USER {folder}")
+    if not os.access(there, os.W_OK):
+        return Finding("disk", f"{folder}: this user may not write there", "fault", f"sudo chown -R $USER {folder}")
     found = f"{size(free)} free; {what}: {size(needed)} at most"
     return Finding("disk", found, "fault", f"du -sh {there}/* | sort -h") if free < needed else Finding("disk", found)
 
-def space()->Finding:
+# %% ../nbs/03_doctor.ipynb #c2869075
+def space() -> Finding:
     "Room where runs are kept, for what everybody needs: the embedded model is 0.54 GB, fetched as 0.1 GB, and a small run."
     from scir.recipe import root
-    return disk(root()/"data/runs", 1e9, "the embedded model and a small run")
+
+    return disk(root() / "data/runs", 1e9, "the embedded model and a small run")
 
 # %% ../nbs/03_doctor.ipynb #53428883
-def is_file(source:str)->bool:
+def is_file(source: str) -> bool:
     "Whether a data source names a file, as `read_source` decides."
     from scir.data.load import FILE_KINDS
+
     return Path(source).suffix.lower() in FILE_KINDS or source.startswith((".", "/"))
 
-def offline()->bool:
+# %% ../nbs/03_doctor.ipynb #964a93bd
+def offline() -> bool:
     "Whether the hub may not be asked."
     from huggingface_hub.constants import is_offline_mode
+
     return is_offline_mode()
 
-def model_found(name:str, revision:str|None, pickled:bool, offline:bool)->Finding:
+# %% ../nbs/03_doctor.ipynb #1f50e742
+def model_found(name: str, revision: str | None, pickled: bool, offline: bool) -> Finding:
     "Whether a model is on this machine, or where it would come from."
     from scir.model.weights import BUILT_IN, PACKAGED, model_folder
+
     if folder := model_folder(name, revision):
         weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        if weights or pickled: return Finding("model", f"{name}: on this machine" + (f", {size(weights)}" if weights else ""))
-        return Finding("model", f"{name}: no safetensors in {folder}", "fault", f"hf download {name}" if folder != Path(name) else "save the model again with save_pretrained")
-    if name in PACKAGED: return Finding("model", f"{name}: fetched by the first run from the package index ({PACKAGED[name]['megabytes']} MB)")
-    if name in BUILT_IN: return Finding("model", f"{name}: made by the first run")
-    if name.startswith((".", "/", "data/")): return Finding("model", f"{name}: no config.json there", "fault", "add --set model.name=FOLDER")
-    if offline: return Finding("model", f"{name}: not on this machine, and HF_HUB_OFFLINE is set", "fault", f"HF_HUB_OFFLINE=0 hf download {name}")
+        if weights or pickled:
+            return Finding("model", f"{name}: on this machine" + (f", {size(weights)}" if weights else ""))
+        return Finding(
+            "model",
+            f"{name}: no safetensors in {folder}",
+            "fault",
+            f"hf download {name}" if folder != Path(name) else "save the model again with save_pretrained",
+        )
+    if name in PACKAGED:
+        return Finding(
+            "model", f"{name}: fetched by the first run from the package index ({PACKAGED[name]['megabytes']} MB)"
+        )
+    if name in BUILT_IN:
+        return Finding("model", f"{name}: made by the first run")
+    if name.startswith((".", "/", "data/")):
+        return Finding("model", f"{name}: no config.json there", "fault", "add --set model.name=FOLDER")
+    if offline:
+        return Finding(
+            "model",
+            f"{name}: not on this machine, and HF_HUB_OFFLINE is set",
+            "fault",
+            f"HF_HUB_OFFLINE=0 hf download {name}",
+        )
     return Finding("model", f"{name}: not on this machine, would come from the hub", "warn", f"hf download {name}")
 
-def models(recipe)->list:
+# %% ../nbs/03_doctor.ipynb #6f2a8c3f
+def models(recipe) -> list:
     "Every model that a recipe names."
     from scir.runner.state import models_of, read_fields
+
     named = [m for m in models_of(read_fields(recipe, ("model", "labels", "alignment"))) if not m.startswith("http")]
     spec = recipe.model
-    return [model_found(m, spec.revision if m == spec.name else None, spec.allow_pickle, offline()) for m in dict.fromkeys(named)]
+    return [
+        model_found(m, spec.revision if m == spec.name else None, spec.allow_pickle, offline())
+        for m in dict.fromkeys(named)
+    ]
 
 # %% ../nbs/03_doctor.ipynb #6d5bc301
-def data(recipe, fetch:bool=False)->list:
+def data(recipe, fetch: bool = False) -> list:
     "What of the data is here; where all of it is, it is read and counted. `fetch`: read the hub's too."
     from scir.stages.align import reference_outputs
     from scir.data.load import evaluation_rows, prompt_pool
     from scir.runner.state import recipe_sources
-    if not fetch and (away := [s for s in recipe_sources(recipe) if not is_file(s)]): return [from_hub(s, kept(s), offline()) for s in away]
+
+    if not fetch and (away := [s for s in recipe_sources(recipe) if not is_file(s)]):
+        return [from_hub(s, kept(s), offline()) for s in away]
     compared = recipe.alignment
     try:
         train, held, dropped = prompt_pool(recipe.data)
-        if _tokenizer(recipe): inputs(recipe)
-        if compared.judge and compared.reference != "m1": reference_outputs(compared.reference, compared.limit)
-    except OSError as e: return [Finding("data", " ".join(str(e).split()), "fault", "add --set data.prompts=FILE --set data.pairs=FILE")]
-    except ValueError as e: return [Finding("data", " ".join(str(e).split()), "fault")]  # says itself what helps
-    sets = ", ".join(f"{name} {len(rows[:recipe.data.test_limit])}" for name, (rows, _) in evaluation_rows(recipe.data).items())
+        if _tokenizer(recipe):
+            inputs(recipe)
+        if compared.judge and compared.reference != "m1":
+            reference_outputs(compared.reference, compared.limit)
+    except OSError as e:
+        return [Finding("data", " ".join(str(e).split()), "fault", "add --set data.prompts=FILE --set data.pairs=FILE")]
+    except ValueError as e:
+        return [Finding("data", " ".join(str(e).split()), "fault")]  # says itself what helps
+    sets = ", ".join(
+        f"{name} {len(rows[: recipe.data.test_limit])}" for name, (rows, _) in evaluation_rows(recipe.data).items()
+    )
     left = ", ".join(f"{n} {why}" for why, n in dropped.items() if n)
-    return [Finding("data", f"{len(train)} prompts to train on, {len(held)} held out; labelled pairs: {sets}" + (f"; dropped: {left}" if left else ""))]
+    return [
+        Finding(
+            "data",
+            f"{len(train)} prompts to train on, {len(held)} held out; labelled pairs: {sets}"
+            + (f"; dropped: {left}" if left else ""),
+        )
+    ]
 
 # %% ../nbs/03_doctor.ipynb #3f2f784d
 class Inputs(NamedTuple):
     "The token ids that a run reads."
-    prompts: list # ids of each prompt that is answered
-    pairs: list # of Pair, labelled ones that are judged
-    answers: list # of Pair whose side a is the good answer, for SFT
 
-def inputs(recipe)->Inputs:
+    prompts: list  # ids of each prompt that is answered
+    pairs: list  # of Pair, labelled ones that are judged
+    answers: list  # of Pair whose side a is the good answer, for SFT
+
+# %% ../nbs/03_doctor.ipynb #3a71e946
+def inputs(recipe) -> Inputs:
     "All rows of a run that are there before it, encoded once. Raises ValueError where a stage would find none it can use."
     from scir.runner.state import recipe_sources
     from scir.recipe import locate
     from scir.store import hash_path
+
     return _inputs(recipe.model_dump_json(), tuple(hash_path(locate(s)) for s in recipe_sources(recipe)))
 
+
 @lru_cache(maxsize=1)
-def _inputs(written, hashes): # a recipe as JSON; the hashes of its data make it anew when a file changes
+def _inputs(written, hashes):  # a recipe as JSON; the hashes of its data make it anew when a file changes
     from scir.data.load import prompt_pool, seed_prompts
     from scir.stages.evaluate import labelled_sets
     from scir.model.logprobs import encode_prompt
     from scir.recipe import Recipe
     from scir.stages.sft import good_answers, seed_pairs
+
     recipe = Recipe.model_validate_json(written)
     tokenizer, d, prompts = _tokenizer(recipe), recipe.data, []
     train, held, _ = prompt_pool(d)
     for kind, rows in {"training": train, "held-out": held, "seed": seed_prompts(d)}.items():
         encoded = [encode_prompt(tokenizer, r.prompt) for r in rows]
         short = [ids for ids in encoded if len(ids) <= d.max_prompt_tokens]
-        if rows and not short: raise ValueError(f"data.prompts: the shortest {kind} prompt has {min(map(len, encoded))} tokens; raise data.max_prompt_tokens")
+        if rows and not short:
+            raise ValueError(
+                f"data.prompts: the shortest {kind} prompt has {min(map(len, encoded))} tokens; raise data.max_prompt_tokens"
+            )
         prompts += short
-    judged = seed_pairs(tokenizer, recipe)[0][:d.pair_limit] + [p for pairs, _ in labelled_sets(tokenizer, recipe).values() for p in pairs]
+    judged = seed_pairs(tokenizer, recipe)[0][: d.pair_limit] + [
+        p for pairs, _ in labelled_sets(tokenizer, recipe).values() for p in pairs
+    ]
     return Inputs(prompts, judged, good_answers(tokenizer, recipe)[0])
 
-def readable(recipe, fetch:bool)->bool:
+# %% ../nbs/03_doctor.ipynb #511fa568
+def readable(recipe, fetch: bool) -> bool:
     "Whether a recipe's data can be read now, and can be used."
     from scir.runner.state import recipe_sources
-    if not fetch and not all(map(is_file, recipe_sources(recipe))): return False
-    try: return bool(inputs(recipe))
-    except (ValueError, OSError): return False  # reported by `data`
 
-def kept(source:str)->bool:
+    if not fetch and not all(map(is_file, recipe_sources(recipe))):
+        return False
+    try:
+        return bool(inputs(recipe))
+    except (ValueError, OSError):
+        return False  # reported by `data`
+
+# %% ../nbs/03_doctor.ipynb #19489292
+def kept(source: str) -> bool:
     "Whether a hub data set is in the cache of `datasets`."
     from huggingface_hub.constants import HF_HOME
-    return (Path(os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets"))/"___".join(source.split(":")[0].split("/")[:2])).exists()
 
-def from_hub(source:str, kept:bool, offline:bool)->Finding:
+    return (
+        Path(os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets"))
+        / "___".join(source.split(":")[0].split("/")[:2])
+    ).exists()
+
+# %% ../nbs/03_doctor.ipynb #29c2744e
+def from_hub(source: str, kept: bool, offline: bool) -> Finding:
     "Where a hub data set would come from."
-    if kept: return Finding("data", f"{source}: in the cache")
+    if kept:
+        return Finding("data", f"{source}: in the cache")
     fetch = f"python -c \"from scir.data.load import read_source; read_source('{source}')\""
-    if offline: return Finding("data", f"{source}: not on this machine, and HF_HUB_OFFLINE is set", "fault", f"HF_HUB_OFFLINE=0 {fetch}")
+    if offline:
+        return Finding(
+            "data", f"{source}: not on this machine, and HF_HUB_OFFLINE is set", "fault", f"HF_HUB_OFFLINE=0 {fetch}"
+        )
     return Finding("data", f"{source}: not on this machine, would come from the hub", "warn", fetch)
 
 # %% ../nbs/03_doctor.ipynb #2954f476
-def grader(recipe, fetch:bool=False)->Finding|None:
+def grader(recipe, fetch: bool = False) -> Finding | None:
     "Which prompts the recipe's grader knows. A grader that is not there was named by the recipe's own check."
     from scir.data.load import find_grader, grade, prompt_pool, seed_prompts
     from scir.runner.state import recipe_sources
     from scir.recipe import RecipeError
+
     name, lists = recipe.data.grader, {}
-    try: function = find_grader(name) if name else None
-    except RecipeError: return None
-    if not function: return None
-    if not fetch and not all(map(is_file, recipe_sources(recipe))): return Finding("grader", name)
-    try: lists = {"seed": seed_prompts(recipe.data), "held-out": prompt_pool(recipe.data)[1]}
-    except (ValueError, OSError): return None  # reported by `data`
-    try: known = {kind: sum(grade(function, p.prompt, "") is not None for p in rows) for kind, rows in lists.items()}
+    try:
+        function = find_grader(name) if name else None
+    except RecipeError:
+        return None
+    if not function:
+        return None
+    if not fetch and not all(map(is_file, recipe_sources(recipe))):
+        return Finding("grader", name)
+    try:
+        lists = {"seed": seed_prompts(recipe.data), "held-out": prompt_pool(recipe.data)[1]}
+    except (ValueError, OSError):
+        return None  # reported by `data`
+    try:
+        known = {kind: sum(grade(function, p.prompt, "") is not None for p in rows) for kind, rows in lists.items()}
     except Exception as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())
-        return Finding("grader", f"{name} fails on an empty answer ({why}); a score from 0 to 1, or None, is needed", "fault", f"edit {name.rpartition(':')[0]}")
-    found = f"{name}: grades answers to " + " and ".join(f"{known[kind]} of {len(rows)} {kind} prompts" for kind, rows in lists.items() if rows)
-    if any(rows and not known[kind] for kind, rows in lists.items()): return Finding("grader", found, "warn", "add --set data.prompts=FILE with prompts that this grader knows")
+        return Finding(
+            "grader",
+            f"{name} fails on an empty answer ({why}); a score from 0 to 1, or None, is needed",
+            "fault",
+            f"edit {name.rpartition(':')[0]}",
+        )
+    found = f"{name}: grades answers to " + " and ".join(
+        f"{known[kind]} of {len(rows)} {kind} prompts" for kind, rows in lists.items() if rows
+    )
+    if any(rows and not known[kind] for kind, rows in lists.items()):
+        return Finding("grader", found, "warn", "add --set data.prompts=FILE with prompts that this grader knows")
     return Finding("grader", found)
 
-def hub_token(recipe)->Finding|None:
+# %% ../nbs/03_doctor.ipynb #1e7e29f6
+def hub_token(recipe) -> Finding | None:
     "Asked only of a recipe that needs the hub."
     from huggingface_hub import get_token
     from scir.model.weights import BUILT_IN, model_folder
     from scir.runner.state import recipe_sources
-    away = [s for s in recipe_sources(recipe) if not is_file(s)] + [recipe.model.name] * (model_folder(recipe.model.name, recipe.model.revision) is None and recipe.model.name not in BUILT_IN)
-    if not away: return None
-    return Finding("hub token", "there") if get_token() else Finding("hub token", "none: the hub refuses gated models and slows down those it does not know", "warn", "hf auth login")
+
+    away = [s for s in recipe_sources(recipe) if not is_file(s)] + [recipe.model.name] * (
+        model_folder(recipe.model.name, recipe.model.revision) is None and recipe.model.name not in BUILT_IN
+    )
+    if not away:
+        return None
+    return (
+        Finding("hub token", "there")
+        if get_token()
+        else Finding(
+            "hub token",
+            "none: the hub refuses gated models and slows down those it does not know",
+            "warn",
+            "hf auth login",
+        )
+    )
 
 # %% ../nbs/03_doctor.ipynb #cf367411
-def _tokenizer(recipe): # None where the model is not here
+def _tokenizer(recipe):  # None where the model is not here
     from scir.model.weights import load_tokenizer, model_folder
+
     folder = model_folder(recipe.model.name, recipe.model.revision)
     return load_tokenizer(recipe.model.model_copy(update={"name": str(folder.resolve())})) if folder else None
 
-def verdicts(recipe, fetch:bool=False)->Finding|None:
+# %% ../nbs/03_doctor.ipynb #a8e41f02
+def verdicts(recipe, fetch: bool = False) -> Finding | None:
     "Whether the judge's verdict words are single tokens."
     from scir.runner.run import check_words
-    if (tokenizer := _tokenizer(recipe)) is None: return None
-    try: check_words(tokenizer, recipe)
+
+    if (tokenizer := _tokenizer(recipe)) is None:
+        return None
+    try:
+        check_words(tokenizer, recipe)
     except ValueError as e:
-        if "chat template" in str(e): return Finding("chat template", str(e), "fault", "add --set model.system_role=user, or take another model")
-        return Finding("verdicts", str(e), "fault", "add --set 'judge.verdicts=[A, B]'" if "judge.verdicts" in str(e) else "add --set 'rewards=[generative, implicit]'")
+        if "chat template" in str(e):
+            return Finding("chat template", str(e), "fault", "add --set model.system_role=user, or take another model")
+        return Finding(
+            "verdicts",
+            str(e),
+            "fault",
+            "add --set 'judge.verdicts=[A, B]'"
+            if "judge.verdicts" in str(e)
+            else "add --set 'rewards=[generative, implicit]'",
+        )
     return Finding("verdicts", f"{' and '.join(recipe.judge.verdicts)} are single tokens")
 
-def _config(recipe): # None where the model is not here
+
+def _config(recipe):  # None where the model is not here
     from scir.runner.planner import config_of
+
     found = config_of(recipe.model)
     return found.get_text_config() if found else None
 
 # %% ../nbs/03_doctor.ipynb #c31596ff
-def token_ids(recipe, fetch:bool=False)->Finding|None:
+def token_ids(recipe, fetch: bool = False) -> Finding | None:
     "Whether the model's embedding has a row for every token id that the run gives it."
     from scir.method.judge import find_verdicts, judge_ids
     from scir.model.logprobs import encode_prompt
-    if (tokenizer := _tokenizer(recipe)) is None: return None
+
+    if (tokenizer := _tokenizer(recipe)) is None:
+        return None
     rows, words = _config(recipe).vocab_size, find_verdicts(tokenizer, recipe.judge.verdicts)
-    used = {*judge_ids(tokenizer, recipe.judge, "", "", ""), *encode_prompt(tokenizer, ""), tokenizer.eos_token_id, *words.first, *words.second}
+    used = {
+        *judge_ids(tokenizer, recipe.judge, "", "", ""),
+        *encode_prompt(tokenizer, ""),
+        tokenizer.eos_token_id,
+        *words.first,
+        *words.second,
+    }
     if readable(recipe, fetch):
         found = inputs(recipe)
-        used.update(i for ids in (*found.prompts, *(x for p in found.pairs + found.answers for x in (p.prompt_ids, p.ids_a, p.ids_b))) for i in ids)
+        used.update(
+            i
+            for ids in (
+                *found.prompts,
+                *(x for p in found.pairs + found.answers for x in (p.prompt_ids, p.ids_a, p.ids_b)),
+            )
+            for i in ids
+        )
     beyond = sorted(i for i in used if i >= rows)
-    if not beyond: return Finding("token ids", f"up to {max(used)}; the model's embedding has {rows} rows")
+    if not beyond:
+        return Finding("token ids", f"up to {max(used)}; the model's embedding has {rows} rows")
     names = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)})" for i in beyond[:3])
-    return Finding("token ids", f"the model's embedding has {rows} rows, for ids below {rows}, but the tokenizer gives {names}", "fault",
-                   f"name the tokenizer's own model, or call model.resize_token_embeddings({len(tokenizer)}) and save it again")
+    return Finding(
+        "token ids",
+        f"the model's embedding has {rows} rows, for ids below {rows}, but the tokenizer gives {names}",
+        "fault",
+        f"name the tokenizer's own model, or call model.resize_token_embeddings({len(tokenizer)}) and save it again",
+    )
 
-def context(recipe, fetch:bool=False)->Finding|None:
+# %% ../nbs/03_doctor.ipynb #463f689f
+def context(recipe, fetch: bool = False) -> Finding | None:
     "Whether the longest sequences fit the model's context: by the recipe's limits, or else by the rows themselves."
     from scir.method.judge import judge_ids
-    if (tokenizer := _tokenizer(recipe)) is None: return None
-    d, room, question = recipe.data, getattr(_config(recipe), "max_position_embeddings", None), len(judge_ids(tokenizer, recipe.judge, "", "", ""))
-    allowed = fits(room, question, d.max_prompt_tokens, max(d.max_response_tokens, recipe.sampling.max_new_tokens))
-    return measured(recipe, room, question, tokenizer, inputs(recipe)) if allowed.state == "warn" and readable(recipe, fetch) else allowed
 
-def measured(recipe, room:int, question:int, tokenizer, found:Inputs)->Finding: # tokens of the context, of the judge's question alone
+    if (tokenizer := _tokenizer(recipe)) is None:
+        return None
+    d, room, question = (
+        recipe.data,
+        getattr(_config(recipe), "max_position_embeddings", None),
+        len(judge_ids(tokenizer, recipe.judge, "", "", "")),
+    )
+    allowed = fits(room, question, d.max_prompt_tokens, max(d.max_response_tokens, recipe.sampling.max_new_tokens))
+    return (
+        measured(recipe, room, question, tokenizer, inputs(recipe))
+        if allowed.state == "warn" and readable(recipe, fetch)
+        else allowed
+    )
+
+# %% ../nbs/03_doctor.ipynb #09f24a00
+def measured(
+    recipe, room: int, question: int, tokenizer, found: Inputs
+) -> Finding:  # tokens of the context, of the judge's question alone
     "The labelled rows, whose lengths are known, and the longest that sampled answers can be."
     from scir.method.judge import judge_ids
+
     size = lambda p: len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)
-    asked = {p.id: len(judge_ids(tokenizer, recipe.judge, p.prompt, p.response_a, p.response_b)) for p in found.pairs if question + size(p) > room}
-    known = max([*asked.values(), *(question + size(p) for p in found.pairs if p.id not in asked), *map(size, found.answers)])
+    asked = {
+        p.id: len(judge_ids(tokenizer, recipe.judge, p.prompt, p.response_a, p.response_b))
+        for p in found.pairs
+        if question + size(p) > room
+    }
+    known = max(
+        [*asked.values(), *(question + size(p) for p in found.pairs if p.id not in asked), *map(size, found.answers)]
+    )
     if known > room:
-        return Finding("context", f"{room} tokens, but the longest of {len(found.pairs)} labelled pairs makes a question to the judge of {known}", "fault", shorter(found.pairs, room, question))
+        return Finding(
+            "context",
+            f"{room} tokens, but the longest of {len(found.pairs)} labelled pairs makes a question to the judge of {known}",
+            "fault",
+            shorter(found.pairs, room, question),
+        )
     prompt = max(map(len, found.prompts))
     sampled = question + prompt + 2 * recipe.sampling.max_new_tokens
-    if sampled <= room: return Finding("context", f"{room} tokens; the longest question to the judge has at most {max(known, sampled)}")
+    if sampled <= room:
+        return Finding("context", f"{room} tokens; the longest question to the judge has at most {max(known, sampled)}")
     left = (room - question - prompt) // 2
-    mend = f"add --set sampling.max_new_tokens={left}" if left > 0 else f"add --set data.max_prompt_tokens={room - question - 2 * recipe.sampling.max_new_tokens}"
-    return Finding("context", f"{room} tokens; a question to the judge about two sampled answers may have {sampled}, and would stop the run", "warn", mend)
+    mend = (
+        f"add --set sampling.max_new_tokens={left}"
+        if left > 0
+        else f"add --set data.max_prompt_tokens={room - question - 2 * recipe.sampling.max_new_tokens}"
+    )
+    return Finding(
+        "context",
+        f"{room} tokens; a question to the judge about two sampled answers may have {sampled}, and would stop the run",
+        "warn",
+        mend,
+    )
 
-def shorter(pairs:list, room:int, question:int)->str:
+# %% ../nbs/03_doctor.ipynb #d3d8f3c1
+def shorter(pairs: list, room: int, question: int) -> str:
     "The limits with which the judge's questions about most of these pairs fit."
     sizes = [(len(p.prompt_ids), max(len(p.ids_a), len(p.ids_b))) for p in pairs]
     kept = lambda prompt: sum(p <= prompt and r <= (room - question - prompt) // 2 for p, r in sizes)
     prompts = sorted({p for p, _ in sizes})
-    best = max(prompts[::1 + len(prompts) // 100], key=kept)
-    if not kept(best): return "shorten judge.template, or name a model with a longer context"
+    best = max(prompts[:: 1 + len(prompts) // 100], key=kept)
+    if not kept(best):
+        return "shorten judge.template, or name a model with a longer context"
     answer = (room - question - best) // 2
     return f"add --set data.max_prompt_tokens={best} --set data.max_response_tokens={answer}, which keeps {kept(best)} of {len(pairs)} pairs, or name a model with a longer context"
 
-def fits(context:int|None, question:int, prompt:int, answer:int)->Finding: # tokens
+# %% ../nbs/03_doctor.ipynb #ebc4fba1
+def fits(context: int | None, question: int, prompt: int, answer: int) -> Finding:  # tokens
     "The judge's question with the longest prompt and two of the longest answers."
     reached = question + prompt + 2 * answer
-    if context is None or reached <= context: return Finding("context", f"{context or 'any number of'} tokens; the longest question to the judge has {reached}")
+    if context is None or reached <= context:
+        return Finding(
+            "context", f"{context or 'any number of'} tokens; the longest question to the judge has {reached}"
+        )
     left = (context - question) // 3
-    if left < 1: return Finding("context", f"{context} tokens; the judge's question alone has {question}", "fault", "shorten judge.template or judge.system")
-    return Finding("context", f"{context} tokens; the longest question to the judge may have {reached}", "warn",
-                   f"add --set data.max_prompt_tokens={left} --set data.max_response_tokens={left} --set sampling.max_new_tokens={left}")
+    if left < 1:
+        return Finding(
+            "context",
+            f"{context} tokens; the judge's question alone has {question}",
+            "fault",
+            "shorten judge.template or judge.system",
+        )
+    return Finding(
+        "context",
+        f"{context} tokens; the longest question to the judge may have {reached}",
+        "warn",
+        f"add --set data.max_prompt_tokens={left} --set data.max_response_tokens={left} --set sampling.max_new_tokens={left}",
+    )
 
 # %% ../nbs/03_doctor.ipynb #40ac4fc3
-def causal(recipe, fetch:bool=False)->Finding|None:
+def causal(recipe, fetch: bool = False) -> Finding | None:
     "The fault of a model that is not a causal language model."
     from scir.model.weights import check_causal
     from scir.runner.planner import config_of
-    if (config := config_of(recipe.model)) is None: return None
-    try: check_causal(config, recipe.model)
-    except ValueError as e: return Finding("model", str(e), "fault", "add --set model.name=FOLDER, with a model that is one")
 
-def _empty(recipe): # the model without weights; None where it is not here, or is none to train
+    if (config := config_of(recipe.model)) is None:
+        return None
+    try:
+        check_causal(config, recipe.model)
+    except ValueError as e:
+        return Finding("model", str(e), "fault", "add --set model.name=FOLDER, with a model that is one")
+
+
+def _empty(recipe):  # the model without weights; None where it is not here, or is none to train
     from scir.runner.planner import config_of, skeleton
+
     return skeleton(recipe, "cpu", adapted=False) if config_of(recipe.model) and not causal(recipe) else None
 
-def adapter(recipe, fetch:bool=False)->Finding|None:
+# %% ../nbs/03_doctor.ipynb #21dd0dcd
+def adapter(recipe, fetch: bool = False) -> Finding | None:
     "What the adapter reaches."
     from scir.model.weights import reach_summary, reach_text
     from scir.recipe import RecipeError
-    if (model := _empty(recipe)) is None: return None
-    try: return Finding("adapter", reach_text(reach_summary(model, recipe.lora)).removeprefix("adapter: "))
-    except RecipeError as e: return Finding("adapter", str(e), "fault", "add --set lora.targets=all-linear, or a list of the model's own names")
 
-def decoding(recipe, fetch:bool=False)->Finding|None:
+    if (model := _empty(recipe)) is None:
+        return None
+    try:
+        return Finding("adapter", reach_text(reach_summary(model, recipe.lora)).removeprefix("adapter: "))
+    except RecipeError as e:
+        return Finding(
+            "adapter", str(e), "fault", "add --set lora.targets=all-linear, or a list of the model's own names"
+        )
+
+# %% ../nbs/03_doctor.ipynb #952f190b
+def decoding(recipe, fetch: bool = False) -> Finding | None:
     "Whether our own sampling can decode with this model."
     from scir.model.decoding import Pool
-    if recipe.sampling.engine != "transformers" or (model := _empty(recipe)) is None: return None
-    try: Pool(model, recipe.sampling, set())
-    except ValueError as e: return Finding("sampling", str(e), "fault", "name another model, or sample elsewhere: add --set sampling.engine=vllm")
 
-def engine(recipe)->Finding|None:
+    if recipe.sampling.engine != "transformers" or (model := _empty(recipe)) is None:
+        return None
+    try:
+        Pool(model, recipe.sampling, set())
+    except ValueError as e:
+        return Finding(
+            "sampling", str(e), "fault", "name another model, or sample elsewhere: add --set sampling.engine=vllm"
+        )
+
+# %% ../nbs/03_doctor.ipynb #4ca4c920
+def engine(recipe) -> Finding | None:
     "Whether the recipe's server is there and loads adapters, or which vLLM there is; where one is not installed, the recipe's own check has said it."
     name = recipe.sampling.engine
-    if name == "vllm" and find_spec("vllm"): return Finding("engine", f"vLLM {metadata.version('vllm')}")
-    if not name.startswith("http") or not find_spec("openai"): return None
+    if name == "vllm" and find_spec("vllm"):
+        return Finding("engine", f"vLLM {metadata.version('vllm')}")
+    if not name.startswith("http") or not find_spec("openai"):
+        return None
     from scir.model.engines import assumed, connect, lends, serve_line, served
+
     with connect(name, 10) as client:
-        try: base, _, named = served(client, recipe)
-        except ValueError as e: return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
-        if lends(client) and not named: return Finding("engine", f"{name} serves {base}{assumed(recipe, base)} and loads adapters", "warn", f"look whether it is, and start it with --served-model-name {recipe.model.name}")
-        if lends(client): return Finding("engine", f"{name} serves {base} and loads adapters")
+        try:
+            base, _, named = served(client, recipe)
+        except ValueError as e:
+            return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
+        if lends(client) and not named:
+            return Finding(
+                "engine",
+                f"{name} serves {base}{assumed(recipe, base)} and loads adapters",
+                "warn",
+                f"look whether it is, and start it with --served-model-name {recipe.model.name}",
+            )
+        if lends(client):
+            return Finding("engine", f"{name} serves {base} and loads adapters")
     return Finding("engine", f"{name} serves {base}, and does not load adapters", "fault", serve_line(recipe))
 
-def optimizer(recipe, fetch:bool=False)->Finding|None:
+# %% ../nbs/03_doctor.ipynb #23abadfd
+def optimizer(recipe, fetch: bool = False) -> Finding | None:
     "The paged optimizers page between GPU and main memory."
     import torch
-    if not recipe.train.optimizer.startswith("paged") or torch.cuda.is_available(): return None
-    return Finding("optimizer", f"{recipe.train.optimizer} needs a GPU", "fault", "add --set train.optimizer=adamw_torch")
+
+    if not recipe.train.optimizer.startswith("paged") or torch.cuda.is_available():
+        return None
+    return Finding(
+        "optimizer", f"{recipe.train.optimizer} needs a GPU", "fault", "add --set train.optimizer=adamw_torch"
+    )
 
 # %% ../nbs/03_doctor.ipynb #463f8cbd
-TOKEN = 12 # bytes of a token in a row, at most: its id and its text
+TOKEN = 12  # bytes of a token in a row, at most: its id and its text
 
-def adapter_bytes(recipe)->int:
+
+def adapter_bytes(recipe) -> int:
     "An adapter on the disk, float32."
     from scir.runner.planner import skeleton
+
     return 4 * sum(p.numel() for p in skeleton(recipe, "cpu").parameters() if p.requires_grad)
 
-def row_bytes(recipe, train:int, held:int, labelled:int, seeds:int)->int:
+# %% ../nbs/03_doctor.ipynb #5fce8c96
+def row_bytes(recipe, train: int, held: int, labelled: int, seeds: int) -> int:
     "All rows of a run, at most. `train`, `held`: prompts; `labelled`: pairs in the evaluation sets; `seeds`: labelled pairs of the warm start."
     from scir.runner.plan import plan
     from scir.runner.planner import pairs_each
     from scir.recipe import all_nodes
+
     s, d, steps = recipe.sampling, recipe.data, [step.stage for step in plan(recipe)]
     pairs = pairs_each(s)
     judged = lambda n: n * pairs * (d.max_prompt_tokens + 2 * s.max_new_tokens)
@@ -518,26 +940,40 @@ def row_bytes(recipe, train:int, held:int, labelled:int, seeds:int)->int:
     written = lambda n: n * (d.max_prompt_tokens + 2 * d.max_response_tokens)
     once = answers(held) + judged(held) + written(labelled)  # two sets of answers: M_1's and the model's own
     warm = answers(d.seed_prompts) + written(seeds)
-    return TOKEN * (steps.count("warm_start") * warm + steps.count("sample") * answers(train) + len(all_nodes(recipe)) * once)
+    return TOKEN * (
+        steps.count("warm_start") * warm + steps.count("sample") * answers(train) + len(all_nodes(recipe)) * once
+    )
 
-def room_on_disk(recipe)->Finding|None:
+# %% ../nbs/03_doctor.ipynb #cdeda0fd
+def room_on_disk(recipe) -> Finding | None:
     "Adapters, checkpoints and rows of a whole run against the free space; None where model or data are not here yet."
     from scir.data.load import evaluation_rows, load_pairs, merged, prompt_pool, row_split
     from scir.model.weights import model_folder
     from scir.runner.state import recipe_sources
     from scir.recipe import root
     from scir.recipe import all_nodes
-    if model_folder(recipe.model.name, recipe.model.revision) is None or not all(map(is_file, recipe_sources(recipe))): return None
-    try: train, held, _ = prompt_pool(recipe.data)
-    except (ValueError, OSError): return None  # `data` has told
-    labelled = sum(len(rows[:recipe.data.test_limit]) for rows, _ in evaluation_rows(recipe.data).values())
+
+    if model_folder(recipe.model.name, recipe.model.revision) is None or not all(map(is_file, recipe_sources(recipe))):
+        return None
+    try:
+        train, held, _ = prompt_pool(recipe.data)
+    except (ValueError, OSError):
+        return None  # `data` has told
+    labelled = sum(len(rows[: recipe.data.test_limit]) for rows, _ in evaluation_rows(recipe.data).values())
     seeds = sum(row_split(r) == "train" for r in merged(load_pairs, recipe.data.pairs)[0])
-    adapter, trained = adapter_bytes(recipe), len(all_nodes(recipe)) - 1 + len(recipe.seeds)  # an SFT model for each seed
+    adapter, trained = (
+        adapter_bytes(recipe),
+        len(all_nodes(recipe)) - 1 + len(recipe.seeds),
+    )  # an SFT model for each seed
     rows = row_bytes(recipe, len(train), len(held), labelled, min(seeds, recipe.data.pair_limit or seeds))
-    return disk(root()/"data/runs"/recipe.name, (trained + 9) * adapter + rows, f"{trained} adapters of {size(adapter)}, checkpoints and rows")
+    return disk(
+        root() / "data/runs" / recipe.name,
+        (trained + 9) * adapter + rows,
+        f"{trained} adapters of {size(adapter)}, checkpoints and rows",
+    )
 
 # %% ../nbs/03_doctor.ipynb #5381bb07
-CONTEXT = 1e9 # bytes that CUDA, its libraries and gaps between tensors take besides; a guess
+CONTEXT = 1e9  # bytes that CUDA, its libraries and gaps between tensors take besides; a guess
 CHECKPOINTING = "model.gradient_checkpointing=true", "model.gradient_checkpointing=sequences"
 SMALLER = {
     "sft": (*CHECKPOINTING, "sft.batch_size=1"),
@@ -547,113 +983,218 @@ SMALLER = {
     "optimise": (*CHECKPOINTING, "train.batch_size=1"),
 }
 
-def mending(stage:str, recipe, fits)->str:
+
+def mending(stage: str, recipe, fits) -> str:
     "The first setting, or training's two together, with which a stage fits. `fits`: recipe -> bool."
     from scir.recipe import override, parse_recipe
-    accumulate = {"train.batch_size=1": (f"train.accumulation={recipe.train.batch_size * recipe.train.accumulation}",)}  # so that a step has the same pairs
-    for settings in [(s, *accumulate.get(s, ())) for s in SMALLER[stage]] + [(*SMALLER[stage][1:], *accumulate.get(SMALLER[stage][-1], ()))]:
-        raw = recipe.model_dump(mode="json")
-        for s in settings: raw = override(raw, s)
-        if fits(parse_recipe(raw)): return "add " + " ".join(f"--set {s}" for s in settings)
-    return "add --set model.quantize=nf4 on a GPU, or name a smaller model" if not recipe.model.quantize else "name a smaller model, or lower data.max_prompt_tokens, data.max_response_tokens and sampling.max_new_tokens"
 
-def stage_memory(recipe, sizes, kind:str, free:float|None, here:bool)->list: # of Finding
+    accumulate = {
+        "train.batch_size=1": (f"train.accumulation={recipe.train.batch_size * recipe.train.accumulation}",)
+    }  # so that a step has the same pairs
+    for settings in [(s, *accumulate.get(s, ())) for s in SMALLER[stage]] + [
+        (*SMALLER[stage][1:], *accumulate.get(SMALLER[stage][-1], ()))
+    ]:
+        raw = recipe.model_dump(mode="json")
+        for s in settings:
+            raw = override(raw, s)
+        if fits(parse_recipe(raw)):
+            return "add " + " ".join(f"--set {s}" for s in settings)
+    return (
+        "add --set model.quantize=nf4 on a GPU, or name a smaller model"
+        if not recipe.model.quantize
+        else "name a smaller model, or lower data.max_prompt_tokens, data.max_response_tokens and sampling.max_new_tokens"
+    )
+
+# %% ../nbs/03_doctor.ipynb #5fedea9e
+def stage_memory(recipe, sizes, kind: str, free: float | None, here: bool) -> list:  # of Finding
     "Peak memory of every stage, on `kind` (cpu or cuda) with `free` bytes, of this machine or of a card elsewhere."
     import psutil
     from scir.runner.planner import MEASURED, peak
+
     tensors = {stage: peak(stage, recipe, sizes, kind) for stage in MEASURED}
     beside = psutil.Process().memory_info().rss if kind == "cpu" else CONTEXT
     there = "free" if here else "on the card"
+
     def found(stage):
         need = tensors[stage] + beside
-        said = f"{size(need)} at most{'' if free else ' on a GPU'}, {size(beside)} of it the process" + (f"; {size(free)} {there}" if free else "")
-        if not free or need <= free: return Finding(stage, said)
-        return Finding(stage, said, "fault", mending(stage, recipe, lambda r: peak(stage, r, sizes, kind) + beside <= free))
+        said = f"{size(need)} at most{'' if free else ' on a GPU'}, {size(beside)} of it the process" + (
+            f"; {size(free)} {there}" if free else ""
+        )
+        if not free or need <= free:
+            return Finding(stage, said)
+        return Finding(
+            stage, said, "fault", mending(stage, recipe, lambda r: peak(stage, r, sizes, kind) + beside <= free)
+        )
+
     return [found(stage) for stage in MEASURED]
 
 # %% ../nbs/03_doctor.ipynb #7d4c9661
-def duration(recipe, sizes, probed:bool)->Finding:
+def duration(recipe, sizes, probed: bool) -> Finding:
     "Hours on this machine, or the tokens alone."
     from scir.runner.planner import hours, probe, work
+
     todo = work(recipe, sizes)
-    tokens = ", ".join(f"{sum(w.tokens for w in todo if w.kind == k) / 1e6:.3g} million tokens {k}" for k in dict.fromkeys(w.kind for w in todo))
-    if not probed: return Finding("hours", f"not estimated; {tokens}")
+    tokens = ", ".join(
+        f"{sum(w.tokens for w in todo if w.kind == k) / 1e6:.3g} million tokens {k}"
+        for k in dict.fromkeys(w.kind for w in todo)
+    )
+    if not probed:
+        return Finding("hours", f"not estimated; {tokens}")
     rates = probe(recipe, sizes)
     by_stage = hours(todo, rates)
     speeds = ", ".join(f"{1 / rate:.3g} {kind}" for kind, rate in rates.items() if rate)
-    return Finding("hours", f"at least {sum(by_stage.values()):.2g} ({', '.join(f'{s} {h:.2g}' for s, h in by_stage.items())}); {tokens}; tokens a second by a probe: {speeds}")
+    return Finding(
+        "hours",
+        f"at least {sum(by_stage.values()):.2g} ({', '.join(f'{s} {h:.2g}' for s, h in by_stage.items())}); {tokens}; tokens a second by a probe: {speeds}",
+    )
 
-def memory_and_hours(recipe, gpu:float|None=None, # GB of a GPU that is elsewhere
-                     probed:bool=True)->list: # of Finding
+# %% ../nbs/03_doctor.ipynb #ac34bd93
+def memory_and_hours(
+    recipe,
+    gpu: float | None = None,  # GB of a GPU that is elsewhere
+    probed: bool = True,
+) -> list:  # of Finding
     "The plan of a run."
     import torch
     from scir.model.weights import device, model_folder
     from scir.runner.state import recipe_sources
     from scir.runner.planner import assumed_sizes, config_of, counted_sizes
-    if config_of(recipe.model) is None: return [Finding("plan", f"{recipe.model.name}: its shape is not known here", "warn", f"hf download {recipe.model.name} config.json")]
+
+    if config_of(recipe.model) is None:
+        return [
+            Finding(
+                "plan",
+                f"{recipe.model.name}: its shape is not known here",
+                "warn",
+                f"hf download {recipe.model.name} config.json",
+            )
+        ]
     counted = model_folder(recipe.model.name, recipe.model.revision) and all(map(is_file, recipe_sources(recipe)))
     sizes = (counted_sizes if counted else assumed_sizes)(recipe)
     kind = "cuda" if gpu or recipe.train.optimizer.startswith("paged") else device().type
     here = kind == device().type and not gpu
     free = gpu * 1e9 if gpu else None if not here else torch.cuda.mem_get_info()[0] if kind == "cuda" else memory()[0]
     asked = f", {len(sizes.seed_prompts)} seed prompts" if sizes.seed_prompts else ""
-    basis = (f"{len(sizes.prompts)} prompts of {sum(sizes.prompts) / len(sizes.prompts):.0f} tokens{asked}, {len(sizes.answers)} good answers for SFT, {len(sizes.seeds)} pairs, "
-             f"answers of {sizes.answer:.0f} tokens; " + ("prompts and pairs counted" if counted else "assumed, since model or data are not here"))
-    return [Finding("lengths", basis), *stage_memory(recipe, sizes, kind, free, here), duration(recipe, sizes, probed and here)]
+    basis = (
+        f"{len(sizes.prompts)} prompts of {sum(sizes.prompts) / len(sizes.prompts):.0f} tokens{asked}, {len(sizes.answers)} good answers for SFT, {len(sizes.seeds)} pairs, "
+        f"answers of {sizes.answer:.0f} tokens; "
+        + ("prompts and pairs counted" if counted else "assumed, since model or data are not here")
+    )
+    return [
+        Finding("lengths", basis),
+        *stage_memory(recipe, sizes, kind, free, here),
+        duration(recipe, sizes, probed and here),
+    ]
 
 # %% ../nbs/03_doctor.ipynb #fa1992e1
-def open_recipe(path, settings:tuple=())->tuple: # Recipe or None, list of Finding
+def open_recipe(path, settings: tuple = ()) -> tuple:  # Recipe or None, list of Finding
     "Load a recipe and ask what a run asks before it begins. Goes to the project's folder, where recipes name their data from."
     from scir.runner.run import check_recipe
     from scir.runner.plan import plan
     from scir.recipe import root
     from scir.recipe import RecipeError, load_recipe
-    def faults(e): return [Finding("recipe", line, "fault", f"pip install {way[2]}" if (way := line.partition("; pip install "))[1] else f"edit {path}") for line in str(e).splitlines()]
-    try: recipe = load_recipe(path, settings)
-    except RecipeError as e: return None, faults(e)
-    os.chdir(root())
-    try: check_recipe(recipe)
-    except RecipeError as e: return recipe, faults(e)
-    return recipe, [Finding("recipe", f"{recipe.name}: {len(plan(recipe))} steps, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}, arms {', '.join(recipe.arms)}")]
 
-RUN_CHECKS = data, grader, causal, verdicts, token_ids, context, adapter, decoding, optimizer # of the run and of --dry-run too
+    def faults(e):
+        return [
+            Finding(
+                "recipe",
+                line,
+                "fault",
+                f"pip install {way[2]}" if (way := line.partition("; pip install "))[1] else f"edit {path}",
+            )
+            for line in str(e).splitlines()
+        ]
+
+    try:
+        recipe = load_recipe(path, settings)
+    except RecipeError as e:
+        return None, faults(e)
+    os.chdir(root())
+    try:
+        check_recipe(recipe)
+    except RecipeError as e:
+        return recipe, faults(e)
+    return recipe, [
+        Finding(
+            "recipe",
+            f"{recipe.name}: {len(plan(recipe))} steps, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}, arms {', '.join(recipe.arms)}",
+        )
+    ]
+
+# %% ../nbs/03_doctor.ipynb #2b442813
+RUN_CHECKS = (
+    data,
+    grader,
+    causal,
+    verdicts,
+    token_ids,
+    context,
+    adapter,
+    decoding,
+    optimizer,
+)  # of the run and of --dry-run too
 RECIPE_CHECKS = models, hub_token, engine, *RUN_CHECKS, room_on_disk
 
-def planned(recipe, gpu:float|None=None, probed:bool=True)->list: # of Finding
-    "The plan of a run. A model that cannot be planned can still be run."
-    try: return memory_and_hours(recipe, gpu, probed)
-    except Exception as e: return [Finding("plan", f"memory and hours are not known ({type(e).__name__}: {' '.join(str(e).split())[:200]})", "warn")]
 
-def examine(path=None, settings:tuple=(), gpu:float|None=None, probed:bool=True): # yields (group, Finding)
+def planned(recipe, gpu: float | None = None, probed: bool = True) -> list:  # of Finding
+    "The plan of a run. A model that cannot be planned can still be run."
+    try:
+        return memory_and_hours(recipe, gpu, probed)
+    except Exception as e:
+        return [
+            Finding(
+                "plan", f"memory and hours are not known ({type(e).__name__}: {' '.join(str(e).split())[:200]})", "warn"
+            )
+        ]
+
+# %% ../nbs/03_doctor.ipynb #e3f09c73
+def examine(path=None, settings: tuple = (), gpu: float | None = None, probed: bool = True):  # yields (group, Finding)
     "Everything, the machine first; with a recipe's path, that too, and what it takes (`memory_and_hours`)."
     yield from (("machine", f) for check in (system, processors, main_memory, gpus, text_encoding) for f in ask(check))
     well = ask(python) + ask(packages)
     yield from (("python", f) for f in well)
-    if any(f.state == "fault" for f in well): return  # all that follows needs them
+    if any(f.state == "fault" for f in well):
+        return  # all that follows needs them
     from scir.runner.work import quiet
     from scir.recipe import ModelSpec
+
     quiet()
     recipe, found = open_recipe(path, settings) if path else (None, [])
     model = recipe.model if recipe else ModelSpec()
     here = (precision, model), (attention,), (four_bits, model), (threads_here,), (kernel,), (space,)
     yield from (("scir here", f) for check in here for f in ask(*check))
     yield from (("recipe", f) for f in found)
-    if not recipe: return
-    yield from (("recipe", f) for check in RECIPE_CHECKS if not (gpu and check is optimizer) for f in ask(check, recipe))
+    if not recipe:
+        return
+    yield from (
+        ("recipe", f) for check in RECIPE_CHECKS if not (gpu and check is optimizer) for f in ask(check, recipe)
+    )
     yield from (("plan", f) for f in ask(planned, recipe, gpu, probed))
-
-
 
 # %% ../nbs/03_doctor.ipynb #daccbbbd
 WIDTH = 80
 
-def lines(finding:Finding)->str:
+
+def lines(finding: Finding) -> str:
     "A finding for a terminal: its state, what was looked at, what was found; below it what mends it, unbroken, to be copied."
     head = f"  {finding.state:5} {finding.what:11} "
-    text = textwrap.fill(finding.finding, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False)
+    text = textwrap.fill(
+        finding.finding,
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return text + (f"\n{' ' * len(head)}mend: {finding.mend}" if finding.mend else "")
 
-def summary(found:list)->str:
+# %% ../nbs/03_doctor.ipynb #28f92bb0
+def summary(found: list) -> str:
     "How many are what."
     n = Counter(f.state for f in found)
-    return ", ".join(f"{n[state]} {word}{'s' * (n[state] != 1)}" for state, word in (("fault", "fault"), ("warn", "warning"))) + f", {n['ok']} ok"
+    return (
+        ", ".join(
+            f"{n[state]} {word}{'s' * (n[state] != 1)}" for state, word in (("fault", "fault"), ("warn", "warning"))
+        )
+        + f", {n['ok']} ok"
+    )

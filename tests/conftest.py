@@ -1,5 +1,7 @@
 """A tiny random model on disk, an adapter that is not the identity, and a handful of pairs."""
+
 import os
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 from pathlib import Path
@@ -10,51 +12,87 @@ from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
 
-SMOLLM2 = Path(__file__).parents[1]/"data/models/smollm2-135m-instruct"
-TEXTS = [("Why is the sky blue?", "Air scatters blue light.", "no"), ("Hi", "Hello!", "Go away, please."), ("2+2?", "4", "5 or so"),
-         ("Name a bird.", "Owl", "Cat"), ("é ü?", "naïve ☃", "plain"), ("Say a.", "a", "b" * 30), ("Sum up.", "x y z", "z"), ("Last one", "yes", "no no")]
+SMOLLM2 = Path(__file__).parents[1] / "data/models/smollm2-135m-instruct"
+TEXTS = [
+    ("Why is the sky blue?", "Air scatters blue light.", "no"),
+    ("Hi", "Hello!", "Go away, please."),
+    ("2+2?", "4", "5 or so"),
+    ("Name a bird.", "Owl", "Cat"),
+    ("é ü?", "naïve ☃", "plain"),
+    ("Say a.", "a", "b" * 30),
+    ("Sum up.", "x y z", "z"),
+    ("Last one", "yes", "no no"),
+]
 
-def pytest_configure(config): torch.set_num_threads(1)
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     folder = save_tiny(tmp_path_factory.mktemp("tiny"))
-    return parse_recipe({"model": {"name": str(folder), "dtype": "float32"}, "lora": {"r": 4, "alpha": 8}, "judge": {"template": "Q: {prompt}\nA: {first}\nB: {second}\nA or B?"},
-                         "sampling": {"candidates": 3, "max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "batch_size": 4}})
+    return parse_recipe(
+        {
+            "model": {"name": str(folder), "dtype": "float32"},
+            "lora": {"r": 4, "alpha": 8},
+            "judge": {"template": "Q: {prompt}\nA: {first}\nB: {second}\nA or B?"},
+            "sampling": {"candidates": 3, "max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "batch_size": 4},
+        }
+    )
+
 
 @pytest.fixture(scope="session")
-def tokenizer(recipe): return load_tokenizer(recipe.model)
+def tokenizer(recipe):
+    return load_tokenizer(recipe.model)
+
 
 @pytest.fixture(scope="session")
 def make_policy(recipe):
     "A fresh model with an adapter; `scale` is the size of its random B matrices, 0 leaves them zero."
-    def make(scale=.05, seed=0, model=recipe.model, lora=recipe.lora):
+
+    def make(scale=0.05, seed=0, model=recipe.model, lora=recipe.lora):
         policy, g = new_adapter(load_base(model), lora, seed), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in policy.named_parameters():
-                if "lora_B" in name: p.copy_(scale * torch.randn(p.shape, generator=g))
+                if "lora_B" in name:
+                    p.copy_(scale * torch.randn(p.shape, generator=g))
         return policy
+
     return make
 
+
 @pytest.fixture(scope="session")
-def policy(make_policy): return make_policy().eval()
+def policy(make_policy):
+    return make_policy().eval()
+
 
 @pytest.fixture
-def pairs(tokenizer): return [text_pair(tokenizer, f"p{i}", *t, target=float(i % 2), extra={"prompt_id": f"p{i}"}) for i, t in enumerate(TEXTS)]
+def pairs(tokenizer):
+    return [
+        text_pair(tokenizer, f"p{i}", *t, target=float(i % 2), extra={"prompt_id": f"p{i}"})
+        for i, t in enumerate(TEXTS)
+    ]
+
 
 @pytest.fixture(scope="session", params=["tiny", "smollm2"])
 def any_tokenizer(request, tokenizer):
-    if request.param == "tiny": return tokenizer
-    if not (SMOLLM2/"tokenizer.json").exists(): pytest.skip("data/models/smollm2-135m-instruct is not there")
+    if request.param == "tiny":
+        return tokenizer
+    if not (SMOLLM2 / "tokenizer.json").exists():
+        pytest.skip("data/models/smollm2-135m-instruct is not there")
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(SMOLLM2)
+
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     "recipes/tiny.yaml, run once from outside."
     from test_pipeline import scir
-    folder = tmp_path_factory.mktemp("runs")/"tiny"
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
     done = scir("run", "recipes/tiny.yaml", "--out", folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    (folder/"stdout.txt").write_text(done.stdout)
+    (folder / "stdout.txt").write_text(done.stdout)
     return folder

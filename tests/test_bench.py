@@ -4,67 +4,119 @@ from pathlib import Path
 import pytest, torch
 from typer.main import get_command
 
-from scir.runner.bench import GROUPS, TARGETS, Work, alternate, child, floor_seconds, library_generate, met, peak_bytes, table
+from scir.runner.bench import (
+    GROUPS,
+    TARGETS,
+    Work,
+    alternate,
+    child,
+    floor_seconds,
+    library_generate,
+    met,
+    peak_bytes,
+    table,
+)
 from scir.cli import app
 from scir.model.logprobs import encode_prompt
 from scir.model.decoding import end_ids, generate
 
-SCIR = str(Path(sys.executable).parent/"scir")
+SCIR = str(Path(sys.executable).parent / "scir")
+
 
 @pytest.fixture(scope="module")
-def work(recipe): return Work(recipe, repeats=1, tokens=4)
+def work(recipe):
+    return Work(recipe, repeats=1, tokens=4)
+
 
 def test_every_figure_is_there_with_its_raw_numbers(tmp_path):
     "`make bench` on the random model, once."
-    command = [SCIR, "bench", "--out", str(tmp_path/"b.json"), "--recipe", "recipes/tiny.yaml", "--set", "model.dtype=float32", "--repeats", "1", "--tokens", "4"]
+    command = [
+        SCIR,
+        "bench",
+        "--out",
+        str(tmp_path / "b.json"),
+        "--recipe",
+        "recipes/tiny.yaml",
+        "--set",
+        "model.dtype=float32",
+        "--repeats",
+        "1",
+        "--tokens",
+        "4",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    found = json.loads((tmp_path/"b.json").read_text())
-    assert list(found["figures"]) == list(TARGETS) and (tmp_path/"b.png").stat().st_size > 10_000
-    for key, f in found["figures"].items(): assert f["ratio"] > 0 and f["met"] == met(key, f["ratio"]) and key in done.stdout
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert list(found["figures"]) == list(TARGETS) and (tmp_path / "b.png").stat().st_size > 10_000
+    for key, f in found["figures"].items():
+        assert f["ratio"] > 0 and f["met"] == met(key, f["ratio"]) and key in done.stdout
     for key in ("judge_vs_forward_limit", "judge_grad_vs_full_logits", "dpo_vs_trl", "sample_vs_limit", "growth_time"):
         assert all(len(x) == 1 and x[0] > 0 for x in found["figures"][key]["seconds"].values())
     assert found["dtype"] == "float32" and found["machine"]["threads"] >= 1 and found["machine"]["versions"]["trl"]
+
 
 def test_an_unknown_group_is_one_line():
     done = subprocess.run([SCIR, "bench", "--out", "x.json", "--only", "magic"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and ", ".join(GROUPS) in done.stderr
 
+
 def test_the_groups_that_help_names_are_those_there_are():
-    option, = [p for p in get_command(app).commands["bench"].params if p.name == "only"]
+    (option,) = [p for p in get_command(app).commands["bench"].params if p.name == "only"]
     assert option.help == "one group: " + ", ".join(GROUPS)
+
 
 def test_contestants_warm_up_and_take_turns():
     calls = []
     seconds = alternate({n: lambda n=n: calls.append(n) for n in "ab"}, 3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" and {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
 
-@pytest.mark.parametrize("key, reached, missed", [("dpo_vs_trl", [1.3, 9], [1.29]), ("growth_memory", [1.1, .5], [1.11]), ("growth_time", [9, 10, 11], [8.9, 11.1])])
+
+@pytest.mark.parametrize(
+    "key, reached, missed",
+    [
+        ("dpo_vs_trl", [1.3, 9], [1.29]),
+        ("growth_memory", [1.1, 0.5], [1.11]),
+        ("growth_time", [9, 10, 11], [8.9, 11.1]),
+    ],
+)
 def test_targets_point_the_right_way(key, reached, missed):
     assert all(met(key, r) for r in reached) and not any(met(key, r) for r in missed)
+
 
 def test_memory_of_a_child_is_its_own(work):
     ballast = torch.ones(400_000_000)  # 1.6 GB
     assert child(work, "dpo")["bytes"] < peak_bytes() - ballast.nbytes / 2
 
+
 def test_what_a_child_says_last_is_in_the_error(work):
-    with pytest.raises(RuntimeError, match="bench, magic: KeyError"): child(work, "magic")
+    with pytest.raises(RuntimeError, match="bench, magic: KeyError"):
+        child(work, "magic")
+
 
 @torch.no_grad()
 def test_both_samplers_do_the_same(policy, tokenizer, work):
-    prompts, spec = [encode_prompt(tokenizer, t) for t in ("Hi", "A longer prompt", "Why?")], work.spec.model_copy(update={"temperature": 1e-4, "top_p": 1.0, "max_new_tokens": 9})
+    prompts, spec = (
+        [encode_prompt(tokenizer, t) for t in ("Hi", "A longer prompt", "Why?")],
+        work.spec.model_copy(update={"temperature": 1e-4, "top_p": 1.0, "max_new_tokens": 9}),
+    )
     ours = {key: ids for key, ids, _ in generate(policy, tokenizer, [(i, p, i) for i, p in enumerate(prompts)], spec)}
-    assert end_ids(policy.generation_config, tokenizer) == {tokenizer.eos_token_id} and library_generate(policy, tokenizer, prompts, spec) == [ours[i] for i in range(3)]
+    assert end_ids(policy.generation_config, tokenizer) == {tokenizer.eos_token_id} and library_generate(
+        policy, tokenizer, prompts, spec
+    ) == [ours[i] for i in range(3)]
+
 
 def test_floors_by_hand():
     from scir.model.weights import tiny_model
+
     model, tokenizer = tiny_model()  # head and embedding are one
     head, layers = 64 * len(tokenizer), 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     floors = floor_seconds(model, {"bandwidth": 10.0, "matmul": 2.0}, prompt_tokens=7, tokens=6, batch=3)
     assert floors == {"bandwidth": (head + layers) * 4 * 2 / 10, "matmul": layers * 13 + head * 6}
 
+
 def test_both_contestants_of_the_gradient_have_the_same_one(work):
     from scir.runner.bench import judge_steps
+
     grads = []
     for full in (False, True):
         made = []
@@ -73,11 +125,13 @@ def test_both_contestants_of_the_gradient_have_the_same_one(work):
             m.setattr(Work, "policy", lambda self, base: made.append(policy(self, base)) or made[-1])
             judge_steps(work, full, work.pairs[:3])()
         grads.append([p.grad for p in made[0].parameters() if p.requires_grad])
-    for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
     assert any(g.abs().max() > 1e-3 for g in grads[0])
+
 
 def test_the_documented_table_is_that_of_the_kept_run():
     root = Path(__file__).parents[1]
-    found = json.loads((root/"docs/results/bench/bfloat16.json").read_text())
-    assert list(found["figures"]) == list(TARGETS) and table(found) in (root/"docs/speed.md").read_text()
+    found = json.loads((root / "docs/results/bench/bfloat16.json").read_text())
+    assert list(found["figures"]) == list(TARGETS) and table(found) in (root / "docs/speed.md").read_text()
     assert all(f["met"] == met(k, f["ratio"]) for k, f in found["figures"].items())

@@ -1,4 +1,5 @@
 """Steps side by side: two arms and two seeds at once are one run with one report, the same as one after another."""
+
 import os, re, subprocess, sys, time
 import multiprocessing
 from concurrent.futures import BrokenExecutor, Future
@@ -32,11 +33,21 @@ SWEEP = ("--set", "seeds=[0, 1]", "--set", "iterations=1")
 def sweep(tmp_path_factory):
     "tiny, two arms, two seeds, two jobs; killed after its first steps, and begun again."
     folder = tmp_path_factory.mktemp("sweep") / "tiny"
-    command = [str(Path(sys.executable).parent / "scir"), "run", "recipes/tiny.yaml", *SWEEP, "--jobs", "2", "--out", str(folder)]
+    command = [
+        str(Path(sys.executable).parent / "scir"),
+        "run",
+        "recipes/tiny.yaml",
+        *SWEEP,
+        "--jobs",
+        "2",
+        "--out",
+        str(folder),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in first.stdout:
-        if "evaluate:seed0/m1: to do" in line: break
+        if "evaluate:seed0/m1: to do" in line:
+            break
     first.kill()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,37 +56,56 @@ def sweep(tmp_path_factory):
 
 def test_a_sweep_is_resumed_and_is_one_run_with_one_report(sweep):
     folder, said = sweep
-    assert "warm_start:seed0/m1: unchanged" in said and len(re.findall(": done(?!:)", said)) == len(read_json(folder / "manifest.json")["steps"]) - said.count(": unchanged")
+    assert "warm_start:seed0/m1: unchanged" in said and len(re.findall(": done(?!:)", said)) == len(
+        read_json(folder / "manifest.json")["steps"]
+    ) - said.count(": unchanged")
     models = pd.read_parquet(folder / "report/models.parquet")
     assert {(s, a) for s, a in zip(models.seed, models.arm)} >= {(s, a) for s in (0, 1) for a in ("srlm", "scir")}
     assert set(pd.read_csv(folder / "report/inconsistency.csv").model) == {"M_0", "M_1", "srlm M_2", "scir M_2"}
 
 
 def test_a_sweep_gives_what_one_step_after_another_gives(sweep, tiny_run):
-    for f in ("m1/adapter", "m1/responses.jsonl", "m1/scores.jsonl", "scir/m2/adapter", "scir/m2/preferences.jsonl", "srlm/m2/adapter", "scir/m2/evaluation/held-out.jsonl"):
+    for f in (
+        "m1/adapter",
+        "m1/responses.jsonl",
+        "m1/scores.jsonl",
+        "scir/m2/adapter",
+        "scir/m2/preferences.jsonl",
+        "srlm/m2/adapter",
+        "scir/m2/evaluation/held-out.jsonl",
+    ):
         assert hash_path(sweep[0] / "seed0" / f) == hash_path(tiny_run / "seed0" / f) != "absent", f
 
 
 def test_every_recorded_hash_of_a_sweep_holds(sweep):
-    done = subprocess.run([str(Path(sys.executable).parent / "scir"), "verify", str(sweep[0])], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "scir"), "verify", str(sweep[0])], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 class At:
     "An executor whose jobs end one by one, when their turn comes."
-    def __init__(self, failing=()): self.order, self.most, self.open, self.failing = [], 0, {}, failing
+
+    def __init__(self, failing=()):
+        self.order, self.most, self.open, self.failing = [], 0, {}, failing
 
     def submit(self, function, run, step, notebooks):
         assert not {s for s in needed(self.recipe, step)} - {s for s in self.order}, f"{step.key} before what it needs"
         self.open[step], self.most = Future(), max(self.most, len(self.open) + 1)
         at, job = self, self.open[step]
+
         class Job:
             def done(_):
-                if step == next(iter(at.open)): at.order.append(step)
+                if step == next(iter(at.open)):
+                    at.order.append(step)
                 return step in at.order
+
             def result(_):
                 at.open.pop(step)
-                if step.key in at.failing: raise ValueError("no luck")
+                if step.key in at.failing:
+                    raise ValueError("no luck")
+
         return Job()
 
 
@@ -86,6 +116,7 @@ def scheduled(monkeypatch):
         monkeypatch.setattr(parallel, "seen", lambda *a: State("missing"))
         side_by_side(recipe, Path("x"), plan(recipe), at, jobs)
         return recipe
+
     return go
 
 
@@ -98,9 +129,15 @@ def test_steps_wait_for_what_they_need_and_no_longer(scheduled):
 
 def test_what_a_failed_step_is_not_needed_for_is_done(scheduled, capsys):
     at = At(failing=("optimise:seed0/scir/m2",))
-    with pytest.raises(RuntimeError, match=r"steps not done; optimise:seed0/scir/m2: no luck$"): scheduled(at)
+    with pytest.raises(RuntimeError, match=r"steps not done; optimise:seed0/scir/m2: no luck$"):
+        scheduled(at)
     done = {s.key for s in at.order}
-    assert "evaluate:seed1/scir/m3" in done and "evaluate:seed0/srlm/m3" in done and "evaluate:seed0/scir/m2" not in done and "report" not in done
+    assert (
+        "evaluate:seed1/scir/m3" in done
+        and "evaluate:seed0/srlm/m3" in done
+        and "evaluate:seed0/scir/m2" not in done
+        and "report" not in done
+    )
     assert "evaluate:seed0/scir/m2: failed: needs optimise:seed0/scir/m2" in capsys.readouterr().out
 
 
@@ -126,7 +163,8 @@ def test_gpus_are_dealt_out_among_the_processes(monkeypatch):
 
 def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
     with parallel.executor(tmp_path, 2) as at:
-        with pytest.raises(BrokenExecutor) as killed: at.submit(os._exit, 1).result()
+        with pytest.raises(BrokenExecutor) as killed:
+            at.submit(os._exit, 1).result()
         assert "killed, most often for want of memory; run again, if need be with fewer --jobs" in reason(killed.value)
         assert at.submit(divmod, 17, 5).result() == (3, 2)
 
@@ -149,7 +187,13 @@ if __name__ == "__main__":
 
 def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
     (tmp_path / "script.py").write_text(CTRL_C)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt KeyboardInterrupt\n", "")
 
 
@@ -170,18 +214,34 @@ if __name__ == "__main__":
 
 def test_jobs_do_not_outlast_a_command_that_is_interrupted_alone(tmp_path):
     (tmp_path / "script.py").write_text(SIGNALLED)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt\n", "")
 
 
 def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
     asked = []
+
     class Executor:
-        def __init__(self, *args, **kw): asked.append((args, kw))
-        def update_parameters(self, **kw): asked.append(kw)
+        def __init__(self, *args, **kw):
+            asked.append((args, kw))
+
+        def update_parameters(self, **kw):
+            asked.append(kw)
+
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    with parallel.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at: assert isinstance(at, Executor)
-    assert asked == [((tmp_path / "x/.jobs",), {"cluster": "slurm"}), {"name": "scir-x", "timeout_min": 5, "slurm_partition": "gpu"}]
+    with parallel.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at:
+        assert isinstance(at, Executor)
+    assert asked == [
+        ((tmp_path / "x/.jobs",), {"cluster": "slurm"}),
+        {"name": "scir-x", "timeout_min": 5, "slurm_partition": "gpu"},
+    ]
 
 
 def test_a_cluster_is_not_ignored_where_one_job_is_asked_for(tmp_path, monkeypatch):
@@ -202,16 +262,25 @@ def test_a_job_of_an_earlier_command_is_waited_for(tmp_path, monkeypatch, capsys
     with parallel.executor(run, 1, {"cluster": "local", "timeout_min": 5}) as at:
         at.submit(in_turn, run, step, notebook_folder())
         until = time.time() + 60
-        while not (run / "notebooks").exists() and time.time() < until: time.sleep(.1)
+        while not (run / "notebooks").exists() and time.time() < until:
+            time.sleep(0.1)
         assert busy(run, f"{file_name(step)}.job")
         begun = now()
         side_by_side(recipe, run, [step], at, 1)
-    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and parallel.seen(recipe, run, step) == State("done")
+    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and parallel.seen(recipe, run, step) == State(
+        "done"
+    )
     assert read_json(notebook_of(run, step))["metadata"]["papermill"]["start_time"] <= begun  # not executed again
 
 
 def test_a_failed_job_of_a_cluster_is_one_line():
     utils = pytest.importorskip("submitit.core.utils")
     trace = "Job (task=0) failed during processing with trace:\n----------------------\nTraceback (most recent call last):\n  File x\nValueError: no luck\n\n----------------------\n"
-    assert reason(utils.FailedJobError(f"{trace}You can check full logs with 'job.stderr(0)'or at paths:\n  - x")) == "ValueError: no luck"
-    assert reason(utils.UncompletedJobError("Job 7 not requeued because: timed-out")) == "Job 7 not requeued because: timed-out"
+    assert (
+        reason(utils.FailedJobError(f"{trace}You can check full logs with 'job.stderr(0)'or at paths:\n  - x"))
+        == "ValueError: no luck"
+    )
+    assert (
+        reason(utils.UncompletedJobError("Job 7 not requeued because: timed-out"))
+        == "Job 7 not requeued because: timed-out"
+    )

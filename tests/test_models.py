@@ -1,4 +1,5 @@
 """Some models of the matrix from warm start to export; `make test-models` takes all of them."""
+
 import pytest
 
 from models.make import MODELS, ODD

@@ -1,5 +1,6 @@
 """Two processes on one machine do what one does: the same rows, gradients that differ by rounding only."""
-import os, signal, subprocess, sys, time
+
+import os, signal, subprocess, sys
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +15,19 @@ from scir import store
 from scir.runner.plan import Step
 from scir.runner.processes import assist, by_itself, join_others, launch_line
 from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import noted, reason
+from scir.runner.work import noted
 from scir.runner.run import run_recipe
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
 
-GRADIENTS = '''
+GRADIENTS = """
 import sys, torch
 from safetensors.torch import save_file
 from pathlib import Path
@@ -53,22 +58,41 @@ wrapped = trainer.accelerator.prepare(trainer.model)
 loss = trainer.training_step(wrapped, {"pairs": rows})
 if not rank(): save_file({n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, folder / f"{out}.safetensors")
 sys.stdout.write(f"{rank()} {read}\\n")  # at once, not in pieces between another's
-'''
+"""
 
 
 def together(*words, processes=2, cwd=None):
     "A script in several processes; those that wait for each other in vain are ended after ten minutes."
-    return subprocess.run(["timeout", "600", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, words)], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
+    return subprocess.run(
+        [
+            "timeout",
+            "600",
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            *map(str, words),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=ENVIRONMENT,
+    )
 
 
 @pytest.mark.parametrize("pairs", [8, 5, 1])
 def test_gradients_of_two_processes_are_those_of_one(tmp_path, pairs):
     "Also where the batch is odd, or smaller than the number of processes."
     from scir.model.weights import save_tiny
+
     save_tiny(tmp_path / "tiny")
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
-    alone = subprocess.run([sys.executable, script, tmp_path, "one", str(pairs)], capture_output=True, text=True, env=ENVIRONMENT)
+    alone = subprocess.run(
+        [sys.executable, script, tmp_path, "one", str(pairs)], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert alone.returncode == 0, alone.stderr[-3000:]
     both = together(script, tmp_path, "two", pairs)
     assert both.returncode == 0, both.stderr[-3000:]
@@ -76,45 +100,71 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path, pairs):
     assert one.keys() == two.keys() and max(v.abs().max() for v in one.values()) > 1
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-6 * max(v.abs().max() for v in one.values())
     batches = alone.stdout.split(" ", 1)[1].strip()
-    assert sorted(line.split(" ", 1)[1] for line in both.stdout.strip().splitlines()) == [batches] * 2  # both read whole batches, in the order of one
+    assert (
+        sorted(line.split(" ", 1)[1] for line in both.stdout.strip().splitlines()) == [batches] * 2
+    )  # both read whole batches, in the order of one
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "recipes/tiny.yaml, run by two processes."
     folder = tmp_path_factory.mktemp("two") / "tiny"
-    done = subprocess.run(["scir", "run", "recipes/tiny.yaml", "--out", folder, "--processes", "2"], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    done = subprocess.run(
+        ["scir", "run", "recipes/tiny.yaml", "--out", folder, "--processes", "2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 
 
 def difference(a, b):
     "The largest difference of numbers in two values of the same shape; infinite where anything else differs."
-    if isinstance(a, float) or isinstance(b, float): return abs(a - b)
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys(): return max((difference(a[k], b[k]) for k in a), default=0)
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b): return max(map(difference, a, b), default=0)
+    if isinstance(a, float) or isinstance(b, float):
+        return abs(a - b)
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return max((difference(a[k], b[k]) for k in a), default=0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return max(map(difference, a, b), default=0)
     return 0 if a == b else float("inf")
 
 
 def test_a_run_of_two_processes_is_that_of_one(two, tiny_run):
     folder, _ = two
-    files = {f.relative_to(tiny_run) for f in tiny_run.rglob("*") if f.is_file() and "notebooks" not in f.parts and f.name != "stdout.txt"}
+    files = {
+        f.relative_to(tiny_run)
+        for f in tiny_run.rglob("*")
+        if f.is_file() and "notebooks" not in f.parts and f.name != "stdout.txt"
+    }
     assert {f.relative_to(folder) for f in folder.rglob("*") if f.is_file() and "notebooks" not in f.parts} == files
-    adapters, rows = [f for f in files if f.suffix == ".safetensors"], [f for f in files if f.suffix == ".jsonl" and f.name != "metrics.jsonl"]
+    adapters, rows = (
+        [f for f in files if f.suffix == ".safetensors"],
+        [f for f in files if f.suffix == ".jsonl" and f.name != "metrics.jsonl"],
+    )
     assert len(adapters) == 6 and len(rows) > 20
     for f in adapters:
         one, other = load_file(tiny_run / f), load_file(folder / f)
         assert max((one[k] - other[k]).abs().max() for k in one) < 5e-5, f  # steps of up to 1e-2
     for f in rows:
-        if f.name in ("responses.jsonl", "preferences.jsonl"): assert (tiny_run / f).read_bytes() == (folder / f).read_bytes(), f
-        else: assert difference(*(read_rows(r / f) for r in (tiny_run, folder))) < 1e-3, f
+        if f.name in ("responses.jsonl", "preferences.jsonl"):
+            assert (tiny_run / f).read_bytes() == (folder / f).read_bytes(), f
+        else:
+            assert difference(*(read_rows(r / f) for r in (tiny_run, folder))) < 1e-3, f
     for f in (f for f in files if f.name == "metrics.jsonl"):
-        ties = lambda line: {k: v for k, v in line.items() if k != "accuracy_implicit" or line["step"] > 1}  # before the first step the implicit margin is zero but for rounding
+        ties = lambda line: {
+            k: v for k, v in line.items() if k != "accuracy_implicit" or line["step"] > 1
+        }  # before the first step the implicit margin is zero but for rounding
         assert difference(*([ties(line) for line in read_rows(r / f)] for r in (tiny_run, folder))) < 1e-4, f
 
 
 def test_two_processes_speak_with_one_voice(two, tiny_run):
-    voice = lambda text: [line for line in text.splitlines() if line.startswith(("[", "verdict mass", "inconsistency", "claims", "tables:"))]
+    voice = lambda text: [
+        line
+        for line in text.splitlines()
+        if line.startswith(("[", "verdict mass", "inconsistency", "claims", "tables:"))
+    ]
     said, alone = voice(two[1].stdout), voice((tiny_run / "stdout.txt").read_text())
     assert said[:-1] == alone[:-1] and said[-1].startswith("tables:")
 
@@ -122,6 +172,7 @@ def test_two_processes_speak_with_one_voice(two, tiny_run):
 def test_one_process_takes_over_a_run_of_two(two):
     "Nothing is done again, and nothing waits for processes that are not there."
     from test_pipeline import scir
+
     done = scir("run", "recipes/tiny.yaml", "--out", two[0])
     assert done.returncode == 0 and done.stdout.count("unchanged") == 22, done.stdout
 
@@ -137,7 +188,8 @@ def test_every_row_is_somebodys(monkeypatch):
 
 def test_unfinished_rows_of_three_processes_are_continued_by_one(tmp_path, monkeypatch):
     out, row = tmp_path / "prompts.jsonl", lambda i: Prompt(id=i, prompt="?")
-    for k, i in enumerate("abc"): store.write_rows(unfinished(out, k), [row(i)])
+    for k, i in enumerate("abc"):
+        store.write_rows(unfinished(out, k), [row(i)])
     (tmp_path / "prompts.partial.notes.jsonl").write_text("another file")
     journal = Journal(out, Prompt)
     assert journal.done == set("abc") and list(unfinished_parts(out)) == [0]
@@ -166,95 +218,164 @@ def test_journals_of_two_processes_make_one_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", ["0", "1"])
 def test_the_first_process_has_all_rows_before_another_empties_its_file(tmp_path, monkeypatch, number):
     out, seen = tmp_path / "prompts.jsonl", []
-    for k, i in enumerate("ab"): store.write_rows(unfinished(out, k), [Prompt(id=i, prompt="?")])
-    monkeypatch.setattr(store, "meet", lambda: seen.append(["".join(sorted(r.id for r in read_rows(unfinished(out, k), Prompt))) for k in (0, 1)]))
+    for k, i in enumerate("ab"):
+        store.write_rows(unfinished(out, k), [Prompt(id=i, prompt="?")])
+    monkeypatch.setattr(
+        store,
+        "meet",
+        lambda: seen.append(["".join(sorted(r.id for r in read_rows(unfinished(out, k), Prompt))) for k in (0, 1)]),
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", number)
     Journal(out, Prompt)
-    assert seen == ([["a", "b"], ["ab", "b"]] if number == "0" else [["a", "b"], ["a", "b"]])  # what is there when they meet, twice
+    assert seen == (
+        [["a", "b"], ["ab", "b"]] if number == "0" else [["a", "b"], ["a", "b"]]
+    )  # what is there when they meet, twice
     assert [len(read_rows(unfinished(out, k))) for k in (0, 1)] == ([2, 1] if number == "0" else [1, 0])
 
 
 def test_kernels_are_started_outside_the_group(monkeypatch):
-    given = {k: "2" for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "ROLE_RANK", "ACCELERATE_USE_CPU")}
-    for k, v in given.items(): monkeypatch.setenv(k, v)
-    with by_itself(): assert not given.keys() & os.environ.keys()
+    given = {
+        k: "2"
+        for k in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TORCHELASTIC_RUN_ID",
+            "GROUP_RANK",
+            "ROLE_RANK",
+            "ACCELERATE_USE_CPU",
+        )
+    }
+    for k, v in given.items():
+        monkeypatch.setenv(k, v)
+    with by_itself():
+        assert not given.keys() & os.environ.keys()
     assert given.items() <= os.environ.items()
 
 
-def scir(run, *words): return [Path(sys.executable).parent / "scir", "run", "recipes/tiny.yaml", "--out", run, "--processes", "2", *words]
+def scir(run, *words):
+    return [Path(sys.executable).parent / "scir", "run", "recipes/tiny.yaml", "--out", run, "--processes", "2", *words]
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_processes_end_with_the_command(tmp_path, sent, code):
     "Ctrl-C is said once; and nobody works on when the command is killed."
     with open(tmp_path / "err", "w") as err:
-        command = subprocess.Popen(scir(tmp_path / "run"), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True)
+        command = subprocess.Popen(
+            scir(tmp_path / "run"),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            text=True,
+            start_new_session=True,
+        )
         next(line for line in command.stdout if "sft" in line)
         begun = psutil.Process(command.pid).children(recursive=True)
         os.killpg(command.pid, sent)
         assert command.wait(40) == code and len(begun) >= 2
     gone, alive = psutil.wait_procs(begun, 10)
-    assert not alive and (tmp_path / "err").read_text() == ("scir: interrupted; the same command goes on\n" if sent == signal.SIGINT else "")
+    assert not alive and (tmp_path / "err").read_text() == (
+        "scir: interrupted; the same command goes on\n" if sent == signal.SIGINT else ""
+    )
 
 
 def test_a_faulty_recipe_is_said_once_and_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "launch", lambda *a: pytest.fail("started"))
     done = CliRunner().invoke(cli.app, [*map(str, scir(tmp_path / "run", "--set", "arms=[external]")[1:])])
-    assert done.exit_code == 1 and done.stderr.startswith("scir: arm external: name its reward model") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.exit_code == 1
+        and done.stderr.startswith("scir: arm external: name its reward model")
+        and len(done.stderr.splitlines()) == 1
+    )
     assert not (tmp_path / "run").exists()
 
 
 def failed(code):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
     return ChildFailedError("scir", {1: ProcessFailure(1, 7, code, "nowhere")})
 
 
 def ended(sent):
     from torch.distributed.elastic.multiprocessing.api import SignalException
+
     return SignalException("ended", signal.Signals(sent))
 
 
-@pytest.mark.parametrize("raised, code, said", [(failed(3), 3, ""), (failed(-9), 1, "scir: process 1 of 2 was killed (SIGKILL), most often for want of memory; the same command goes on\n"), (ended(15), 143, "")])
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [
+        (failed(3), 3, ""),
+        (
+            failed(-9),
+            1,
+            "scir: process 1 of 2 was killed (SIGKILL), most often for want of memory; the same command goes on\n",
+        ),
+        (ended(15), 143, ""),
+    ],
+)
 def test_a_launcher_ends_as_the_processes_do(monkeypatch, capsys, raised, code, said):
     "One that failed has said why; one that was killed could not."
-    def torchrun(args): raise raised
+
+    def torchrun(args):
+        raise raised
+
     monkeypatch.setattr("torch.distributed.run.run", torchrun)
     monkeypatch.setattr("logging.disable", lambda: None)
-    for k in ("PATH", "OMP_NUM_THREADS"): monkeypatch.setenv(k, os.environ.get(k, "1"))
-    with pytest.raises(typer.Exit) as exit: cli.launch(["run"], 2)
+    for k in ("PATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(k, os.environ.get(k, "1"))
+    with pytest.raises(typer.Exit) as exit:
+        cli.launch(["run"], 2)
     assert exit.value.exit_code == code and capsys.readouterr().err == said
 
 
 def test_a_step_that_fails_in_several_processes_is_said_by_the_first_one(tmp_path):
-    step, closed = Step("sample", "seed0/m1"), RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:21")
+    step, closed = (
+        Step("sample", "seed0/m1"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:21"),
+    )
     start_manifest(load_recipe(ROOT / "recipes/tiny.yaml"), tmp_path)
     note_failure(tmp_path, step, "no luck")
-    with pytest.raises(SystemExit), noted(tmp_path, step): raise closed
+    with pytest.raises(SystemExit), noted(tmp_path, step):
+        raise closed
     assert store.read_json(tmp_path / "manifest.json")["failed"][step.key]["reason"] == "no luck"
-    with pytest.raises(RuntimeError), noted(tmp_path, Step("judge", "seed0/m1")): raise closed
-    assert "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed" in store.read_json(tmp_path / "manifest.json")["failed"]["judge:seed0/m1"]["reason"]
+    with pytest.raises(RuntimeError), noted(tmp_path, Step("judge", "seed0/m1")):
+        raise closed
+    assert (
+        "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed"
+        in store.read_json(tmp_path / "manifest.json")["failed"]["judge:seed0/m1"]["reason"]
+    )
 
 
 def test_the_others_leave_it_to_the_first_one_to_say_why_it_ended(tmp_path, monkeypatch):
-    def exchange(value): raise RuntimeError("Connection closed by peer")
+    def exchange(value):
+        raise RuntimeError("Connection closed by peer")
+
     monkeypatch.setattr(processes, "exchange", exchange)
-    with pytest.raises(SystemExit): assist(tmp_path)
+    with pytest.raises(SystemExit):
+        assist(tmp_path)
 
 
 def test_jobs_in_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("scir.runner.run.join_others", lambda shard: None)
-    with pytest.raises(ValueError, match="2 jobs in 2 processes: take one of them"): run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, jobs=2)
+    with pytest.raises(ValueError, match="2 jobs in 2 processes: take one of them"):
+        run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, jobs=2)
 
 
 def test_others_are_waited_for_as_long_as_a_report_takes_and_left_in_order(monkeypatch):
     asked = []
     monkeypatch.setattr("accelerate.PartialState", lambda **kw: asked.append(kw["timeout"]))
     monkeypatch.setattr(processes, "end_with", asked.append)
-    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items(): monkeypatch.setenv(k, v)
+    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(k, v)
     monkeypatch.setattr(processes, "atexit", SimpleNamespace(register=asked.append))
     join_others()
     assert asked == [os.getppid(), timedelta(days=2), processes.leave_others]
@@ -262,7 +383,8 @@ def test_others_are_waited_for_as_long_as_a_report_takes_and_left_in_order(monke
 
 def test_a_number_of_processes_that_no_launcher_set_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="WORLD_SIZE=2 .* unset WORLD_SIZE"): join_others()
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2 .* unset WORLD_SIZE"):
+        join_others()
 
 
 def test_processes_do_not_start_processes_again(monkeypatch):
@@ -274,16 +396,32 @@ def test_processes_do_not_start_processes_again(monkeypatch):
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(processes, "end_with", lambda owner: None)
-    monkeypatch.setattr("accelerate.PartialState", lambda **kw: pytest.fail("joined"))  # which would wait for the others for days
-    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items(): monkeypatch.setenv(k, v)
-    with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"): join_others()
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda **kw: pytest.fail("joined")
+    )  # which would wait for the others for days
+    for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items():
+        monkeypatch.setenv(k, v)
+    with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"):
+        join_others()
 
 
 def test_launch_line():
-    assert launch_line(["run"], 2)[0] == "torchrun" and "--standalone" in launch_line(["run", "r.yaml"], 2) and launch_line(["run", "r.yaml"], 2)[-3:] == ["scir", "run", "r.yaml"]
+    assert (
+        launch_line(["run"], 2)[0] == "torchrun"
+        and "--standalone" in launch_line(["run", "r.yaml"], 2)
+        and launch_line(["run", "r.yaml"], 2)[-3:] == ["scir", "run", "r.yaml"]
+    )
     line = launch_line(["run", "r.yaml"], 8, machines=4)
     given = dict(zip(line[1::2], line[2::2]))
-    assert given.items() >= {"--nnodes": "4", "--nproc_per_node": "8", "--node_rank": "$RANK_OF_THIS_MACHINE", "--master_addr": "$FIRST_MACHINE"}.items()
+    assert (
+        given.items()
+        >= {
+            "--nnodes": "4",
+            "--nproc_per_node": "8",
+            "--node_rank": "$RANK_OF_THIS_MACHINE",
+            "--master_addr": "$FIRST_MACHINE",
+        }.items()
+    )
 
 
 @pytest.mark.parametrize("words", [("--processes", "2"), ("--processes=2",)])

@@ -1,4 +1,5 @@
 """What makes a finished stage stale: code that it calls, by its meaning."""
+
 import ast
 
 import pytest
@@ -7,29 +8,43 @@ from scir.runner.state import LOADED, code_hashes
 from scir.stages.files import STAGES
 from scir.runner.staleness import Definition, Package, code_of, definitions, reached
 
-def edited(d): return Definition([*d.nodes, *ast.parse("edited = True").body])
+
+def edited(d):
+    return Definition([*d.nodes, *ast.parse("edited = True").body])
+
 
 def edit(monkeypatch, module, name):
     "As if a definition had one more line when this process started."
     defined = LOADED.defined[module]
     monkeypatch.setitem(defined, name, edited(defined[name]))
 
+
 def package(**sources):
     found = {name: definitions(source, name) for name, source in sources.items()}
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
-@pytest.mark.parametrize("module, name, expected", [
-    ("report.figures", "plot_headline", {"report"}), ("method.loss", "scir_loss", {"optimise"}), ("data.testbed", "prompts", set()), ("cli", "run", set()),
-    ("stages.sample", "sample", {"warm_start", "sample", "evaluate", "align"}), ("stages.evaluate", "run", {"evaluate"}),
-])
+
+@pytest.mark.parametrize(
+    "module, name, expected",
+    [
+        ("report.figures", "plot_headline", {"report"}),
+        ("method.loss", "scir_loss", {"optimise"}),
+        ("data.testbed", "prompts", set()),
+        ("cli", "run", set()),
+        ("stages.sample", "sample", {"warm_start", "sample", "evaluate", "align"}),
+        ("stages.evaluate", "run", {"evaluate"}),
+    ],
+)
 def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, module, name, expected):
     before = {s: code_hashes(s) for s in STAGES}
     edit(monkeypatch, module, name)
     assert {s for s in STAGES if code_hashes(s) != before[s]} == expected
 
+
 def test_what_is_registered_is_reached():
     "The recipe names a reward model; no code does."
     assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= reached(LOADED, "stages.judge", "run")
+
 
 SOURCE = """
 from .b import helper, TABLE
@@ -47,16 +62,31 @@ TABLE = {}
 def unused(): return 1
 """
 
-@pytest.mark.parametrize("old, new, changes", [
-    ("Docstring", "Another", False), ("LIMIT = 3", "LIMIT = 3  # a comment", False), ("LIMIT = 3", "\n\nLIMIT = (3)", False),
-    ("return stage", "return None", False), ("+ LIMIT", "- LIMIT", True), ("LIMIT = 3", "LIMIT = 4", True), ("other = x", "other = -x", True),
-    ("return 1", "return 2", False), ("TABLE = {}", "TABLE = {1: 2}", False),
-])
+
+@pytest.mark.parametrize(
+    "old, new, changes",
+    [
+        ("Docstring", "Another", False),
+        ("LIMIT = 3", "LIMIT = 3  # a comment", False),
+        ("LIMIT = 3", "\n\nLIMIT = (3)", False),
+        ("return stage", "return None", False),
+        ("+ LIMIT", "- LIMIT", True),
+        ("LIMIT = 3", "LIMIT = 4", True),
+        ("other = x", "other = -x", True),
+        ("return 1", "return 2", False),
+        ("TABLE = {}", "TABLE = {1: 2}", False),
+    ],
+)
 def test_meaning_is_what_counts(old, new, changes):
     assert (old in SOURCE) != (old in OTHER)
     now = code_of(package(a=SOURCE.replace(old, new), b=OTHER.replace(old, new)), "a", "stage")
     assert (now != code_of(package(a=SOURCE, b=OTHER), "a", "stage")) == changes
 
+
 def test_imports_in_functions_and_whole_modules_are_followed():
-    made = package(a="def stage():\n    from scir.b import helper as h\n    from scir import c\n    return h(c.x)", b="def helper(y): return y", c="x = 1\nprint(x)")
+    made = package(
+        a="def stage():\n    from scir.b import helper as h\n    from scir import c\n    return h(c.x)",
+        b="def helper(y): return y",
+        c="x = 1\nprint(x)",
+    )
     assert reached(made, "a", "stage") == {("a", "stage"), ("b", "helper"), ("c", "x"), ("c", "")}

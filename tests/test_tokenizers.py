@@ -1,4 +1,5 @@
 """Prompts, answers and verdicts in the tokens of real models, next to `apply_chat_template`."""
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -9,8 +10,17 @@ from scir.model.logprobs import encode_messages, encode_prompt, encode_response,
 from scir.recipe import JudgeSpec
 
 TEXTS = [
-    "Hi there", "  Hi there \n", "é ☃ 漢字 🙂", "a\n\n\nb", "def f(x):\n    return x", "1234567 89", "'s", "▁a", "x\ty",
-    "<think> is a word", "# A\n- b\n",
+    "Hi there",
+    "  Hi there \n",
+    "é ☃ 漢字 🙂",
+    "a\n\n\nb",
+    "def f(x):\n    return x",
+    "1234567 89",
+    "'s",
+    "▁a",
+    "x\ty",
+    "<think> is a word",
+    "# A\n- b\n",
 ]
 
 
@@ -60,7 +70,7 @@ def test_answers_have_the_ids_of_the_template_and_end_as_it_ends_them(real, text
     tokenizer, package = real
     assert tokenizer.convert_ids_to_tokens(turn_end(tokenizer)) == package.end
     ours = encode_prompt(tokenizer, "Hi") + encode_response(tokenizer, text)
-    assert theirs(tokenizer, talk("Hi", text), asks=False)[:len(ours)] == ours
+    assert theirs(tokenizer, talk("Hi", text), asks=False)[: len(ours)] == ours
     assert ours[-1] == turn_end(tokenizer)
 
 
@@ -69,7 +79,7 @@ def test_the_verdict_is_among_the_ids_that_are_read(real, word):
     tokenizer, _ = real
     asked = encode_prompt(tokenizer, "A or B?")
     said = theirs(tokenizer, talk("A or B?", word), asks=False)
-    assert said[:len(asked)] == asked and said[len(asked)] in verdict_ids(tokenizer, word)
+    assert said[: len(asked)] == asked and said[len(asked)] in verdict_ids(tokenizer, word)
     assert all(tokenizer.decode([i]).strip() == word for i in verdict_ids(tokenizer, word))
 
 

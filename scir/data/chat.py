@@ -16,59 +16,72 @@ from pydantic import BaseModel, ConfigDict
 # %% ../../nbs/data/01_chat.ipynb #48631ab3
 class Message(BaseModel):
     "One turn of a conversation."
+
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["system", "user", "assistant"]
     content: str
 
-Prompted = str | tuple[Message, ...] # what a model is asked: one user turn as text, or a conversation
+
+Prompted = str | tuple[Message, ...]  # what a model is asked: one user turn as text, or a conversation
 
 # %% ../../nbs/data/01_chat.ipynb #b68355fc
-def conversation(turns:list, # of Message
-                )->Prompted:
+def conversation(
+    turns: list,  # of Message
+) -> Prompted:
     "The turns as a prompt: a text where there is only one, by the user."
-    if [t.role for t in turns] == ["user"]: return turns[0].content
+    if [t.role for t in turns] == ["user"]:
+        return turns[0].content
     return tuple(turns)
 
 # %% ../../nbs/data/01_chat.ipynb #ef33d719
-def messages(prompt:Prompted)->list: # of {"role": ..., "content": ...}
+def messages(prompt: Prompted) -> list:  # of {"role": ..., "content": ...}
     "A prompt as chat templates, trainers and JSON files take it."
-    if isinstance(prompt, str): return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
     return [m.model_dump() if isinstance(m, Message) else m for m in prompt]
 
 # %% ../../nbs/data/01_chat.ipynb #57252193
-def as_text(prompt:Prompted)->str:
+def as_text(prompt: Prompted) -> str:
     "A prompt as plain text: one user turn as it is, a conversation with the name of the role before every turn."
-    if isinstance(prompt, str): return prompt
+    if isinstance(prompt, str):
+        return prompt
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages(prompt))
 
 # %% ../../nbs/data/01_chat.ipynb #da9d63dd
-def first_turn(prompt:Prompted)->str:
+def first_turn(prompt: Prompted) -> str:
     "The first user turn; of a text that holds a dialogue, what comes before the first answer."
-    if isinstance(prompt, str): return prompt.split("\n\nAssistant:")[0]
+    if isinstance(prompt, str):
+        return prompt.split("\n\nAssistant:")[0]
     return next(m.content for m in prompt if m.role == "user")
 
 # %% ../../nbs/data/01_chat.ipynb #54aaf3d2
-CLOCK = datetime(2025, 1, 1) # the time that chat templates see
-DATE = CLOCK.strftime("%d %b %Y") # what Llama's `date_string` is
+CLOCK = datetime(2025, 1, 1)  # the time that chat templates see
+DATE = CLOCK.strftime("%d %b %Y")  # what Llama's `date_string` is
 _CODES = [f"%{dash}{code}" for dash in ("-", "") for code in "aAbBcdDeFHIjlmMpSTuUwWxXyYzZ"]
 _FILLED = "".join(f" | replace('{code}', '{CLOCK.strftime(code)}')" for code in _CODES)
 _NOW = "{% macro strftime_now(format) %}{{ format" + _FILLED + " }}{% endmacro %}"
 
-def stop_clock(template:str)->str:
+
+def stop_clock(template: str) -> str:
     "The template with a `strftime_now` that always says the same."
     return _NOW + template if "strftime_now" in template else template
 
 # %% ../../nbs/data/01_chat.ipynb #778401b0
-_IN_USER = ("{% if messages|length > 1 and messages[0]['role'] == 'system' %}"
-            "{% set messages = [{'role': 'user', 'content': "
-            r"messages[0]['content'] ~ '\n\n' ~ messages[1]['content']}] + messages[2:] %}{% endif %}")
+_IN_USER = (
+    "{% if messages|length > 1 and messages[0]['role'] == 'system' %}"
+    "{% set messages = [{'role': 'user', 'content': "
+    r"messages[0]['content'] ~ '\n\n' ~ messages[1]['content']}] + messages[2:] %}{% endif %}"
+)
 
-def set_template(template:str|dict, # of a tokenizer; a dict holds several by name
-                 args:dict, # name of a template's variable -> its default
-                 system_in_user:bool=False,
-                )->str|dict:
+
+def set_template(
+    template: str | dict,  # of a tokenizer; a dict holds several by name
+    args: dict,  # name of a template's variable -> its default
+    system_in_user: bool = False,
+) -> str | dict:
     "The template with the recipe's settings in front. Raises ValueError for a variable that it does not have."
-    if isinstance(template, dict): return {k: set_template(t, args, system_in_user) for k, t in template.items()}
+    if isinstance(template, dict):
+        return {k: set_template(t, args, system_in_user) for k, t in template.items()}
     if lacking := [name for name in args if not re.search(rf"\b{name}\b", template)]:
         raise ValueError(f"its chat template has no variable {', '.join(lacking)}; correct model.template_args")
     values = {k: "none" if v is None else json.dumps(v, ensure_ascii=False) for k, v in args.items()}

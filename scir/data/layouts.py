@@ -21,203 +21,269 @@ class Drop(Exception):
 # %% ../../nbs/data/02_layouts.ipynb #f628298a
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
-def half_pairs(*texts)->bool:
+
+def half_pairs(*texts) -> bool:
     "Whether a text holds half of a surrogate pair, which no tokenizer reads and no file takes."
     return any("\ud800" <= c <= "\udfff" for t in texts for c in t)
 
-def _content(value)->str:
+
+def _content(value) -> str:
     if isinstance(value, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
             raise Drop("not text")
         value = "".join(p["text"] for p in value)
-    if not isinstance(value, str): raise Drop("not text")
-    if half_pairs(value): raise Drop("not Unicode")
+    if not isinstance(value, str):
+        raise Drop("not text")
+    if half_pairs(value):
+        raise Drop("not Unicode")
     return value
 
-def _turn(role, value)->Message:
-    if str(role).lower() not in ROLES: raise Drop("unknown role")
+
+def _turn(role, value) -> Message:
+    if str(role).lower() not in ROLES:
+        raise Drop("unknown role")
     return Message(role=ROLES[str(role).lower()], content=_content(value))
+
 
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
-def _transcript(text:str)->list:
+
+def _transcript(text: str) -> list:
     "The turns of an hh-rlhf transcript."
     pieces = _SPEAKER.split(text.lstrip())[1:]
     return [_turn(who, said.strip()) for who, said in zip(pieces[::2], pieces[1::2])]
 
+
 _WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
-def _parsed(text:str):
-    "A text, or the messages that it holds as JSON."
-    if not _WRITTEN.match(text): return text
-    try: return json.loads(text)
-    except ValueError: raise Drop("messages not in JSON") from None
 
-def as_turns(value, # a text, a message, messages or a transcript
-             role:str, # who wrote it, where it is a text
-            )->list: # of Message; system messages without a text are left out
+def _parsed(text: str):
+    "A text, or the messages that it holds as JSON."
+    if not _WRITTEN.match(text):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise Drop("messages not in JSON") from None
+
+# %% ../../nbs/data/02_layouts.ipynb #becd0234
+def as_turns(
+    value,  # a text, a message, messages or a transcript
+    role: str,  # who wrote it, where it is a text
+) -> list:  # of Message; system messages without a text are left out
     "The turns that a cell holds."
-    if isinstance(value, str): value = _parsed(value)
+    if isinstance(value, str):
+        value = _parsed(value)
     if isinstance(value, str):
         talk = value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
         return _transcript(value) if talk else [_turn(role, value)]
-    if isinstance(value, dict): value = [value]
-    if not isinstance(value, list): raise Drop("not text")
-    if not value: raise Drop("empty")
-    if not all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value): raise Drop("not messages")
-    said = [(m.get("role") or m.get("from"), m.get("value") if m.get("content") is None else m["content"]) for m in value]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise Drop("not text")
+    if not value:
+        raise Drop("empty")
+    if not all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value):
+        raise Drop("not messages")
+    said = [
+        (m.get("role") or m.get("from"), m.get("value") if m.get("content") is None else m["content"]) for m in value
+    ]
     turns = [_turn(*s) for s in said]
     return [t for t in turns if t.role != "system" or t.content.strip()]
 
 # %% ../../nbs/data/02_layouts.ipynb #5677e314
-def asked(turns:list)->Prompted:
+def asked(turns: list) -> Prompted:
     "The turns as a prompt: at most one system message, then users and assistants in turn, and a user last."
     talk = turns[1:] if turns and turns[0].role == "system" else turns
-    if not talk or talk[-1].role != "user": raise Drop("prompt does not end with a user turn")
-    if any(t.role != ("user", "assistant")[i % 2] for i, t in enumerate(talk)): raise Drop("turns do not alternate")
+    if not talk or talk[-1].role != "user":
+        raise Drop("prompt does not end with a user turn")
+    if any(t.role != ("user", "assistant")[i % 2] for i, t in enumerate(talk)):
+        raise Drop("turns do not alternate")
     return conversation(turns)
 
-def _split_system(turns): # (system messages, the other turns)
+
+def _split_system(turns):  # (system messages, the other turns)
     return [t for t in turns if t.role == "system"], [t for t in turns if t.role != "system"]
+
 
 def _with_system(turns, row):
     "The row's own system message comes first."
     found = [row[c] for c in SYSTEMS if row.get(c)]
     own = [t for value in found for t in as_turns(value, "system") if t.content.strip()]
-    if not own or turns[:1] == own: return turns
-    if len(own) > 1 or any(t.role == "system" for t in turns): raise Drop("two system messages")
+    if not own or turns[:1] == own:
+        return turns
+    if len(own) > 1 or any(t.role == "system" for t in turns):
+        raise Drop("two system messages")
     return own + turns
 
-def whole(prompt:list|None, # turns; None: the side holds them
-          side:list, # turns: an answer, or a conversation that ends with it
-         )->list:
+# %% ../../nbs/data/02_layouts.ipynb #910247ae
+def whole(
+    prompt: list | None,  # turns; None: the side holds them
+    side: list,  # turns: an answer, or a conversation that ends with it
+) -> list:
     "The conversation up to and including the answer."
-    if side[-1].role != "assistant": raise Drop("answer not by the assistant")
-    if prompt is None and len(side) == 1: raise Drop("no prompt")
-    if prompt is None: return side
-    if side[0].role == "assistant": return prompt + side
+    if side[-1].role != "assistant":
+        raise Drop("answer not by the assistant")
+    if prompt is None and len(side) == 1:
+        raise Drop("no prompt")
+    if prompt is None:
+        return side
+    if side[0].role == "assistant":
+        return prompt + side
     (given, question), (own, talk) = _split_system(prompt), _split_system(side)
-    if given and own and given != own: raise Drop("two system messages")
+    if given and own and given != own:
+        raise Drop("two system messages")
     asks, said = ([(t.role, t.content.strip()) for t in turns] for turns in (question, talk))
-    if said[:len(asks)] != asks and not (len(asks) == 1 and asks[0] in said): raise Drop("prompt is not in the conversation")
+    if said[: len(asks)] != asks and not (len(asks) == 1 and asks[0] in said):
+        raise Drop("prompt is not in the conversation")
     return (own or given) + talk
 
 # %% ../../nbs/data/02_layouts.ipynb #1a3fb6ac
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "conversations", "context")
 SYSTEMS = ("system", "system_prompt", "system_message")
-UNREAD = ("history", "context") # columns that would change the question
+UNREAD = ("history", "context")  # columns that would change the question
 STEMS = ("response", "answer", "output", "completion", "conversation")
 ENDS = [dash + ends for dash in ("_", "") for ends in ("ab", "01", "12")]
 SIDES = [tuple(stem + ends[:-2] + end for end in ends[-2:]) for stem in STEMS for ends in ENDS]
 LABELS = ("label", "winner", "preference", "better_response_id")
 KNOWN_PROMPT = f"a prompt ({', '.join(PROMPTS)})"
-KNOWN_PAIRS = ("chosen and rejected; or response_a and response_b, response_0 and response_1, response_1 and response_2 "
-               f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); beside {KNOWN_PROMPT}, or as whole "
-               "conversations")
-KNOWN_PROMPTS = (f"{KNOWN_PROMPT}; instruction with instances; turns; text, role and parent_id; messages; "
-                 "whole conversations")
+KNOWN_PAIRS = (
+    "chosen and rejected; or response_a and response_b, response_0 and response_1, response_1 and response_2 "
+    f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); beside {KNOWN_PROMPT}, or as whole "
+    "conversations"
+)
+KNOWN_PROMPTS = (
+    f"{KNOWN_PROMPT}; instruction with instances; turns; text, role and parent_id; messages; whole conversations"
+)
 KNOWN_ANSWERS = f"{KNOWN_PROMPT} with output, chosen or response; instruction with instances; messages"
 
-def unknown(columns, known:str)->ValueError:
+
+def unknown(columns, known: str) -> ValueError:
     "The refusal of a file, naming what it has and what can be read."
     return ValueError(f"columns {sorted(columns)} are none of the known layouts: {known}")
 
-def prompt_column(rows:list)->str|None:
+# %% ../../nbs/data/02_layouts.ipynb #a9e9065d
+def prompt_column(rows: list) -> str | None:
     "The column of the prompt. Raises ValueError where it could be several, or another column changes the question."
     found = ["prompt"] if "prompt" in rows[0] else [c for c in PROMPTS if c in rows[0]]
-    if found == ["instruction", "input"]: found = ["instruction"] # Alpaca: the input belongs to the instruction
-    if len(found) > 1: raise ValueError(f"columns {' and '.join(found)} could each be the prompt; keep one of them")
+    if found == ["instruction", "input"]:
+        found = ["instruction"]  # Alpaca: the input belongs to the instruction
+    if len(found) > 1:
+        raise ValueError(f"columns {' and '.join(found)} could each be the prompt; keep one of them")
     for c in UNREAD:
         if c not in found and any(r.get(c) for r in rows):
             raise ValueError(f"column {c} is not read; put it into the prompt")
     return found[0] if found else None
 
-def _asked(row, column)->list|None: # turns; None without a column
-    if column is None: return None
+
+def _asked(row, column) -> list | None:  # turns; None without a column
+    if column is None:
+        return None
     turns = as_turns(with_input(row) if column == "instruction" else row[column], "user")
-    if len(turns) > 1 and turns[-1] == Message(role="assistant", content=""): turns = turns[:-1] # where the answer goes
+    if len(turns) > 1 and turns[-1] == Message(role="assistant", content=""):
+        turns = turns[:-1]  # where the answer goes
     return _with_system(turns, row)
 
-def with_input(row)->str:
+# %% ../../nbs/data/02_layouts.ipynb #e769d223
+def with_input(row) -> str:
     "Alpaca: the instruction and, where there is one, its input."
     return row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
 
 # %% ../../nbs/data/02_layouts.ipynb #8d76618a
-def label_text(value)->str|None: # None: a tie. Raises Drop without a label
+def label_text(value) -> str | None:  # None: a tie. Raises Drop without a label
     "A label in lower case."
     text = re.sub(r"^\[+|\]+$|\.0$", "", "" if value is None else str(value).strip().lower())
-    if text in ("", "nan"): raise Drop("no label")
+    if text in ("", "nan"):
+        raise Drop("no label")
     return None if re.match(r"tie|both|neither|equal|draw", text) else text
 
-def label_words(values:list, # a file's labels
-                sides:tuple, # the names of two columns
-               )->dict: # label -> 0 or 1
+# %% ../../nbs/data/02_layouts.ipynb #3996b603
+def label_words(
+    values: list,  # a file's labels
+    sides: tuple,  # the names of two columns
+) -> dict:  # label -> 0 or 1
     "What the labels of a file mean. Raises ValueError where its numbers can be read in two ways."
     ends = [name[-1] for name in sides]
-    words = {w: k for k, (name, end) in enumerate(zip(sides, ends))
-             for w in (name.lower(), end, f"model_{end}", f"response_{end}", f"assistant_{end}")}
+    words = {
+        w: k
+        for k, (name, end) in enumerate(zip(sides, ends))
+        for w in (name.lower(), end, f"model_{end}", f"response_{end}", f"assistant_{end}")
+    }
     numbers = {v for v in values if v and v.isdigit()}
-    if ends != ["a", "b"] or not numbers: return words
+    if ends != ["a", "b"] or not numbers:
+        return words
     if numbers == {"1"} or {"0", "2"} <= numbers:
         raise ValueError(f"the labels {', '.join(sorted(numbers))} could count from 0 or from 1; write a and b")
     return words | ({"0": 0, "1": 1} if "0" in numbers else {"1": 0, "2": 1})
 
-def _labels(rows, column): # normalised, those that are there
+
+def _labels(rows, column):  # normalised, those that are there
     out = []
     for row in rows:
-        try: out.append(label_text(row[column]))
-        except Drop: pass
+        try:
+            out.append(label_text(row[column]))
+        except Drop:
+            pass
     return out
 
 # %% ../../nbs/data/02_layouts.ipynb #97324910
 class Layout(NamedTuple):
     "Where a file has its pairs."
-    prompt: str | None # column; None: the sides are whole conversations
-    sides: tuple # two columns
-    label: str | None # column; None: the first side is the better one
-    words: dict # label -> 0 or 1
 
-    def better(self, row)->int:
+    prompt: str | None  # column; None: the sides are whole conversations
+    sides: tuple  # two columns
+    label: str | None  # column; None: the first side is the better one
+    words: dict  # label -> 0 or 1
+
+    def better(self, row) -> int:
         "The number of the better side."
-        if self.label is None: return 0
+        if self.label is None:
+            return 0
         text = label_text(row[self.label])
-        if text is None: raise Drop("tie")
+        if text is None:
+            raise Drop("tie")
         if text not in self.words:
             ends = [int(name[-1]) if name[-1].isdigit() else name[-1] for name in self.sides]
             raise ValueError(f"label {row[self.label]!r} is neither {ends[0]!r} nor {ends[1]!r}, and no tie")
         return self.words[text]
 
-    def read(self, row)->tuple: # prompt, two answers
+    def read(self, row) -> tuple:  # prompt, two answers
         "What both sides answer. Raises Drop where they are not answers to the same question."
         prompt = _asked(row, self.prompt)
         both = [whole(prompt, as_turns(row[c], "assistant")) for c in self.sides]
-        if prompt is None: both = [_with_system(turns, row) for turns in both]
-        if both[0][:-1] != both[1][:-1]: raise Drop("conversations part before the last answer")
+        if prompt is None:
+            both = [_with_system(turns, row) for turns in both]
+        if both[0][:-1] != both[1][:-1]:
+            raise Drop("conversations part before the last answer")
         return asked(both[0][:-1]), both[0][-1].content, both[1][-1].content
 
-    def pair(self, row)->tuple: # prompt, chosen, rejected
+    def pair(self, row) -> tuple:  # prompt, chosen, rejected
         "A row as a labelled pair."
         better = self.better(row)
         prompt, *answers = self.read(row)
         return prompt, answers[better], answers[1 - better]
 
-    def shown_first(self, row)->tuple|None:
+    def shown_first(self, row) -> tuple | None:
         "The labelled pair of a row whose better side comes first."
         return None if self.better(row) else self.pair(row)
 
-def pair_layout(rows:list)->Layout:
+# %% ../../nbs/data/02_layouts.ipynb #d453713e
+def pair_layout(rows: list) -> Layout:
     "How a file of labelled pairs is read. Raises ValueError for columns that are not known."
     sides = [s for s in SIDES if set(s) <= set(rows[0])]
     labels = [c for c in LABELS if c in rows[0]]
     if sides and labels:
         if len(sides) > 1:
             raise ValueError(f"columns {', '.join(dict.fromkeys(sum(sides, ())))} could each be compared; keep two")
-        if len(labels) > 1: raise ValueError(f"columns {' and '.join(labels)} could each be the label; keep one")
+        if len(labels) > 1:
+            raise ValueError(f"columns {' and '.join(labels)} could each be the label; keep one")
         return Layout(prompt_column(rows), sides[0], labels[0], label_words(_labels(rows, labels[0]), sides[0]))
-    if {"chosen", "rejected"} <= set(rows[0]): return Layout(prompt_column(rows), ("chosen", "rejected"), None, {})
+    if {"chosen", "rejected"} <= set(rows[0]):
+        return Layout(prompt_column(rows), ("chosen", "rejected"), None, {})
     raise unknown(rows[0], KNOWN_PAIRS)
 
-def pair_reader(rows:list): # row -> (prompt, chosen, rejected)
+# %% ../../nbs/data/02_layouts.ipynb #c0c82b60
+def pair_reader(rows: list):  # row -> (prompt, chosen, rejected)
     "How the rows of a file become labelled pairs."
     return pair_layout(rows).pair
 
@@ -227,35 +293,52 @@ def _instance(row):
     first = row["instances"][0]
     return row["instruction"] + ("\n\n" + first["input"] if first["input"] else ""), first["output"]
 
+
 def _first_turn(row):
-    if not isinstance(row["turns"], list): raise TypeError("turns is no list")
+    if not isinstance(row["turns"], list):
+        raise TypeError("turns is no list")
     return row["turns"][0]
 
-def _of_conversations(rows): # a Layout where the sides of a file are conversations, else None
-    try: layout = pair_layout(rows)
-    except ValueError: return None # of prompts, then
+
+def _of_conversations(rows):  # a Layout where the sides of a file are conversations, else None
+    try:
+        layout = pair_layout(rows)
+    except ValueError:
+        return None  # of prompts, then
     return layout if layout.prompt is None or any(isinstance(r[c], list) for r in rows for c in layout.sides) else None
 
-def prompt_reader(rows:list): # row -> prompt, or None for a row that is not a prompt
+# %% ../../nbs/data/02_layouts.ipynb #4129add8
+def prompt_reader(rows: list):  # row -> prompt, or None for a row that is not a prompt
     "How the rows of a file become prompts. Raises ValueError for columns that are not known."
     columns = set(rows[0])
-    if {"text", "role", "parent_id"} <= columns: # oasst1
+    if {"text", "role", "parent_id"} <= columns:  # oasst1
         return lambda r: r["text"] if r["role"] == "prompter" and not r["parent_id"] else None
-    if {"instruction", "instances"} <= columns: return lambda r: _instance(r)[0]
-    if layout := _of_conversations(rows): return lambda r: layout.read(r)[0]
-    if column := prompt_column(rows): return lambda r: None if r[column] is None else asked(_asked(r, column))
-    if "turns" in columns: return _first_turn # MT-Bench
-    if "messages" in columns: return lambda r: asked(as_turns(r["messages"], "user"))
+    if {"instruction", "instances"} <= columns:
+        return lambda r: _instance(r)[0]
+    if layout := _of_conversations(rows):
+        return lambda r: layout.read(r)[0]
+    if column := prompt_column(rows):
+        return lambda r: None if r[column] is None else asked(_asked(r, column))
+    if "turns" in columns:
+        return _first_turn  # MT-Bench
+    if "messages" in columns:
+        return lambda r: asked(as_turns(r["messages"], "user"))
     raise unknown(columns, KNOWN_PROMPTS)
 
-def answer_reader(rows:list): # row -> (prompt, answer)
+# %% ../../nbs/data/02_layouts.ipynb #d48e65d1
+def answer_reader(rows: list):  # row -> (prompt, answer)
     "How the rows of a file become prompts with a good answer. Raises ValueError for columns that are not known."
-    if {"instruction", "instances"} <= set(rows[0]): return _instance
+    if {"instruction", "instances"} <= set(rows[0]):
+        return _instance
     column = prompt_column(rows)
     answers = [c for c in ("output", "chosen", "response") if c in rows[0]] if column or "chosen" in rows[0] else []
-    if not answers and "messages" in rows[0]: column, answers = None, ["messages"]
-    if not answers: raise unknown(rows[0], KNOWN_ANSWERS)
+    if not answers and "messages" in rows[0]:
+        column, answers = None, ["messages"]
+    if not answers:
+        raise unknown(rows[0], KNOWN_ANSWERS)
+
     def read(row):
         turns = whole(_asked(row, column), as_turns(row[answers[0]], "assistant"))
         return asked(turns[:-1]), turns[-1].content
+
     return read

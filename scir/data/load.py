@@ -24,17 +24,24 @@ def _json_lines(path):
     "One object per line, by Python's own parser: pyarrow's, which `datasets` uses, can be crashed by hostile bytes, and stops at the first row of another type."
     rows = []
     for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        try: rows += [json.loads(line)] if line.strip() else []
-        except ValueError as e: raise ValueError(f"line {n}: {e}") from None
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as e:
+            raise ValueError(f"line {n}: {e}") from None
     return rows
+
 
 def _json(path):
     found = json.loads(path.read_text(encoding="utf-8-sig"))
     return found if isinstance(found, list) else [found]
 
+
 def _csv_rows(lines):
-    try: yield from lines
-    except csv.Error as e: raise ValueError(f"line {lines.line_num}: {e}") from None
+    try:
+        yield from lines
+    except csv.Error as e:
+        raise ValueError(f"line {lines.line_num}: {e}") from None
+
 
 def _csv(path):
     "Every cell a text: 4 and NA are answers too."
@@ -42,132 +49,206 @@ def _csv(path):
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True)
         header, rows = next(lines, []), []
-        if len(set(header)) < len(header): raise ValueError(f"its header {header} names a column twice")
+        if len(set(header)) < len(header):
+            raise ValueError(f"its header {header} names a column twice")
         for row in filter(None, _csv_rows(lines)):
-            if len(row) != len(header): raise ValueError(f"line {lines.line_num}: {len(row)} fields where the header has {len(header)}; put texts with commas or line ends into quotes")
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {lines.line_num}: {len(row)} fields where the header has {len(header)}; put texts with commas or line ends into quotes"
+                )
             rows.append(dict(zip(header, row)))
     return rows
 
+
 def _parquet(path):
     import pyarrow.parquet as pq
+
     return pq.read_table(path).to_pylist()
 
+# %% ../../nbs/data/03_load.ipynb #1bc2be2f
 SPLITS = ("train", "validation", "test")
 FILE_KINDS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
-def read_source(source:str)->list: # dicts
+
+def read_source(source: str) -> list:  # dicts
     "Rows of a local file or a hub data set; raises FileNotFoundError or ValueError in one line."
     path = locate(source)
     if path.suffix.lower() in FILE_KINDS or source.startswith((".", "/")):
-        if not path.is_file(): raise FileNotFoundError(f"data source {source}: no such file")
-        if path.suffix.lower() not in FILE_KINDS: raise ValueError(f"data source {source}: a file of {', '.join(FILE_KINDS)} is needed")
-        if path.stat().st_size == 0: raise ValueError(f"data source {source}: the file is empty")
-        try: return _read_file(path)
-        except UnicodeDecodeError as e: raise ValueError(f"data source {source}: not UTF-8 (byte {e.start}); save it as UTF-8") from None
-        except Exception as e: raise ValueError(f"data source {source}: cannot be read: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
+        if not path.is_file():
+            raise FileNotFoundError(f"data source {source}: no such file")
+        if path.suffix.lower() not in FILE_KINDS:
+            raise ValueError(f"data source {source}: a file of {', '.join(FILE_KINDS)} is needed")
+        if path.stat().st_size == 0:
+            raise ValueError(f"data source {source}: the file is empty")
+        try:
+            return _read_file(path)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"data source {source}: not UTF-8 (byte {e.start}); save it as UTF-8") from None
+        except Exception as e:
+            raise ValueError(
+                f"data source {source}: cannot be read: {' '.join(str(e).split())[:200] or type(e).__name__}"
+            ) from None
     name, _, split = source.partition(":")
     owner, repo, config = (name.split("/") + ["", ""])[:3]
     import datasets
-    try: return datasets.load_dataset(f"{owner}/{repo}" if repo else owner, config or None, split=split or "train").to_list()
-    except Exception as e: raise ValueError(f"data source {source}: not a local file, and the hub says: {' '.join(str(e).split())[:200]}") from None
+
+    try:
+        return datasets.load_dataset(
+            f"{owner}/{repo}" if repo else owner, config or None, split=split or "train"
+        ).to_list()
+    except Exception as e:
+        raise ValueError(
+            f"data source {source}: not a local file, and the hub says: {' '.join(str(e).split())[:200]}"
+        ) from None
+
 
 def _read_file(path):
     "Rows with the same columns, None where one has no such field."
     rows = FILE_KINDS[path.suffix.lower()](path)
-    if odd := next((n for n, r in enumerate(rows, 1) if not isinstance(r, dict)), None): raise ValueError(f"row {odd} is no object with named fields")
+    if odd := next((n for n, r in enumerate(rows, 1) if not isinstance(r, dict)), None):
+        raise ValueError(f"row {odd} is no object with named fields")
     columns = dict.fromkeys(c for r in rows for c in r)
     return [{c: r.get(c) for c in columns} for r in rows]
 
-
-
 # %% ../../nbs/data/03_load.ipynb #feb85a70
-SHAPES = ("malformed", "messages not in JSON", "not messages", "not text", "no prompt") # reasons that may lie in the file's layout
+SHAPES = (
+    "malformed",
+    "messages not in JSON",
+    "not messages",
+    "not text",
+    "no prompt",
+)  # reasons that may lie in the file's layout
+
 
 def _convert(source, reader, known, check, build):
     "Rows of a source, made by the `reader` for its columns; drops by reason."
     rows, out, dropped, seen, odd = read_source(source), [], Counter(), set(), {}
-    if not rows: raise ValueError(f"data source {source}: no rows")
-    try: read = reader(rows)
-    except ValueError as e: raise ValueError(f"data source {source}: {e}") from None
+    if not rows:
+        raise ValueError(f"data source {source}: no rows")
+    try:
+        read = reader(rows)
+    except ValueError as e:
+        raise ValueError(f"data source {source}: {e}") from None
     for n, row in enumerate(rows, 1):
-        try: made, reason = _made(read, row, check)
-        except ValueError as e: raise ValueError(f"data source {source}, row {n}: {e}") from None
-        if not reason and made in seen: reason = "duplicate"
-        try: built = None if reason else build(row, made)
-        except ValueError as e: raise ValueError(f"data source {source}, row {n}: {e}") from None
-        if not reason and half_pairs(*_fields(built)): reason = "not Unicode" # its id or subset
+        try:
+            made, reason = _made(read, row, check)
+        except ValueError as e:
+            raise ValueError(f"data source {source}, row {n}: {e}") from None
+        if not reason and made in seen:
+            reason = "duplicate"
+        try:
+            built = None if reason else build(row, made)
+        except ValueError as e:
+            raise ValueError(f"data source {source}, row {n}: {e}") from None
+        if not reason and half_pairs(*_fields(built)):
+            reason = "not Unicode"  # its id or subset
         if reason:
             dropped[reason] += 1
             odd.setdefault(reason, n)
         else:
             seen.add(made)
             out.append(built)
-    if not out: raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{_hint(odd, rows, known)}")
+    if not out:
+        raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{_hint(odd, rows, known)}")
     if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(out)).items() if n > 1]:
-        raise ValueError(f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out")
+        raise ValueError(
+            f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out"
+        )
     return out, dict(dropped)
 
-def _made(read, row, check): # what the reader makes of a row, a reason to drop it or None
-    try: made = read(row)
-    except Drop as e: return None, str(e)
-    except (KeyError, IndexError, TypeError, AttributeError): # a list, a number or nothing where others have text
+# %% ../../nbs/data/03_load.ipynb #f2d74df4
+def _made(read, row, check):  # what the reader makes of a row, a reason to drop it or None
+    try:
+        made = read(row)
+    except Drop as e:
+        return None, str(e)
+    except (KeyError, IndexError, TypeError, AttributeError):  # a list, a number or nothing where others have text
         return None, "malformed"
     return made, "not a prompt" if made is None else check(made)
 
-def _hint(odd, rows, known)->str:
+# %% ../../nbs/data/03_load.ipynb #554478b7
+def _hint(odd, rows, known) -> str:
     "What to say of a file in which no row has the right shape."
     shapes = [reason for reason in SHAPES if reason in odd]
-    if not shapes: return ""
+    if not shapes:
+        return ""
     return f", the first {shapes[0]} one is row {odd[shapes[0]]}; {unknown(rows[0], known)}"
 
-def _texts(value)->list: # all texts in a prompt, or the value itself
-    return [m.content for m in value] if isinstance(value, tuple) and value and isinstance(value[0], Message) else [value]
+# %% ../../nbs/data/03_load.ipynb #190da74e
+def _texts(value) -> list:  # all texts in a prompt, or the value itself
+    return (
+        [m.content for m in value] if isinstance(value, tuple) and value and isinstance(value[0], Message) else [value]
+    )
 
-def _fields(row)->list: # of texts
+# %% ../../nbs/data/03_load.ipynb #ec34d533
+def _fields(row) -> list:  # of texts
     values = row if isinstance(row, tuple) else [getattr(row, k) for k in type(row).model_fields]
     return [t for v in values if v is not None for t in _texts(v)]
 
-def _split(row)->str|None:
+# %% ../../nbs/data/03_load.ipynb #73c08dcb
+def _split(row) -> str | None:
     "A row's own split, where its file has that column."
     split = row.get("split")
-    if split not in (None, "", *SPLITS): raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}; rename it or leave the column out")
+    if split not in (None, "", *SPLITS):
+        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}; rename it or leave the column out")
     return split or None
 
 # %% ../../nbs/data/03_load.ipynb #393dd068
-def unusable(*values)->str|None: # a reason
+def unusable(*values) -> str | None:  # a reason
     "Why a row with these texts or conversations cannot be used."
     texts = [t for v in values for t in _texts(v)]
-    if any(not isinstance(t, str) for t in texts): return "not text"
-    if half_pairs(*texts): return "not Unicode"
+    if any(not isinstance(t, str) for t in texts):
+        return "not text"
+    if half_pairs(*texts):
+        return "not Unicode"
     return "empty" if any(not t.strip() for t in texts) else None
 
-def load_prompts(source:str)->tuple: # list of Prompt, drops by reason
+# %% ../../nbs/data/03_load.ipynb #fbbce10e
+def load_prompts(source: str) -> tuple:  # list of Prompt, drops by reason
     "Prompts of a source, duplicates and empty ones dropped and counted."
-    def build(row, p): return Prompt(id=str(row.get("id") or digest(p)), prompt=p, split=_split(row))
+
+    def build(row, p):
+        return Prompt(id=str(row.get("id") or digest(p)), prompt=p, split=_split(row))
+
     return _convert(source, prompt_reader, KNOWN_PROMPTS, unusable, build)
 
-def load_pairs(source:str)->tuple: # list of LabelledPair, drops by reason
+# %% ../../nbs/data/03_load.ipynb #cd57db3e
+def load_pairs(source: str) -> tuple:  # list of LabelledPair, drops by reason
     "Labelled pairs of a source; pairs with equal or empty sides are dropped and counted."
-    def check(t): return unusable(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
+
+    def check(t):
+        return unusable(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
+
     def build(row, t):
         subset = str(row.get("how") or row.get("subset") or "")
-        return LabelledPair(id=str(row.get("id") or digest(*t)), prompt=t[0], chosen=t[1], rejected=t[2], subset=subset, split=_split(row))
+        return LabelledPair(
+            id=str(row.get("id") or digest(*t)),
+            prompt=t[0],
+            chosen=t[1],
+            rejected=t[2],
+            subset=subset,
+            split=_split(row),
+        )
+
     return _convert(source, pair_reader, KNOWN_PAIRS, check, build)
 
-def load_instructions(source:str)->tuple: # list of (prompt, output), drops by reason
+# %% ../../nbs/data/03_load.ipynb #0f0eefe6
+def load_instructions(source: str) -> tuple:  # list of (prompt, output), drops by reason
     "Prompts with a good answer, for supervised training."
     return _convert(source, answer_reader, KNOWN_ANSWERS, lambda t: unusable(*t), lambda row, t: t)
 
-def shown_first(source:str)->set|None: # of (prompt, chosen, rejected); None where the file's sides have no order
+# %% ../../nbs/data/03_load.ipynb #4713f3ac
+def shown_first(source: str) -> set | None:  # of (prompt, chosen, rejected); None where the file's sides have no order
     "The pairs of a source whose better side comes first in the file."
     rows = read_source(source)
     layout = pair_layout(rows)
     return {_made(layout.shown_first, row, lambda t: None)[0] for row in rows} - {None} if layout.label else None
 
 # %% ../../nbs/data/03_load.ipynb #91597648
-def merged(load, # load_prompts or load_pairs
-           sources:tuple,
-          )->tuple: # rows, drops by reason
+def merged(
+    load,  # load_prompts or load_pairs
+    sources: tuple,
+) -> tuple:  # rows, drops by reason
     "Rows of several sources as of one. What a later source repeats is dropped and counted; raises ValueError where one id stands for rows of two sources."
     rows, dropped, seen, owner = [], Counter(), set(), {}
     for source in sources:
@@ -175,101 +256,135 @@ def merged(load, # load_prompts or load_pairs
         dropped.update(reasons)
         for r in found:
             text = r.model_dump_json(exclude={"id", "subset"})
-            if text in seen: dropped["duplicate"] += 1
-            elif owner.setdefault(r.id, source) != source: raise ValueError(f"id {r.id!r} stands for a row of {owner[r.id]} and for one of {source}; make ids unique or leave them out")
+            if text in seen:
+                dropped["duplicate"] += 1
+            elif owner.setdefault(r.id, source) != source:
+                raise ValueError(
+                    f"id {r.id!r} stands for a row of {owner[r.id]} and for one of {source}; make ids unique or leave them out"
+                )
             else:
                 seen.add(text)
                 rows.append(r)
     return rows, dict(dropped)
 
 # %% ../../nbs/data/03_load.ipynb #345c3da2
-def _sha(text): return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _sha(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-def bucket(prompt:Prompted)->int:
+# %% ../../nbs/data/03_load.ipynb #6dbb0955
+def bucket(prompt: Prompted) -> int:
     "0-99, from the sha256 of the first user turn, so that continuations of a conversation stay together."
     return int(_sha(first_turn(prompt)), 16) % 100
 
-def split_of(prompt:Prompted)->str:
+# %% ../../nbs/data/03_load.ipynb #d0a865ef
+def split_of(prompt: Prompted) -> str:
     "'train', 'validation' or 'test'."
     b = bucket(prompt)
     return "test" if b < 20 else "validation" if b < 30 else "train"
 
-def take(rows:list, limit:int|None=None)->list:
+# %% ../../nbs/data/03_load.ipynb #ae9b101a
+def take(rows: list, limit: int | None = None) -> list:
     "The first `limit` rows in the order of their prompts' hashes: a fixed random subset."
     return sorted(rows, key=lambda r: _sha(as_text(r.prompt))[::-1])[:limit]
 
-def row_split(row)->str:
+# %% ../../nbs/data/03_load.ipynb #16ca9ff5
+def row_split(row) -> str:
     "A row's split: its own where its file has a column `split`, otherwise decided by the hash of its prompt."
     return row.split or split_of(row.prompt)
 
-def in_split(rows:list, split:str, limit:int|None=None)->list:
+# %% ../../nbs/data/03_load.ipynb #63dc8faf
+def in_split(rows: list, split: str, limit: int | None = None) -> list:
     "Rows of one split, at most `limit` of them."
     return take([r for r in rows if row_split(r) == split], limit)
 
 # %% ../../nbs/data/03_load.ipynb #4534ef28
-def evaluation_rows(spec:DataSpec)->dict: # set -> (list of LabelledPair, drops by reason)
+def evaluation_rows(spec: DataSpec) -> dict:  # set -> (list of LabelledPair, drops by reason)
     """All labelled pairs used for evaluation. A seed source gives its `spec.evaluate_on` split, under the name of a labelled set or else as `held-out`;
     any other source gives its rows of that split if it has a column `split`, otherwise all rows. Raises ValueError for a set without rows."""
+
     def load(source):
         rows, dropped = load_pairs(source)
         return in_split(rows, spec.evaluate_on) if source in spec.pairs or any(r.split for r in rows) else rows, dropped
+
     named, out = set(chain(*spec.labelled_sets.values())), {}
     for name, sources in {"held-out": tuple(s for s in spec.pairs if s not in named), **spec.labelled_sets}.items():
         rows, dropped = merged(load, sources)
-        if not rows: raise ValueError(f"set {name}: no row of {', '.join(sources)} falls in the {spec.evaluate_on} split; more rows are needed")
+        if not rows:
+            raise ValueError(
+                f"set {name}: no row of {', '.join(sources)} falls in the {spec.evaluate_on} split; more rows are needed"
+            )
         out[name] = take(rows), dropped
     return out
 
-def evaluation_prompts(spec:DataSpec)->set: # texts
+# %% ../../nbs/data/03_load.ipynb #4b48139c
+def evaluation_prompts(spec: DataSpec) -> set:  # texts
     "The first user turns of everything that is evaluated on."
     return {first_turn(r.prompt) for rows, _ in evaluation_rows(spec).values() for r in rows}
 
-def _pool(spec:DataSpec)->tuple: # prompts for training, prompts kept for evaluation, drops by reason
+
+def _pool(spec: DataSpec) -> tuple:  # prompts for training, prompts kept for evaluation, drops by reason
     rows, dropped = merged(load_prompts, spec.prompts)
     held, n = evaluation_prompts(spec), spec.held_out_prompts
     free = take([r for r in rows if first_turn(r.prompt) not in held])
     if any(r.split for r in free):
         train = [r for r in free if r.split == "train"]
         kept = [r for r in free if r.split == spec.evaluate_on]
-    else: train, kept = _apart(free, n)
+    else:
+        train, kept = _apart(free, n)
     if len(train) <= spec.seed_prompts or len(kept) < n:
-        raise ValueError(f"data.prompts {', '.join(spec.prompts)}: {len(free)} usable prompts, {len(kept)} of {n} held out, none left to train on; lower data.held_out_prompts or data.seed_prompts")
+        raise ValueError(
+            f"data.prompts {', '.join(spec.prompts)}: {len(free)} usable prompts, {len(kept)} of {n} held out, none left to train on; lower data.held_out_prompts or data.seed_prompts"
+        )
     return train, kept[:n], dropped | {"in an evaluation set": len(rows) - len(free)}
 
-def _apart(rows, n): # those to train on, n held-out ones; no two of them open a conversation alike
+
+def _apart(rows, n):  # those to train on, n held-out ones; no two of them open a conversation alike
     kept = rows[:n]
     opened = {first_turn(r.prompt) for r in kept}
     return [r for r in rows[n:] if first_turn(r.prompt) not in opened], kept
 
-def prompt_pool(spec:DataSpec)->tuple: # training prompts, held-out prompts, drops by reason
+# %% ../../nbs/data/03_load.ipynb #8038dc0e
+def prompt_pool(spec: DataSpec) -> tuple:  # training prompts, held-out prompts, drops by reason
     """Split the pool. Where its files have a column `split`, `held_out_prompts` of the `evaluate_on` split are kept for evaluation and the train split is for training.
     Otherwise the first `held_out_prompts` in the order of their hashes are kept and the rest is for training. Prompts of an evaluation set are dropped and counted."""
     train, kept, dropped = _pool(spec)
-    return train[spec.seed_prompts:][:spec.prompt_limit], kept, dropped
+    return train[spec.seed_prompts :][: spec.prompt_limit], kept, dropped
 
-def seed_prompts(spec:DataSpec)->list: # of Prompt
+# %% ../../nbs/data/03_load.ipynb #8ca43d18
+def seed_prompts(spec: DataSpec) -> list:  # of Prompt
     "The first `spec.seed_prompts` training prompts, which only the warm start uses."
-    return _pool(spec)[0][:spec.seed_prompts]
+    return _pool(spec)[0][: spec.seed_prompts]
 
 # %% ../../nbs/data/03_load.ipynb #e3e2bfc7
-def find_grader(name:str): # (prompt, answer) -> score
+def find_grader(name: str):  # (prompt, answer) -> score
     "A built-in grader by its name, or a function of yours as FILE.py:FUNCTION. Raises RecipeError with the way out."
     from scir.data.testbed import GRADERS
+
     file, _, function = name.rpartition(":")
-    if file and not Path(file).is_file(): raise RecipeError(f"data.grader {name}: {file} is not a file")
-    try: found = (runpy.run_path(file) if file else GRADERS).get(function)
-    except Exception as e: raise RecipeError(f"data.grader {name}: {file} cannot be run: {type(e).__name__}: {e}") from None
-    if callable(found): return found
+    if file and not Path(file).is_file():
+        raise RecipeError(f"data.grader {name}: {file} is not a file")
+    try:
+        found = (runpy.run_path(file) if file else GRADERS).get(function)
+    except Exception as e:
+        raise RecipeError(f"data.grader {name}: {file} cannot be run: {type(e).__name__}: {e}") from None
+    if callable(found):
+        return found
     raise RecipeError(f"data.grader {name}: no such function; name one of {', '.join(GRADERS)}, or FILE.py:FUNCTION")
 
-def grade(function, prompt:Prompted, answer:str)->float|None:
+# %% ../../nbs/data/03_load.ipynb #8e5e81c6
+def grade(function, prompt: Prompted, answer: str) -> float | None:
     "A grader's score. Raises ValueError for one outside of 0 to 1."
     score = function(as_text(prompt), answer)
-    if score is None or 0 <= score <= 1: return score
-    raise ValueError(f"data.grader: {function.__name__} gave {score!r} for {answer[:60]!r}; a score from 0 to 1, or None, is needed")
+    if score is None or 0 <= score <= 1:
+        return score
+    raise ValueError(
+        f"data.grader: {function.__name__} gave {score!r} for {answer[:60]!r}; a score from 0 to 1, or None, is needed"
+    )
 
-def better_side(function, prompt:Prompted, a:str, b:str)->str|None:
+# %% ../../nbs/data/03_load.ipynb #e1fa88c0
+def better_side(function, prompt: Prompted, a: str, b: str) -> str | None:
     "'a' or 'b', whichever has the higher score; None for a tie or where the grader cannot tell."
     scores = grade(function, prompt, a), grade(function, prompt, b)
-    if None in scores or scores[0] == scores[1]: return None
+    if None in scores or scores[0] == scores[1]:
+        return None
     return "a" if scores[0] > scores[1] else "b"

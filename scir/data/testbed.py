@@ -17,35 +17,43 @@ from ..recipe import locate
 
 # %% ../../nbs/data/04_testbed.ipynb #aabb9509
 SENTENCES = "data/testbed/sentences.txt"
-COMMON = frozenset("""about above across after again against almost along also although always among another around away back because been before
+COMMON = frozenset(
+    """about above across after again against almost along also although always among another around away back because been before
 behind being below beside between both came come comes could does done down during each either else enough even ever every everyone everything from
 gave gets give goes gone have having here herself high himself into itself just keep kept large later least less like little long made make many more
 most much must myself near neither never next nobody none once only onto other others ours over past quite rather same several shall should since
 small some someone something soon still such take taken than that their theirs them themselves then there these they this those though through
 together took toward towards turn under until upon very want well went were what when where whether which while whole whom whose will with within
-without would your yours yourself""".split())
+without would your yours yourself""".split()
+)
 
-def sentences(file=SENTENCES)->dict: # topic -> list of sentences
+
+def sentences(file=SENTENCES) -> dict:  # topic -> list of sentences
     "The written sentences; a line `# topic` begins a topic."
     found = {}
     for line in locate(file).read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"): topic = found.setdefault(line[1:].strip(), [])
-        elif line.strip(): topic.append(line.strip())
+        if line.startswith("#"):
+            topic = found.setdefault(line[1:].strip(), [])
+        elif line.strip():
+            topic.append(line.strip())
     return found
 
-def words_of(text:str)->list:
+# %% ../../nbs/data/04_testbed.ipynb #6fcfc811
+def words_of(text: str) -> list:
     "All words in lower case, in order."
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
-def content_words(text:str)->list:
+# %% ../../nbs/data/04_testbed.ipynb #46b98817
+def content_words(text: str) -> list:
     "The distinct words that a prompt may ask for."
     return list(dict.fromkeys(w for w in words_of(text) if len(w) >= 4 and w not in COMMON))
 
 # %% ../../nbs/data/04_testbed.ipynb #1a81f2f2
-LENGTH = (6, 24) # words in an answer
+LENGTH = (6, 24)  # words in an answer
 ASK = "Write one sentence that uses the words: {}."
 
-def faults(answer:str)->list: # of reasons, empty for a well-formed answer
+
+def faults(answer: str) -> list:  # of reasons, empty for a well-formed answer
     "What is wrong with the form of an answer."
     text, words = answer.strip(), words_of(answer)
     same_run = any(n > 1 for n in Counter(zip(words, words[1:], words[2:])).values())
@@ -58,26 +66,30 @@ def faults(answer:str)->list: # of reasons, empty for a well-formed answer
     }
     return [reason for reason, wrong in found.items() if wrong]
 
-def given(prompt:str)->list|None: # None: not a prompt of this testbed
+# %% ../../nbs/data/04_testbed.ipynb #6dfb257a
+def given(prompt: str) -> list | None:  # None: not a prompt of this testbed
     "The words that a prompt asks for."
     match = re.fullmatch(re.escape(ASK).replace(r"\{\}", "(.+)"), prompt)
     return match[1].split(", ") if match else None
 
-def given_words(prompt:str, answer:str)->float|None: # 0 to 1; None for another kind of prompt
+# %% ../../nbs/data/04_testbed.ipynb #0e0eebaf
+def given_words(prompt: str, answer: str) -> float | None:  # 0 to 1; None for another kind of prompt
     "Fraction of the given words in a well-formed answer, otherwise 0."
     asked, used = given(prompt), set(words_of(answer))
-    if asked is None: return None
+    if asked is None:
+        return None
     return 0.0 if faults(answer) else sum(w in used for w in asked) / len(asked)
 
 # %% ../../nbs/data/04_testbed.ipynb #3c231f75
-def topic_splits(topics)->dict: # split -> topics
+def topic_splits(topics) -> dict:  # split -> topics
     "Which topics belong to which split; the same for ever."
     names = sorted(topics)
     random.Random(0).shuffle(names)
     test, validation = len(names) // 5, len(names) // 5 + max(1, len(names) * 2 // 15)
     return {"test": names[:test], "validation": names[test:validation], "train": names[validation:]}
 
-def vocabulary(found:dict)->dict: # split -> topic -> words
+
+def vocabulary(found: dict) -> dict:  # split -> topic -> words
     "The words that the prompts of each split may ask for."
     known, out, splits = set(), {}, topic_splits(found)
     for split in ("train", "validation", "test"):
@@ -86,7 +98,7 @@ def vocabulary(found:dict)->dict: # split -> topic -> words
     return out
 
 # %% ../../nbs/data/04_testbed.ipynb #5bf26292
-def prompts(n:int, split:str, seed:int=0)->list: # of prompt texts
+def prompts(n: int, split: str, seed: int = 0) -> list:  # of prompt texts
     "`n` distinct prompts of a split, its topics in turn."
     words, rng, seen = vocabulary(sentences())[split], random.Random(f"{split} {seed}"), {}
     topics = sorted(words)
@@ -96,35 +108,49 @@ def prompts(n:int, split:str, seed:int=0)->list: # of prompt texts
     return list(seen.values())
 
 # %% ../../nbs/data/04_testbed.ipynb #0c8d0b4e
-def swapped(sentence:str, asked:list, others:list, rng)->str:
+def swapped(sentence: str, asked: list, others: list, rng) -> str:
     "The sentence with some of the given words replaced by others of the topic."
     for word in asked:
         other = rng.choice([w for w in others if w not in asked and w not in words_of(sentence)])
         sentence = re.sub(rf"\b{word}\b", other, sentence, flags=re.IGNORECASE)
     return sentence[0].upper() + sentence[1:]
 
-FAULT_RATES = { # how a rejected side is made -> how often
-    "one word missing": 6, "two words missing": 4, "another sentence": 4, "cut off": 3, "two sentences": 3, "repetition": 2,
+# %% ../../nbs/data/04_testbed.ipynb #a1e1959d
+FAULT_RATES = {  # how a rejected side is made -> how often
+    "one word missing": 6,
+    "two words missing": 4,
+    "another sentence": 4,
+    "cut off": 3,
+    "two sentences": 3,
+    "repetition": 2,
 }
 
-def spoiled(sentence:str, asked:list, topic:list, words:list, rng)->tuple: # (how, rejected side)
+
+def spoiled(sentence: str, asked: list, topic: list, words: list, rng) -> tuple:  # (how, rejected side)
     "A faulty answer made from a written sentence; `topic` holds the other sentences of its topic, `words` their words."
     how = rng.choices(list(FAULT_RATES), list(FAULT_RATES.values()))[0]
     other, parts = rng.choice(topic), sentence.split()
-    if how == "one word missing": return how, swapped(sentence, asked[:1], words, rng)
-    if how == "two words missing": return how, swapped(sentence, asked[:2], words, rng)
-    if how == "another sentence": return how, other
-    if how == "cut off": return how, " ".join(parts[:rng.randint(len(parts) // 2, len(parts) - 1)]).rstrip(",")
-    if how == "two sentences": return how, f"{sentence} {other}"
+    if how == "one word missing":
+        return how, swapped(sentence, asked[:1], words, rng)
+    if how == "two words missing":
+        return how, swapped(sentence, asked[:2], words, rng)
+    if how == "another sentence":
+        return how, other
+    if how == "cut off":
+        return how, " ".join(parts[: rng.randint(len(parts) // 2, len(parts) - 1)]).rstrip(",")
+    if how == "two sentences":
+        return how, f"{sentence} {other}"
     start = rng.randint(2, len(parts) - 4)
-    return how, " ".join(parts[:start + 3] + parts[start:])
+    return how, " ".join(parts[: start + 3] + parts[start:])
 
-def pairs(split:str, seed:int=0)->list: # dicts with prompt, chosen, rejected, how, split
+# %% ../../nbs/data/04_testbed.ipynb #409d4e4e
+def pairs(split: str, seed: int = 0) -> list:  # dicts with prompt, chosen, rejected, how, split
     "A pair from each sentence of a split that has three words to give."
     found, words, rng, out = sentences(), vocabulary(sentences())[split], random.Random(f"{split} {seed}"), []
     for topic, sentence in ((t, s) for t in sorted(words) for s in found[t]):
         able = [w for w in content_words(sentence) if w in words[topic]]
-        if len(able) < 3: continue
+        if len(able) < 3:
+            continue
         asked = rng.sample(able, 3)
         how, rejected = spoiled(sentence, asked, [s for s in found[topic] if s != sentence], words[topic], rng)
         prompt = ASK.format(", ".join(asked))
@@ -133,7 +159,7 @@ def pairs(split:str, seed:int=0)->list: # dicts with prompt, chosen, rejected, h
     return out
 
 # %% ../../nbs/data/04_testbed.ipynb #0dc1ce58
-RULES = { # what is asked -> (how to follow it, whether an answer does)
+RULES = {  # what is asked -> (how to follow it, whether an answer does)
     "in capital letters": (str.upper, str.isupper),
     "in round brackets": (lambda s: f"({s})", lambda s: s.startswith("(") and s.endswith(")")),
     "that ends with an exclamation mark": (lambda s: s[:-1] + "!", lambda s: s.endswith("!")),
@@ -143,28 +169,41 @@ RULES = { # what is asked -> (how to follow it, whether an answer does)
 }
 ABOUT = "Write one sentence about the topic {}, {}."
 
-def format_rule(prompt:str, answer:str)->float|None: # 0 or 1; None for another kind of prompt
+
+def format_rule(prompt: str, answer: str) -> float | None:  # 0 or 1; None for another kind of prompt
     "Whether an answer keeps to the format that its prompt asks for."
     rule = next((follows for name, (_, follows) in RULES.items() if prompt.endswith(f", {name}.")), None)
-    if rule is None or not prompt.startswith("Write one sentence about the topic "): return None
+    if rule is None or not prompt.startswith("Write one sentence about the topic "):
+        return None
     return float(bool(answer.strip()) and rule(answer.strip()))
 
-def format_pairs(seed:int=0)->list: # dicts with prompt, chosen, rejected, how, split
+# %% ../../nbs/data/04_testbed.ipynb #adc0f968
+def format_pairs(seed: int = 0) -> list:  # dicts with prompt, chosen, rejected, how, split
     "Pairs of the format family, from the sentences of the test topics."
     found, rng, out = sentences(), random.Random(f"format {seed}"), []
     for topic in topic_splits(found)["test"]:
         for name, (follow, follows) in RULES.items():
             able = [s for s in found[topic] if not follows(s)]
             for chosen, rejected in zip(rng.sample(found[topic], 4), rng.choices(able, k=4) if able else []):
-                out.append({"prompt": ABOUT.format(topic, name), "chosen": follow(chosen), "rejected": rejected, "how": name, "split": "test"})
+                out.append(
+                    {
+                        "prompt": ABOUT.format(topic, name),
+                        "chosen": follow(chosen),
+                        "rejected": rejected,
+                        "how": name,
+                        "split": "test",
+                    }
+                )
     return [p for p in out if p["chosen"] != p["rejected"]]
+
 
 GRADERS = {"given_words": given_words, "format_rule": format_rule}
 
 # %% ../../nbs/data/04_testbed.ipynb #689e44e2
-SIZES = {"train": 2000, "validation": 400, "test": 400} # prompts
+SIZES = {"train": 2000, "validation": 400, "test": 400}  # prompts
 
-def write_testbed(folder)->dict: # file name -> sha256
+
+def write_testbed(folder) -> dict:  # file name -> sha256
     "Write the testbed's files into `folder`, and their hashes into SHA256SUMS."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +212,8 @@ def write_testbed(folder)->dict: # file name -> sha256
         "pairs.jsonl": [p for split in SIZES for p in pairs(split)],
         "format.jsonl": format_pairs(),
     }
-    for name, made in rows.items(): (folder/name).write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
-    sums = {name: sha256((folder/name).read_bytes()).hexdigest() for name in rows}
-    (folder/"SHA256SUMS").write_text("".join(f"{h}  {name}\n" for name, h in sums.items()), encoding="utf-8")
+    for name, made in rows.items():
+        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    sums = {name: sha256((folder / name).read_bytes()).hexdigest() for name in rows}
+    (folder / "SHA256SUMS").write_text("".join(f"{h}  {name}\n" for name, h in sums.items()), encoding="utf-8")
     return sums

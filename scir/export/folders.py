@@ -24,160 +24,277 @@ from ..store import Score, read_rows, write_text
 def whole_folder(out):
     "A temporary folder beside `out`, renamed onto it when the block ends well. Raises ValueError when something is there."
     out = Path(out).resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise ValueError(f"--out {out}: there is something; name a new or an empty folder")
-    if out == Path.cwd(): raise ValueError("--out .: models are kept under the current folder, and would be exported and pushed with it; name a new folder in it")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out}: there is something; name a new or an empty folder")
+    if out == Path.cwd():
+        raise ValueError(
+            "--out .: models are kept under the current folder, and would be exported and pushed with it; name a new folder in it"
+        )
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
     try:
         yield tmp
         os.replace(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
-def plain_chat()->str:
+# %% ../../nbs/export/04_folders.ipynb #eed5116e
+def plain_chat() -> str:
     "`PLAIN_TEMPLATE` as a chat template: the form in which base models are trained here."
     before, after = PLAIN_TEMPLATE.split("{content}")
-    return ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}" + before + "{{ m['content'] }}" + after + "{% elif m['role'] == 'system' %}{{ m['content'] }}{{ '\\n\\n' }}"
-            "{% else %}{{ m['content'] }}{{ eos_token if loop.last else '\\n\\n' }}{% endif %}{% endfor %}")
+    return (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        + before
+        + "{{ m['content'] }}"
+        + after
+        + "{% elif m['role'] == 'system' %}{{ m['content'] }}{{ '\\n\\n' }}"
+        "{% else %}{{ m['content'] }}{{ eos_token if loop.last else '\\n\\n' }}{% endif %}{% endfor %}"
+    )
 
-def save_tokenizer(spec:ModelSpec, folder)->None:
+# %% ../../nbs/export/04_folders.ipynb #13f09a61
+def save_tokenizer(spec: ModelSpec, folder) -> None:
     "The base's tokenizer, with a chat template in any case."
     from scir.model.weights import load_tokenizer
+
     tokenizer = load_tokenizer(spec)
     tokenizer.chat_template = tokenizer.chat_template or plain_chat()
-    for how in ("is_local", "local_files_only"): tokenizer.init_kwargs.pop(how, None)  # how it was read here is of no use elsewhere
+    for how in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(how, None)  # how it was read here is of no use elsewhere
     tokenizer.save_pretrained(folder)
 
-def described(folder, card, **more)->dict:
+# %% ../../nbs/export/04_folders.ipynb #5f49536b
+def described(folder, card, **more) -> dict:
     "Write the card; what was made, in figures."
-    write_text(folder/"README.md", str(card))
-    return more | {"licence": card.data.get("license"), "files": sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())}
+    write_text(folder / "README.md", str(card))
+    return more | {
+        "licence": card.data.get("license"),
+        "files": sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()),
+    }
 
 # %% ../../nbs/export/04_folders.ipynb #92837d4d
-def merged(spec:ModelSpec, adapter):
+def merged(spec: ModelSpec, adapter):
     "The base with the adapter folded in, merged in float32 and in the recipe's dtype. An adapter that was trained over nf4 weights is merged into the full-precision base."
     from scir.model.weights import compute_dtype, load_adapter, load_base
+
     base = load_base(spec.model_copy(update={"quantize": None, "dtype": "float32"}))
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True).to(compute_dtype(spec))
 
-def stop_where_answers_end(model, spec:ModelSpec)->None:
+# %% ../../nbs/export/04_folders.ipynb #0ce0a0a0
+def stop_where_answers_end(model, spec: ModelSpec) -> None:
     "Have others' `generate` stop at the end of an answer as the chat template has it, where the base's settings would go on."
     from scir.model.logprobs import turn_end
     from scir.model.weights import load_tokenizer
     from scir.model.decoding import end_ids
+
     tokenizer, config = load_tokenizer(spec), model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if turn_end(tokenizer) not in known: config.eos_token_id = sorted(end_ids(config, tokenizer))
+    if turn_end(tokenizer) not in known:
+        config.eos_token_id = sorted(end_ids(config, tokenizer))
 
-def finished(model:str)->tuple: # Origin, its adapter's folder
+# %% ../../nbs/export/04_folders.ipynb #3254c4a4
+def finished(model: str) -> tuple:  # Origin, its adapter's folder
     "A run's model whose training is done as the recipe says now; raises ValueError for another, FileNotFoundError without adapter."
     from scir.model.weights import safe_adapter
+
     o = origin(model)
-    adapter = Path(safe_adapter(o.run/o.node/"adapter"))
+    adapter = Path(safe_adapter(o.run / o.node / "adapter"))
     check_done(o, training(o), "adapter")
     return o, adapter
 
-def export_adapter(model:str, out, licence:str|None=None, place:str|None=None)->dict: # licence, files
+# %% ../../nbs/export/04_folders.ipynb #c6db425e
+def export_adapter(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # licence, files
     "A run's adapter for peft, with tokenizer and card, in the new folder `out`. The tokenizer is the base's, unchanged but for a chat template where it had none."
     o, adapter = finished(model)
     with whole_folder(out) as tmp:
-        for name in ("adapter_config.json", "adapter_model.safetensors"): shutil.copyfile(adapter/name, tmp/name)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(adapter / name, tmp / name)
         save_tokenizer(o.recipe.model, tmp)
         return described(tmp, model_card(o, "adapter", place or Path(out).resolve().name, licence))
 
-def export_merged(model:str, out, licence:str|None=None, place:str|None=None)->dict: # dtype, licence, files
+# %% ../../nbs/export/04_folders.ipynb #118121d9
+def export_merged(
+    model: str, out, licence: str | None = None, place: str | None = None
+) -> dict:  # dtype, licence, files
     "A run's model without adapter, in safetensors, with tokenizer and card, in the new folder `out`; see `merged`. Licence and notice files of a local base go with it."
     from scir.model.weights import model_path
+
     o, adapter = finished(model)
     with whole_folder(out) as tmp:
         made = merged(o.recipe.model, adapter)
         stop_where_answers_end(made, o.recipe.model)
         made.save_pretrained(tmp)
         save_tokenizer(o.recipe.model, tmp)
-        for f in (f for terms in ("LICEN[CS]E*", "NOTICE*") for f in Path(model_path(o.recipe.model)).glob(terms)): shutil.copyfile(f, tmp/f.name)
-        return described(tmp, model_card(o, "merged", place or Path(out).resolve().name, licence), dtype=str(made.dtype).removeprefix("torch."))
+        for f in (f for terms in ("LICEN[CS]E*", "NOTICE*") for f in Path(model_path(o.recipe.model)).glob(terms)):
+            shutil.copyfile(f, tmp / f.name)
+        return described(
+            tmp,
+            model_card(o, "merged", place or Path(out).resolve().name, licence),
+            dtype=str(made.dtype).removeprefix("torch."),
+        )
 
 # %% ../../nbs/export/04_folders.ipynb #5affe68f
 AGREED = "all internal reward models agreed on"
-LABELLERS = {"agreement": f"{AGREED} before the first step (while training, agreement is decided anew at every step)", "agreement-static": f"{AGREED} before training", "generative": "the judge preferred",
-             "implicit": "the implicit reward preferred", "votes": "sampled 5-point votes preferred", "cream": "the soft label favours: the one that the implicit reward preferred, or the other one if its rankings agree with the previous model's by less than half", "external": "an outside reward model preferred"}
+LABELLERS = {
+    "agreement": f"{AGREED} before the first step (while training, agreement is decided anew at every step)",
+    "agreement-static": f"{AGREED} before training",
+    "generative": "the judge preferred",
+    "implicit": "the implicit reward preferred",
+    "votes": "sampled 5-point votes preferred",
+    "cream": "the soft label favours: the one that the implicit reward preferred, or the other one if its rankings agree with the previous model's by less than half",
+    "external": "an outside reward model preferred",
+}
 
-def preference_file(model:str, o:Origin)->Path:
+
+def preference_file(model: str, o: Origin) -> Path:
     "The file that `model` names, or the preferences that this model was trained on. Raises ValueError where there is none."
-    path = Path(model) if Path(model).is_file() else o.run/o.node/"preferences.jsonl"
-    if path.name not in ("preferences.jsonl", "agreed.jsonl"): raise ValueError(f"{path}: the preferences.jsonl or agreed.jsonl of a run's model is needed")
-    if not path.exists(): raise ValueError(f"{path}: not there (SFT and warm start have none of their own); name the agreed.jsonl of a model that was sampled")
+    path = Path(model) if Path(model).is_file() else o.run / o.node / "preferences.jsonl"
+    if path.name not in ("preferences.jsonl", "agreed.jsonl"):
+        raise ValueError(f"{path}: the preferences.jsonl or agreed.jsonl of a run's model is needed")
+    if not path.exists():
+        raise ValueError(
+            f"{path}: not there (SFT and warm start have none of their own); name the agreed.jsonl of a model that was sampled"
+        )
     return path
 
-def signed_margins(row:dict, scores:dict)->dict: # margin_NAME -> chosen over rejected
+# %% ../../nbs/export/04_folders.ipynb #dcecc0d5
+def signed_margins(row: dict, scores: dict) -> dict:  # margin_NAME -> chosen over rejected
     "Margins of a row from the score of its pair, if it has one."
-    if (s := scores.get(row["id"])) is None or {s.response_a, s.response_b} != {row["chosen"], row["rejected"]}: return {}
+    if (s := scores.get(row["id"])) is None or {s.response_a, s.response_b} != {row["chosen"], row["rejected"]}:
+        return {}
     return {f"margin_{k}": m if row["chosen"] == s.response_a else -m for k, m in s.margins.items()}
 
-def preference_set(file:Path, o:Origin)->list: # dicts with prompt, chosen, rejected as messages
+# %% ../../nbs/export/04_folders.ipynb #989afa96
+def preference_set(file: Path, o: Origin) -> list:  # dicts with prompt, chosen, rejected as messages
     "The rows of a preference file in the form that trl's trainers take, with margins."
-    scored = o.run/(parent_node(o.node) if file.name == "preferences.jsonl" else o.node)/"scores.jsonl"
+    scored = o.run / (parent_node(o.node) if file.name == "preferences.jsonl" else o.node) / "scores.jsonl"
     scores = {s.id: s for s in read_rows(scored, Score)} if scored.exists() else {}
     names, rows = [f"margin_{r}" for r in o.recipe.rewards], read_rows(file)
-    if not rows: raise ValueError(f"{file}: no pair in it, so nothing to export")
+    if not rows:
+        raise ValueError(f"{file}: no pair in it, so nothing to export")
     said = lambda role, text: [{"role": role, "content": text}]
-    return [{"prompt": messages(r["prompt"]), "chosen": said("assistant", r["chosen"]), "rejected": said("assistant", r["rejected"])} | {k: v for k, v in r.items() if k in ("id", "confidence")}
-            | dict.fromkeys(names) | signed_margins(r, scores) for r in rows]
+    return [
+        {
+            "prompt": messages(r["prompt"]),
+            "chosen": said("assistant", r["chosen"]),
+            "rejected": said("assistant", r["rejected"]),
+        }
+        | {k: v for k, v in r.items() if k in ("id", "confidence")}
+        | dict.fromkeys(names)
+        | signed_margins(r, scores)
+        for r in rows
+    ]
 
 # %% ../../nbs/export/04_folders.ipynb #3dcfd0af
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 
-def dataset_card(o:Origin, file:Path, made, place:str, licence:str|None=None): # huggingface_hub.DatasetCard
+
+def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = None):  # huggingface_hub.DatasetCard
     "The card of an exported preference set; `made` is the datasets.Dataset."
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard, DatasetCardData
+
     own, seeds = file.name == "agreed.jsonl", sum(m is None for m in made[f"margin_{o.recipe.rewards[0]}"])
-    data = DatasetCardData(license=licence or "unknown", pretty_name=f"{o.name}, preferences", size_categories=[SIZES[max(0, len(str(len(made))) - 3)]], tags=["preference", "dpo", "scir", "trl"])
-    MetadataConfigs({"default": {"data_files": [{"split": "train", "path": "data/train.parquet"}]}}).to_dataset_card_data(data)
+    data = DatasetCardData(
+        license=licence or "unknown",
+        pretty_name=f"{o.name}, preferences",
+        size_categories=[SIZES[max(0, len(str(len(made))) - 3)]],
+        tags=["preference", "dpo", "scir", "trl"],
+    )
+    MetadataConfigs(
+        {"default": {"data_files": [{"split": "train", "path": "data/train.parquet"}]}}
+    ).to_dataset_card_data(data)
     DatasetInfosDict({"default": made.info}).to_dataset_card_data(data)
     says = f"{len(made)} preference pairs. {len(made) - seeds} are {'this' if own else 'the previous'} model's own answers to prompts from {', '.join(map(shown, o.recipe.data.prompts))}: `chosen` is the side that {AGREED if own else LABELLERS[o.recipe.train.label]}; no person labelled them."
-    graded = f" or of the SFT model's answers, labelled by the program {shown(o.recipe.data.grader)}" if o.recipe.data.seed_prompts else ""
-    if seeds: says += f" {seeds} are labelled seed pairs from {', '.join(map(shown, o.recipe.data.pairs))}{graded}, trained on again against forgetting; they have no margins."
-    text = [f"# {data.pretty_name}", says, table([("prompt, chosen, rejected", "chat messages"), ("margin_*", "log-odds of chosen over rejected by each internal reward model of the model that answered"), *([("confidence", "weight of the chosen side")] if "confidence" in made.column_names else [])], ["column", "what"]),
-             f'```python\nfrom datasets import load_dataset\npairs = load_dataset("{place}", split="train")  # as it is for trl\'s DPOTrainer\n```', "## The run", table(facts(o), ["what", "value"]), "## Paper", f"```bibtex\n{PAPER}\n```"]
+    graded = (
+        f" or of the SFT model's answers, labelled by the program {shown(o.recipe.data.grader)}"
+        if o.recipe.data.seed_prompts
+        else ""
+    )
+    if seeds:
+        says += f" {seeds} are labelled seed pairs from {', '.join(map(shown, o.recipe.data.pairs))}{graded}, trained on again against forgetting; they have no margins."
+    text = [
+        f"# {data.pretty_name}",
+        says,
+        table(
+            [
+                ("prompt, chosen, rejected", "chat messages"),
+                (
+                    "margin_*",
+                    "log-odds of chosen over rejected by each internal reward model of the model that answered",
+                ),
+                *([("confidence", "weight of the chosen side")] if "confidence" in made.column_names else []),
+            ],
+            ["column", "what"],
+        ),
+        f'```python\nfrom datasets import load_dataset\npairs = load_dataset("{place}", split="train")  # as it is for trl\'s DPOTrainer\n```',
+        "## The run",
+        table(facts(o), ["what", "value"]),
+        "## Paper",
+        f"```bibtex\n{PAPER}\n```",
+    ]
     return DatasetCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *text]) + "\n")
 
-def export_dataset(model:str, out, licence:str|None=None, place:str|None=None)->dict: # rows, licence, files
+# %% ../../nbs/export/04_folders.ipynb #8045bc28
+def export_dataset(
+    model: str, out, licence: str | None = None, place: str | None = None
+) -> dict:  # rows, licence, files
     "The preferences a run's model was trained on, or its agreed.jsonl, as a folder that `datasets.load_dataset` reads: Parquet and a card."
     from datasets import Dataset, disable_progress_bars
+
     disable_progress_bars()
     o = origin(model)
     file = preference_file(model, o)
     check_done(o, "consistency" if file.name == "agreed.jsonl" else training(o), file.name)
     with whole_folder(out) as tmp:
         made = Dataset.from_list(preference_set(file, o))
-        (tmp/"data").mkdir()
-        made.to_parquet(tmp/"data"/"train.parquet")
+        (tmp / "data").mkdir()
+        made.to_parquet(tmp / "data" / "train.parquet")
         return described(tmp, dataset_card(o, file, made, place or Path(out).resolve().name, licence), rows=len(made))
+
 
 FOLDERS = {"adapter": export_adapter, "merged": export_merged, "dataset": export_dataset}
 
 # %% ../../nbs/export/04_folders.ipynb #fb520660
-def check_push(model:str, to:str, name:str)->None:
+def check_push(model: str, to: str, name: str) -> None:
     "Raise ValueError for a name that is not OWNER/NAME, without a token, and for an adapter whose base others cannot load."
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    try: validate_repo_id(name)
-    except HFValidationError as e: raise ValueError(f"--push {name}: {' '.join(str(e).split())}") from None
-    if name.count("/") != 1: raise ValueError(f"--push {name}: write it as OWNER/NAME")
-    base = origin(model).recipe.model.name
-    if to == "adapter" and (base in PUBLISHED or Path(base).is_dir()): raise ValueError(f"--push {name}: the adapter's base, {shown(base)}, is a folder of this machine, so nobody else could load it; push the merged model instead (--to merged)")
-    if not get_token(): raise ValueError(f"--push {name}: no token for the hub; run `hf auth login`, or set HF_TOKEN")
 
-def push(folder, name:str, to:str)->str: # URL of the commit
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise ValueError(f"--push {name}: {' '.join(str(e).split())}") from None
+    if name.count("/") != 1:
+        raise ValueError(f"--push {name}: write it as OWNER/NAME")
+    base = origin(model).recipe.model.name
+    if to == "adapter" and (base in PUBLISHED or Path(base).is_dir()):
+        raise ValueError(
+            f"--push {name}: the adapter's base, {shown(base)}, is a folder of this machine, so nobody else could load it; push the merged model instead (--to merged)"
+        )
+    if not get_token():
+        raise ValueError(f"--push {name}: no token for the hub; run `hf auth login`, or set HF_TOKEN")
+
+# %% ../../nbs/export/04_folders.ipynb #08384c11
+def push(folder, name: str, to: str) -> str:  # URL of the commit
     "Upload an exported folder to the hub, into a repository that is private unless it was there; the hub checks the card first. Raises ValueError in one line."
     from huggingface_hub import DatasetCard, HfApi, ModelCard
+
     kind, api, card = ("dataset", HfApi(), DatasetCard) if to == "dataset" else ("model", HfApi(), ModelCard)
     try:
-        card.load(Path(folder)/"README.md").validate(repo_type=kind)
+        card.load(Path(folder) / "README.md").validate(repo_type=kind)
         api.create_repo(name, private=True, repo_type=kind, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=name, repo_type=kind, commit_message="Exported by scir").commit_url)
+        return str(
+            api.upload_folder(
+                folder_path=folder, repo_id=name, repo_type=kind, commit_message="Exported by scir"
+            ).commit_url
+        )
     except Exception as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
-        why = {401: "the hub does not know the token; run `hf auth login`", 403: "the token may not write there; make one that may, then run `hf auth login`"}.get(status, " ".join(str(e).split()))
-        raise ValueError(f"--push {name}: {why}; the folder {folder} is complete, send it with: {shlex.join(['hf', 'upload', name, str(folder), '--repo-type', kind, '--private'])}") from e
+        why = {
+            401: "the hub does not know the token; run `hf auth login`",
+            403: "the token may not write there; make one that may, then run `hf auth login`",
+        }.get(status, " ".join(str(e).split()))
+        raise ValueError(
+            f"--push {name}: {why}; the folder {folder} is complete, send it with: {shlex.join(['hf', 'upload', name, str(folder), '--repo-type', kind, '--private'])}"
+        ) from e

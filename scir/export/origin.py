@@ -19,81 +19,118 @@ from ..store import hash_path, read_json
 # %% ../../nbs/export/02_origin.ipynb #8e36577f
 class Origin(NamedTuple):
     "A run's model and the run it comes from."
+
     run: Path
     node: str
-    recipe: Recipe # with the training section as this model's arm has it
+    recipe: Recipe  # with the training section as this model's arm has it
 
     @property
-    def name(self)->str: return "-".join([self.recipe.name, *self.node.split("/")])
+    def name(self) -> str:
+        return "-".join([self.recipe.name, *self.node.split("/")])
 
-def origin(model:str)->Origin:
+# %% ../../nbs/export/02_origin.ipynb #df262af0
+def origin(model: str) -> Origin:
     "Of a run's model, its adapter's folder or one of its files; raises ValueError for anything else and for M_0, which is the base itself."
     path = Path(model).parent if Path(model).name == "adapter" or Path(model).is_file() else Path(model)
-    if not (run := run_of(path)): raise ValueError(f"model {model}: not a run's model; adapter, merged and dataset are made from one, such as data/runs/smol/seed0/scir/m2")
-    node, recipe = path.relative_to(run).as_posix(), load_recipe(run/"recipe.yaml")
+    if not (run := run_of(path)):
+        raise ValueError(
+            f"model {model}: not a run's model; adapter, merged and dataset are made from one, such as data/runs/smol/seed0/scir/m2"
+        )
+    node, recipe = path.relative_to(run).as_posix(), load_recipe(run / "recipe.yaml")
     _, arm, t = node_parts(node)
-    if t == 0 and not arm: raise ValueError(f"model {model}: M_0 is the base model itself, nothing of it was made here")
+    if t == 0 and not arm:
+        raise ValueError(f"model {model}: M_0 is the base model itself, nothing of it was made here")
     return Origin(run, node, recipe.model_copy(update={"train": recipe.arm(arm)}) if arm and t else recipe)
 
-def training(o:Origin)->str:
+# %% ../../nbs/export/02_origin.ipynb #d88e4b83
+def training(o: Origin) -> str:
     "The stage that trained a model."
     _, arm, t = node_parts(o.node)
     return "sft" if t == 0 else "optimise" if arm else "warm_start"
 
-def records(o:Origin)->dict: # step key -> record
+# %% ../../nbs/export/02_origin.ipynb #09c0ee69
+def records(o: Origin) -> dict:  # step key -> record
     "The steps that are finished, by the run's manifest."
-    return read_json(o.run/"manifest.json", {}).get("steps", {})
+    return read_json(o.run / "manifest.json", {}).get("steps", {})
 
-def summary_of(o:Origin)->dict:
+# %% ../../nbs/export/02_origin.ipynb #de8b7613
+def summary_of(o: Origin) -> dict:
     "The record of the step that trained a model: summary, versions, commit."
     return records(o).get(f"{training(o)}:{o.node}", {})
 
 # %% ../../nbs/export/02_origin.ipynb #8e3b92f4
-def outdated(o:Origin, stage:str, file:str)->str: # the step, and what of it is another; empty where all is as it was
+def outdated(
+    o: Origin, stage: str, file: str
+) -> str:  # the step, and what of it is another; empty where all is as it was
     "Why a step that wrote `file` of a model, or one behind it, is not done as the recipe says now."
     from scir.runner.plan import Step
     from scir.runner.state import differences
     from scir.runner.state import inputs
-    steps, recipe, chain = records(o), load_recipe(o.run/"recipe.yaml"), [f"{stage}:{o.node}"]
+
+    steps, recipe, chain = records(o), load_recipe(o.run / "recipe.yaml"), [f"{stage}:{o.node}"]
     wrote = {f: (key, h) for key, r in steps.items() for f, h in r["outputs"].items()}
-    if chain[0] not in steps: return f"{chain[0]} is not done"
-    if wrote.get(f"{o.node}/{file}") != (chain[0], hash_path(o.run/o.node/file)): return f"{chain[0]} is stale: {o.node}/{file} is not what was written"
+    if chain[0] not in steps:
+        return f"{chain[0]} is not done"
+    if wrote.get(f"{o.node}/{file}") != (chain[0], hash_path(o.run / o.node / file)):
+        return f"{chain[0]} is stale: {o.node}/{file} is not what was written"
     for key in chain:
         before, now = steps[key].get("inputs", {}), inputs(recipe, o.run, Step(*key.split(":")))
         files = {k: wrote.get(k.removeprefix("file "), ("", "absent")) for k in before if k.startswith("file ")}
         now = {k: now[k] for k in before if k.startswith("field ") and k in now} | {k: h for k, (_, h) in files.items()}
-        why = differences({k: before[k] for k in now}, now) if before else ["made by an earlier version, which did not note what it read"]
-        if why or "incomplete" in steps[key]: return f"{key} is {'stale' if why else 'incomplete'}: {'; '.join(why) or steps[key]['incomplete']}"
+        why = (
+            differences({k: before[k] for k in now}, now)
+            if before
+            else ["made by an earlier version, which did not note what it read"]
+        )
+        if why or "incomplete" in steps[key]:
+            return f"{key} is {'stale' if why else 'incomplete'}: {'; '.join(why) or steps[key]['incomplete']}"
         chain += [k for k in dict.fromkeys(k for k, _ in files.values()) if k not in chain]
     return ""
 
-def check_done(o:Origin, stage:str, file:str)->None:
+# %% ../../nbs/export/02_origin.ipynb #eb669040
+def check_done(o: Origin, stage: str, file: str) -> None:
     "Raise ValueError for a file that is not what the recipe says now, since its card would be of another one."
-    if why := outdated(o, stage, file): raise ValueError(f"{o.run}: {why}; run `scir run` first")
+    if why := outdated(o, stage, file):
+        raise ValueError(f"{o.run}: {why}; run `scir run` first")
 
 # %% ../../nbs/export/02_origin.ipynb #423998e5
 PUBLISHED = {name: {"base_model": p["published"], "license": "apache-2.0"} for name, p in PACKAGED.items()}
 PUBLISHED["tiny-random"] = {"base_model": "tiny-random", "license": "apache-2.0"}
 
-def shown(source:str)->str:
+
+def shown(source: str) -> str:
     "A source or model as a card may name it."
     return Path(source).name if source.startswith((".", "/", "~")) else source
 
-def on_hub(source:str)->str|None: # owner/name
+# %% ../../nbs/export/02_origin.ipynb #357c87da
+def on_hub(source: str) -> str | None:  # owner/name
     "The hub's name of a data source; None for a file."
     from scir.data.load import FILE_KINDS
-    return None if Path(source).suffix in FILE_KINDS or source.startswith((".", "/")) else "/".join(source.partition(":")[0].split("/")[:2])
 
-def lineage(spec:ModelSpec)->dict: # base_model; license, license_name, license_link where its card tells
+    return (
+        None
+        if Path(source).suffix in FILE_KINDS or source.startswith((".", "/"))
+        else "/".join(source.partition(":")[0].split("/")[:2])
+    )
+
+# %% ../../nbs/export/02_origin.ipynb #52b8fb25
+def lineage(spec: ModelSpec) -> dict:  # base_model; license, license_name, license_link where its card tells
     "What is known of the base: of a built-in model from here, else from the model card in its folder or on the hub."
     from huggingface_hub import ModelCard
-    if spec.name in PUBLISHED: return PUBLISHED[spec.name]
+
+    if spec.name in PUBLISHED:
+        return PUBLISHED[spec.name]
     local = Path(spec.name)
-    try: data = ModelCard.load(local/"README.md" if local.is_dir() else spec.name, ignore_metadata_errors=True).data
-    except (OSError, ValueError, yaml.YAMLError): data = {}
+    try:
+        data = ModelCard.load(local / "README.md" if local.is_dir() else spec.name, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):
+        data = {}
     told = {k: data.get(k) for k in ("license", "license_name", "license_link")}
     return {"base_model": local.resolve().name if local.is_dir() else spec.name} | {k: v for k, v in told.items() if v}
 
-def licence_of(known:dict, said:str|None)->dict:
+# %% ../../nbs/export/02_origin.ipynb #4f20ea3f
+def licence_of(known: dict, said: str | None) -> dict:
     "The licence that was asked for, else the base's: a model that was made from another one stays under its licence. Else 'unknown', in so many words."
-    return {"license": said} if said else {k: v for k, v in known.items() if k != "base_model"} or {"license": "unknown"}
+    return (
+        {"license": said} if said else {k: v for k, v in known.items() if k != "base_model"} or {"license": "unknown"}
+    )

@@ -17,42 +17,57 @@ from ..model.logprobs import encode_chat, encode_piece, hidden_at, project
 @dataclass(frozen=True)
 class Verdicts:
     "Token ids that count as each verdict. Raised errors name the clash, before any model runs."
-    first: tuple # ids that say "the response shown first is better"
-    second: tuple # ids that say the other
+
+    first: tuple  # ids that say "the response shown first is better"
+    second: tuple  # ids that say the other
 
     def __post_init__(self):
-        if clash := set(self.first) & set(self.second): raise ValueError(f"judge: token ids {sorted(clash)} mean both verdicts; choose other verdict words")
+        if clash := set(self.first) & set(self.second):
+            raise ValueError(f"judge: token ids {sorted(clash)} mean both verdicts; choose other verdict words")
 
-def verdict_ids(tokenizer, word:str)->tuple:
+# %% ../../nbs/method/01_judge.ipynb #11e26f11
+def verdict_ids(tokenizer, word: str) -> tuple:
     "The single-token spellings of `word`, with and without a leading space; raises ValueError when it has none."
-    ids = {tuple(encode_piece(tokenizer, w)) for w in (word, " " + word)} | {tuple(tokenizer.encode(word, add_special_tokens=False))}
+    ids = {tuple(encode_piece(tokenizer, w)) for w in (word, " " + word)} | {
+        tuple(tokenizer.encode(word, add_special_tokens=False))
+    }
     single = tuple(sorted(i[0] for i in ids if len(i) == 1 and tokenizer.decode(i).strip() == word))
-    if not (single and word.strip()): raise ValueError(f"{word!r} is not a single token for this model's tokenizer ({sorted(ids)}), so it cannot be a verdict")
+    if not (single and word.strip()):
+        raise ValueError(
+            f"{word!r} is not a single token for this model's tokenizer ({sorted(ids)}), so it cannot be a verdict"
+        )
     return single
 
-def find_verdicts(tokenizer, words:tuple=("A", "B"))->Verdicts:
+# %% ../../nbs/method/01_judge.ipynb #80a88e17
+def find_verdicts(tokenizer, words: tuple = ("A", "B")) -> Verdicts:
     "The start-up check: both verdict words are single, distinct tokens."
     return Verdicts(*(verdict_ids(tokenizer, w) for w in words))
 
 # %% ../../nbs/method/01_judge.ipynb #e2888e61
-def judge_ids(tokenizer, judge, prompt:Prompted, first:str, second:str)->list:
+def judge_ids(tokenizer, judge, prompt: Prompted, first: str, second: str) -> list:
     "Ids of one presentation, a conversation as text; `judge` carries `template` (holes: {prompt}, {first}, {second}) and `system`."
-    return encode_chat(tokenizer, judge.template, {"prompt": as_text(prompt), "first": first, "second": second}, judge.system)
+    return encode_chat(
+        tokenizer, judge.template, {"prompt": as_text(prompt), "first": first, "second": second}, judge.system
+    )
 
-def check_template(tokenizer, judge)->None:
+# %% ../../nbs/method/01_judge.ipynb #f144bace
+def check_template(tokenizer, judge) -> None:
     "The start-up check: the chat template asks the judge's question, system message included. Raises ValueError with the model's name."
     judge_ids(tokenizer, judge, "", "", "")
 
-def verdict_margins(model,
-                    seqs:list, # B presentations, as ids
-                    verdicts:Verdicts,
-                    recompute:bool=False, # as in `hidden_at`
-                   )->tuple: # (B,) log-odds of the first response, (B,) log mass p(first)+p(second)
+# %% ../../nbs/method/01_judge.ipynb #2a9dc862
+def verdict_margins(
+    model,
+    seqs: list,  # B presentations, as ids
+    verdicts: Verdicts,
+    recompute: bool = False,  # as in `hidden_at`
+) -> tuple:  # (B,) log-odds of the first response, (B,) log mass p(first)+p(second)
     "Read the verdict at the last position of each presentation; its logits in float32, since bfloat16 knows them only to 1/16."
     hidden = hidden_at(model, seqs, [[len(s) - 1] for s in seqs], recompute)
     first, second = (project(model, hidden, list(ids)).logsumexp(-1) for ids in (verdicts.first, verdicts.second))
     return first - second, (torch.logaddexp(first, second) - project(model, hidden).logsumexp(-1)).clamp(max=0)
 
-def average_orders(m_ab:torch.Tensor, m_ba:torch.Tensor)->torch.Tensor:
+# %% ../../nbs/method/01_judge.ipynb #9c4fae52
+def average_orders(m_ab: torch.Tensor, m_ba: torch.Tensor) -> torch.Tensor:
     "Margin of a over b with the position bias cancelled."
     return (m_ab - m_ba) / 2

@@ -16,71 +16,90 @@ from ..recipe import LabelSpec, Recipe, TrainSpec
 from ..store import Journal, ResponseReward, Score, Vote, processes, rank, row_seed, share
 
 # %% ../../nbs/method/05_labels.ipynb #2c48c46f
-def agreed(score:Score)->float|None: # 1.0: all say a; 0.0: all say b; None: they differ
+def agreed(score: Score) -> float | None:  # 1.0: all say a; 0.0: all say b; None: they differ
     "The side that all internal models are on, as scored."
     m = score.margins.values()
     return 1.0 if all(v > 0 for v in m) else 0.0 if all(v < 0 for v in m) else None
 
 # %% ../../nbs/method/05_labels.ipynb #1aaacfab
-def candidates(score:Score)->tuple: # ids of a and b as in responses.jsonl
+def candidates(score: Score) -> tuple:  # ids of a and b as in responses.jsonl
     "`prompt/0-2` is about `prompt/0` and `prompt/2`."
     prompt, _, both = score.id.rpartition("/")
     return tuple(f"{prompt}/{c}" for c in both.split("-"))
 
-def standings(scores:list, name:str)->dict: # response id -> mean margin over its pairs
+# %% ../../nbs/method/05_labels.ipynb #e62c62a5
+def standings(scores: list, name: str) -> dict:  # response id -> mean margin over its pairs
     "How candidates stand by a pairwise reward model."
     margins = defaultdict(list)
     for s in scores:
-        for response, sign in zip(candidates(s), (1, -1)): margins[response].append(sign * s.margins[name])
+        for response, sign in zip(candidates(s), (1, -1)):
+            margins[response].append(sign * s.margins[name])
     return {r: sum(m) / len(m) for r, m in margins.items()}
 
-def best_against_worst(scores:list, standing:dict)->dict: # score id -> label, at most one per prompt
+# %% ../../nbs/method/05_labels.ipynb #56dbd1ab
+def best_against_worst(scores: list, standing: dict) -> dict:  # score id -> label, at most one per prompt
     "Of each prompt the scored pair whose sides stand furthest apart, labelled by which stands higher; ties are left out."
     widest = {}
     for s in scores:
         a, b = (standing.get(r) for r in candidates(s))
-        if a is None or b is None or a == b: continue
-        if abs(a - b) > abs(widest.get(s.prompt_id, (0.0, ""))[0]): widest[s.prompt_id] = a - b, s.id
+        if a is None or b is None or a == b:
+            continue
+        if abs(a - b) > abs(widest.get(s.prompt_id, (0.0, ""))[0]):
+            widest[s.prompt_id] = a - b, s.id
     return {i: float(gap > 0) for gap, i in widest.values()}
 
 # %% ../../nbs/method/05_labels.ipynb #4bde2704
-def _lengths(scores): return {r: len(ids) for s in scores for r, ids in zip(candidates(s), (s.ids_a, s.ids_b))}
+def _lengths(scores):
+    return {r: len(ids) for s in scores for r, ids in zip(candidates(s), (s.ids_a, s.ids_b))}
 
-def length_gap(scores:list, labels:dict)->float:
+# %% ../../nbs/method/05_labels.ipynb #b2fd30c9
+def length_gap(scores: list, labels: dict) -> float:
     "Mean of chosen minus rejected length over the labelled pairs, tokens."
     by_id = {s.id: len(s.ids_a) - len(s.ids_b) for s in scores}
-    return float(np.mean([by_id[i] if t > .5 else -by_id[i] for i, t in labels.items()])) if labels else 0.0
+    return float(np.mean([by_id[i] if t > 0.5 else -by_id[i] for i, t in labels.items()])) if labels else 0.0
 
-def without_length(scores:list, standing:dict)->tuple: # standings less alpha * length, alpha per token
+# %% ../../nbs/method/05_labels.ipynb #d70a2c74
+def without_length(scores: list, standing: dict) -> tuple:  # standings less alpha * length, alpha per token
     "DICE's length-regularised reward."
     lengths, slopes = _lengths(scores), {0.0}
     for s in scores:
         a, b = candidates(s)
-        if lengths[a] != lengths[b] and a in standing and b in standing: slopes.add((standing[a] - standing[b]) / (lengths[a] - lengths[b]))
+        if lengths[a] != lengths[b] and a in standing and b in standing:
+            slopes.add((standing[a] - standing[b]) / (lengths[a] - lengths[b]))
     slopes = np.quantile(sorted(x for x in slopes if x >= 0), np.linspace(0, 1, 101)).tolist()
     less = lambda alpha: {r: v - alpha * lengths[r] for r, v in standing.items()}
-    alpha = min((1.0000001 * x for x in slopes), key=lambda x: (abs(length_gap(scores, best_against_worst(scores, less(x)))), x))
+    alpha = min(
+        (1.0000001 * x for x in slopes), key=lambda x: (abs(length_gap(scores, best_against_worst(scores, less(x)))), x)
+    )
     return less(alpha), alpha
 
 # %% ../../nbs/method/05_labels.ipynb #b630f704
-def ranking_consistency(now:dict, before:dict)->float: # C in [0, 1]
+def ranking_consistency(now: dict, before: dict) -> float:  # C in [0, 1]
     "Mean over prompts of (Kendall's tau + 1) / 2; prompts with fewer than two candidates, or only ties, are passed over. 0.5 when none is left."
     from scipy.stats import kendalltau
+
     by_prompt = defaultdict(list)
     for r in now:
-        if before.get(r) is not None: by_prompt[r.rpartition("/")[0]].append((now[r], before[r]))
+        if before.get(r) is not None:
+            by_prompt[r.rpartition("/")[0]].append((now[r], before[r]))
     taus = [kendalltau(*zip(*pairs)).statistic for pairs in by_prompt.values() if len(pairs) > 1]
     taus = [t for t in taus if not math.isnan(t)]
     return float((np.mean(taus) + 1) / 2) if taus else 0.5
 
 # %% ../../nbs/method/05_labels.ipynb #57fb3b35
-def labels(scores:list, spec:TrainSpec, rewards:dict|None=None)->tuple: # score id -> P(a is chosen), notes for the summary
+def labels(
+    scores: list, spec: TrainSpec, rewards: dict | None = None
+) -> tuple:  # score id -> P(a is chosen), notes for the summary
     "Labels by `spec.label`; NaN stands for 'asked again at every step', -1 for 'in the penalty only'. `rewards` holds what `responses` gathered: response id -> name -> reward."
-    if spec.label == "agreement": return {s.id: math.nan for s in scores}, {}
-    if spec.label == "agreement-static": return {s.id: -1.0 if (t := agreed(s)) is None else t for s in scores}, {}
-    if spec.label in ("votes", "external"): return best_against_worst(scores, {r: v[spec.label] for r, v in rewards.items()}), {}
+    if spec.label == "agreement":
+        return {s.id: math.nan for s in scores}, {}
+    if spec.label == "agreement-static":
+        return {s.id: -1.0 if (t := agreed(s)) is None else t for s in scores}, {}
+    if spec.label in ("votes", "external"):
+        return best_against_worst(scores, {r: v[spec.label] for r, v in rewards.items()}), {}
     standing, notes = standings(scores, "implicit" if spec.label == "cream" else spec.label), {}
-    if spec.length_debias: standing, notes["alpha"] = without_length(scores, standing)
+    if spec.length_debias:
+        standing, notes["alpha"] = without_length(scores, standing)
     found = best_against_worst(scores, standing)
     if spec.label == "cream":
         notes["consistency"] = c = ranking_consistency(standing, {r: v["previous"] for r, v in rewards.items()})
@@ -88,24 +107,52 @@ def labels(scores:list, spec:TrainSpec, rewards:dict|None=None)->tuple: # score 
     return found, notes | {"length_gap": length_gap(scores, found)}
 
 # %% ../../nbs/method/05_labels.ipynb #5a8688f7
-def parse_vote(text:str)->float|None:
+def parse_vote(text: str) -> float | None:
     "Points of the last 'Score: N' in `text`, N from 0 to 5; None where there is none."
-    found = re.findall(r"score\W{0,8}?(?:is\W{0,3}|of\W{0,3})?(-?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*([0-9]+))?", text, re.IGNORECASE)
-    if not found: return None
+    found = re.findall(
+        r"score\W{0,8}?(?:is\W{0,3}|of\W{0,3})?(-?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*([0-9]+))?",
+        text,
+        re.IGNORECASE,
+    )
+    if not found:
+        return None
     points, scale = found[-1]
     return float(points) if 0 <= float(points) <= 5 and scale in ("", "5") else None
 
 # %% ../../nbs/method/05_labels.ipynb #764d0499
-def vote(engine, # what decodes: (jobs, spec) -> rows
-         tokenizer, responses:list, spec:LabelSpec, judge_system:str|None, batch_size:int, out, seed:int=0)->dict: # response id -> mean points, or None
+def vote(
+    engine,  # what decodes: (jobs, spec) -> rows
+    tokenizer,
+    responses: list,
+    spec: LabelSpec,
+    judge_system: str | None,
+    batch_size: int,
+    out,
+    seed: int = 0,
+) -> dict:  # response id -> mean points, or None
     "`spec.votes` sampled votes on every response; `out` keeps their texts and is continued after a kill."
     from scir.data.chat import as_text
     from scir.model.logprobs import encode_chat
     from scir.recipe import SamplingSpec
     from scir.model.decoding import text_of
     from tqdm.auto import tqdm
-    journal, how = Journal(out, Vote), SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
-    jobs = [(f"{r.id}/{n}", encode_chat(tokenizer, spec.vote_template, {"prompt": as_text(r.prompt), "response": r.response}, judge_system)) for r in responses for n in range(spec.votes)]
+
+    journal, how = (
+        Journal(out, Vote),
+        SamplingSpec(
+            temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.vote_tokens, batch_size=batch_size
+        ),
+    )
+    jobs = [
+        (
+            f"{r.id}/{n}",
+            encode_chat(
+                tokenizer, spec.vote_template, {"prompt": as_text(r.prompt), "response": r.response}, judge_system
+            ),
+        )
+        for r in responses
+        for n in range(spec.votes)
+    ]
     left = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
     rows = engine(share(left), how)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="votes", unit="vote", disable=rank() > 0) as bar:
@@ -114,31 +161,47 @@ def vote(engine, # what decodes: (jobs, spec) -> rows
             journal.add(Vote(id=key, text=text, points=parse_vote(text)))
             bar.update(min(processes(), bar.total - bar.n))
     points = defaultdict(list)
-    for v in journal.finish([key for key, _ in jobs]): points[v.id.rpartition("/")[0]].append(v.points)
+    for v in journal.finish([key for key, _ in jobs]):
+        points[v.id.rpartition("/")[0]].append(v.points)
     return {r: _mean([p for p in ps if p is not None]) for r, ps in points.items()}
 
-def _mean(values): return sum(values) / len(values) if values else None
+
+def _mean(values):
+    return sum(values) / len(values) if values else None
 
 # %% ../../nbs/method/05_labels.ipynb #c1ae319d
-def previous_rewards(scores:list, recipe:Recipe, logps:dict|None=None)->dict: # response id -> reward under M_{t-1}
+def previous_rewards(
+    scores: list, recipe: Recipe, logps: dict | None = None
+) -> dict:  # response id -> reward under M_{t-1}
     "Implicit reward of every candidate under M_{t-1}, given its log-probs (response id -> nats); without them M_{t-1} is M_0, and its log-prob per token ranks."
     out = {}
     for s in scores:
         for response, ids, reference in zip(candidates(s), (s.ids_a, s.ids_b), s.reference_logps):
-            if logps is None: out[response] = reference / len(ids)
-            else: out[response] = recipe.train.beta * (logps[response] - reference) / (len(ids) if recipe.train.implicit_length == "per_token" else 1)
+            if logps is None:
+                out[response] = reference / len(ids)
+            else:
+                out[response] = (
+                    recipe.train.beta
+                    * (logps[response] - reference)
+                    / (len(ids) if recipe.train.implicit_length == "per_token" else 1)
+                )
     return out
 
 # %% ../../nbs/method/05_labels.ipynb #58bada5f
 OUTSIDE = {"votes": "votes", "cream": "previous", "external": "external"}  # label -> what it needs of each response
 
-def needed_rewards(recipe:Recipe, arm:str|None)->list: # names, in the order of OUTSIDE
+
+def needed_rewards(recipe: Recipe, arm: str | None) -> list:  # names, in the order of OUTSIDE
     "What the arms trained from a model of `arm` (None: from M_1, all of them) need besides the internal models."
     arms = [arm] if arm else [a for a in recipe.arms if a != "sft"]
     return [name for label, name in OUTSIDE.items() if label in {recipe.arm(a).label for a in arms}]
 
-def gather(needed:list, calls:dict, responses:list)->tuple: # list of ResponseReward, summary
+
+def gather(needed: list, calls: dict, responses: list) -> tuple:  # list of ResponseReward, summary
     "Call each needed reward (name -> () -> {response id: reward or None}) and put them side by side."
     found = {name: calls[name]() for name in needed}
-    rows = [ResponseReward(id=r.id, prompt_id=r.prompt_id, rewards={n: found[n].get(r.id) for n in needed}) for r in responses]
+    rows = [
+        ResponseReward(id=r.id, prompt_id=r.prompt_id, rewards={n: found[n].get(r.id) for n in needed})
+        for r in responses
+    ]
     return rows, {f"without {n}": sum(r.rewards[n] is None for r in rows) for n in needed} | {"responses": len(rows)}

@@ -14,86 +14,113 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 # %% ../../nbs/method/03_loss.ipynb #a2cb372c
-def implicit_margin(policy_logps:torch.Tensor, # (B, 2) float32, log pi_theta of a and b
-                    reference_logps:torch.Tensor, # (B, 2) float32
-                    beta:float, # strength of the tie to the reference, per nat
-                    lengths:torch.Tensor|None=None, # (B, 2) response tokens: given, log-ratios are per token
-                   )->torch.Tensor: # (B,)
+def implicit_margin(
+    policy_logps: torch.Tensor,  # (B, 2) float32, log pi_theta of a and b
+    reference_logps: torch.Tensor,  # (B, 2) float32
+    beta: float,  # strength of the tie to the reference, per nat
+    lengths: torch.Tensor | None = None,  # (B, 2) response tokens: given, log-ratios are per token
+) -> torch.Tensor:  # (B,)
     "The DPO reward margin of a over b (arXiv:2305.18290, eq. 5)."
     ratio = policy_logps - reference_logps
-    if lengths is not None: ratio = ratio / lengths
+    if lengths is not None:
+        ratio = ratio / lengths
     return beta * (ratio[:, 0] - ratio[:, 1])
 
-def symmetric_kl(m_i:torch.Tensor, m_j:torch.Tensor)->torch.Tensor:
+# %% ../../nbs/method/03_loss.ipynb #ef6e6277
+def symmetric_kl(m_i: torch.Tensor, m_j: torch.Tensor) -> torch.Tensor:
     "Half the symmetric KL between Bernoulli(sigmoid(m_i)) and Bernoulli(sigmoid(m_j)), nats."
     return (m_i.sigmoid() - m_j.sigmoid()) * (m_i - m_j) / 2
 
-def entropy(m:torch.Tensor)->torch.Tensor:
+# %% ../../nbs/method/03_loss.ipynb #8b13f24c
+def entropy(m: torch.Tensor) -> torch.Tensor:
     "Entropy of Bernoulli(sigmoid(m)), nats."
     p = m.sigmoid()
     return p * softplus(-m) + (1 - p) * softplus(m)
 
-def dpo_loss(margin:torch.Tensor, target:torch.Tensor)->torch.Tensor:
+# %% ../../nbs/method/03_loss.ipynb #bf2fd2dc
+def dpo_loss(margin: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     "Per-pair DPO loss; `target` is the probability that a is the chosen side (0 or 1, or between for soft labels)."
     return -target * logsigmoid(margin) - (1 - target) * logsigmoid(-margin)
 
 # %% ../../nbs/method/03_loss.ipynb #9bf856c6
-def agreed_side(margins:torch.Tensor, # (K, B)
-               )->tuple: # (B,) bool mask, (B,) float target in {0, 1}
+def agreed_side(
+    margins: torch.Tensor,  # (K, B)
+) -> tuple:  # (B,) bool mask, (B,) float target in {0, 1}
     "Which pairs all models agree on, and whether a is the side they agree on."
     m = margins.detach()
     a, b = (m > 0).all(0), (m < 0).all(0)
     return a | b, a.float()
 
-def confidence_gate(margins:torch.Tensor, tau:float)->torch.Tensor:
+
+def confidence_gate(margins: torch.Tensor, tau: float) -> torch.Tensor:
     "(B,) 1.0 where the most confident model is beyond `tau` in probability; tau <= 0.5 opens it for all."
-    if tau <= 0.5: return torch.ones_like(margins[0])
+    if tau <= 0.5:
+        return torch.ones_like(margins[0])
     p = margins.detach().sigmoid()
     return (torch.maximum(p, 1 - p).max(0).values > tau).float()
 
 # %% ../../nbs/method/03_loss.ipynb #bf527d82
-def who_moves(m_i:torch.Tensor, m_j:torch.Tensor, i:str, j:str, moves:str)->tuple: # the same margins
+def who_moves(m_i: torch.Tensor, m_j: torch.Tensor, i: str, j: str, moves: str) -> tuple:  # the same margins
     "Stop the gradient of the reward model that teaches; `i` and `j` are the two models' names."
-    if moves == "both": return m_i, m_j
+    if moves == "both":
+        return m_i, m_j
     if moves == "less_confident":
         teaches = m_i.detach().abs() >= m_j.detach().abs()
         return torch.where(teaches, m_i.detach(), m_i), torch.where(teaches, m_j, m_j.detach())
     return (m_i if i == moves else m_i.detach()), (m_j if j == moves else m_j.detach())
 
+# %% ../../nbs/method/03_loss.ipynb #db4f7740
 class SCIRLoss(NamedTuple):
-    loss: torch.Tensor # scalar
-    mask: torch.Tensor # (B,) bool, pairs that entered the DPO term
-    side: torch.Tensor # (B,) P(a is chosen), which counts where mask is True
-    metrics: dict # name -> float
+    loss: torch.Tensor  # scalar
+    mask: torch.Tensor  # (B,) bool, pairs that entered the DPO term
+    side: torch.Tensor  # (B,) P(a is chosen), which counts where mask is True
+    metrics: dict  # name -> float
 
-def scir_loss(margins:dict, # reward model -> (B,) margin of a over b; holds every internal model
-              dpo_margin:torch.Tensor, # (B,) implicit margin, the one that DPO trains
-              *,
-              lambda_consistency:float=1.0, # weight of the symmetric KL
-              lambda_confidence:float=0.1, # weight of the entropy
-              tau:float=0.5, # confidence gate of the penalty, a probability; 0.5 leaves it open
-              moves:str="less_confident", # whom the penalty moves: "both" models, the "less_confident" one, or the one of this name
-              agreement:bool=True, # train only on pairs where all agree (False: all pairs, side by mean margin)
-              target:torch.Tensor|None=None, # (B,) P(a is chosen) where a pair has a fixed label; NaN, or no tensor: the models are asked now; -1: in the penalty only
-             )->SCIRLoss:
+# %% ../../nbs/method/03_loss.ipynb #81797bf7
+def scir_loss(
+    margins: dict,  # reward model -> (B,) margin of a over b; holds every internal model
+    dpo_margin: torch.Tensor,  # (B,) implicit margin, the one that DPO trains
+    *,
+    lambda_consistency: float = 1.0,  # weight of the symmetric KL
+    lambda_confidence: float = 0.1,  # weight of the entropy
+    tau: float = 0.5,  # confidence gate of the penalty, a probability; 0.5 leaves it open
+    moves: str = "less_confident",  # whom the penalty moves: "both" models, the "less_confident" one, or the one of this name
+    agreement: bool = True,  # train only on pairs where all agree (False: all pairs, side by mean margin)
+    target: torch.Tensor
+    | None = None,  # (B,) P(a is chosen) where a pair has a fixed label; NaN, or no tensor: the models are asked now; -1: in the penalty only
+) -> SCIRLoss:
     "L = lambda_c L_cons + lambda_h L_conf + mask L_DPO, each a mean over the B pairs of the batch."
     m = torch.stack(list(margins.values()))
     pairs = list(combinations(margins, 2))
-    penalty = lambda i, j: confidence_gate(torch.stack([margins[i], margins[j]]), tau) * symmetric_kl(*who_moves(margins[i], margins[j], i, j, moves))
+    penalty = lambda i, j: (
+        confidence_gate(torch.stack([margins[i], margins[j]]), tau)
+        * symmetric_kl(*who_moves(margins[i], margins[j], i, j, moves))
+    )
     consistency = sum(penalty(i, j).mean() for i, j in pairs) / max(len(pairs), 1) + (m * 0).sum()
     confidence = entropy(m).mean()
     mask, side = agreed_side(m)
-    if not agreement: mask, side = torch.ones_like(mask), (m.detach().mean(0) > 0).float()
-    if target is not None: mask, side = torch.where(target.isnan(), mask, target >= 0), torch.where(target.isnan(), side, target.clamp(min=0))
+    if not agreement:
+        mask, side = torch.ones_like(mask), (m.detach().mean(0) > 0).float()
+    if target is not None:
+        mask, side = (
+            torch.where(target.isnan(), mask, target >= 0),
+            torch.where(target.isnan(), side, target.clamp(min=0)),
+        )
     dpo = (mask * dpo_loss(dpo_margin, side)).mean()
     loss = lambda_consistency * consistency + lambda_confidence * confidence + dpo
     return SCIRLoss(loss, mask, side, _metrics(margins, dpo_margin, mask, side, consistency, confidence, dpo))
 
+
 def _metrics(margins, dpo_margin, mask, side, consistency, confidence, dpo):
     m = torch.stack(list(margins.values())).detach()
-    signed = (side - .5).sign() * dpo_margin.detach()
-    out = {"loss_consistency": consistency, "loss_confidence": confidence, "loss_dpo": dpo,
-           "retained": mask.float().mean(), "inconsistency": 1 - agreed_side(m)[0].float().mean(),
-           "margin": (mask * signed).sum() / mask.sum().clamp(min=1)}
+    signed = (side - 0.5).sign() * dpo_margin.detach()
+    out = {
+        "loss_consistency": consistency,
+        "loss_confidence": confidence,
+        "loss_dpo": dpo,
+        "retained": mask.float().mean(),
+        "inconsistency": 1 - agreed_side(m)[0].float().mean(),
+        "margin": (mask * signed).sum() / mask.sum().clamp(min=1),
+    }
     out |= {f"abs_margin_{name}": v.abs().mean() for name, v in margins.items()}
     return {k: v.detach() for k, v in out.items()}

@@ -22,6 +22,7 @@ from ..recipe import Recipe, RecipeError
 @dataclass
 class Pair:
     "Two responses to one prompt, encoded."
+
     id: str
     prompt: Prompted
     response_a: str
@@ -29,49 +30,65 @@ class Pair:
     prompt_ids: list
     ids_a: list
     ids_b: list
-    reference_logps: tuple = (0.0, 0.0) # log pi_ref of a and b, nats
-    target: float = float("nan") # P(a is the chosen side) where it is fixed beforehand
-    extra: dict = field(default_factory=dict) # whatever the rows carried besides
+    reference_logps: tuple = (0.0, 0.0)  # log pi_ref of a and b, nats
+    target: float = float("nan")  # P(a is the chosen side) where it is fixed beforehand
+    extra: dict = field(default_factory=dict)  # whatever the rows carried besides
 
-def text_pair(tokenizer, id:str, prompt:Prompted, a:str, b:str, **kw)->Pair:
+# %% ../../nbs/method/02_rewards.ipynb #3033f055
+def text_pair(tokenizer, id: str, prompt: Prompted, a: str, b: str, **kw) -> Pair:
     "A pair of written responses; each ends with the end-of-turn id."
-    return Pair(id, prompt, a, b, encode_prompt(tokenizer, prompt), encode_response(tokenizer, a), encode_response(tokenizer, b), **kw)
+    return Pair(
+        id,
+        prompt,
+        a,
+        b,
+        encode_prompt(tokenizer, prompt),
+        encode_response(tokenizer, a),
+        encode_response(tokenizer, b),
+        **kw,
+    )
 
 # %% ../../nbs/method/02_rewards.ipynb #b564d79b
 @dataclass
 class View:
     "A batch of pairs seen by one model. What several reward models need is computed once."
+
     model: object
     tokenizer: object
-    pairs: list # of Pair
+    pairs: list  # of Pair
     recipe: Recipe
 
     @property
-    def recompute(self)->bool:
+    def recompute(self) -> bool:
         "Whether backward runs each sequence again instead of keeping what it needs."
         return self.recipe.model.gradient_checkpointing == "sequences"
 
     @cached_property
-    def logps(self)->torch.Tensor: # (B, 2) float32
+    def logps(self) -> torch.Tensor:  # (B, 2) float32
         "log pi_theta of both responses."
         p = self.pairs
-        both = response_logps(self.model, [x.prompt_ids for x in p] * 2, [x.ids_a for x in p] + [x.ids_b for x in p], recompute=self.recompute)
+        both = response_logps(
+            self.model,
+            [x.prompt_ids for x in p] * 2,
+            [x.ids_a for x in p] + [x.ids_b for x in p],
+            recompute=self.recompute,
+        )
         return both.view(2, -1).T
 
     @cached_property
-    def reference_logps(self)->torch.Tensor: # (B, 2) float32
+    def reference_logps(self) -> torch.Tensor:  # (B, 2) float32
         return torch.tensor([p.reference_logps for p in self.pairs], device=self.logps.device)
 
     @cached_property
-    def lengths(self)->torch.Tensor: # (B, 2) response tokens
+    def lengths(self) -> torch.Tensor:  # (B, 2) response tokens
         return torch.tensor([[len(p.ids_a), len(p.ids_b)] for p in self.pairs], device=self.logps.device)
 
     @cached_property
-    def verdicts(self)->Verdicts:
+    def verdicts(self) -> Verdicts:
         return find_verdicts(self.tokenizer, self.recipe.judge.verdicts)
 
     @cached_property
-    def orders(self)->tuple: # (2, B) log-odds for the first shown (a first, b first), (2, B) log verdict mass
+    def orders(self) -> tuple:  # (2, B) log-odds for the first shown (a first, b first), (2, B) log verdict mass
         "The judge's reading of both orders."
         ab = [judge_ids(self.tokenizer, self.recipe.judge, p.prompt, p.response_a, p.response_b) for p in self.pairs]
         ba = [judge_ids(self.tokenizer, self.recipe.judge, p.prompt, p.response_b, p.response_a) for p in self.pairs]
@@ -81,48 +98,60 @@ class View:
 # %% ../../nbs/method/02_rewards.ipynb #881a5b4f
 REWARDS = {}
 
+
 def reward(function):
     "Register an internal reward model under its function's name."
     REWARDS[function.__name__] = function
     return function
 
+# %% ../../nbs/method/02_rewards.ipynb #6ee77472
 @reward
-def generative(view:View)->torch.Tensor:
+def generative(view: View) -> torch.Tensor:
     "GRM: the judge's verdict, both orders, from the logits."
     return average_orders(*view.orders[0])
 
+# %% ../../nbs/method/02_rewards.ipynb #dc75636e
 @reward
-def implicit(view:View)->torch.Tensor:
+def implicit(view: View) -> torch.Tensor:
     "IRM: the DPO reward against the reference."
     t = view.recipe.train
-    return implicit_margin(view.logps, view.reference_logps, t.beta, view.lengths if t.implicit_length == "per_token" else None)
+    return implicit_margin(
+        view.logps, view.reference_logps, t.beta, view.lengths if t.implicit_length == "per_token" else None
+    )
 
 # %% ../../nbs/method/02_rewards.ipynb #9613d87e
 YES_NO = ("Yes", "No")
 POINTWISE = "Question: {prompt}\n\nAnswer: {response}\n\nIs this a good answer, Yes or No?"
 
+
 @reward
-def pointwise(view:View)->torch.Tensor:
+def pointwise(view: View) -> torch.Tensor:
     "Log-odds of Yes for a, minus those for b."
     verdicts = find_verdicts(view.tokenizer, YES_NO)
-    seqs = [encode_chat(view.tokenizer, POINTWISE, {"prompt": as_text(p.prompt), "response": r}, view.recipe.judge.system)
-            for side in ("response_a", "response_b") for p in view.pairs for r in [getattr(p, side)]]
+    seqs = [
+        encode_chat(view.tokenizer, POINTWISE, {"prompt": as_text(p.prompt), "response": r}, view.recipe.judge.system)
+        for side in ("response_a", "response_b")
+        for p in view.pairs
+        for r in [getattr(p, side)]
+    ]
     a, b = verdict_margins(view.model, seqs, verdicts, view.recompute)[0].view(2, -1)
     return a - b
 
 # %% ../../nbs/method/02_rewards.ipynb #25ab8dc5
 @reward
-def longer(view:View)->torch.Tensor:
+def longer(view: View) -> torch.Tensor:
     "How much longer a is than b, in words; no gradient. A control."
     words = [len(p.response_a.split()) - len(p.response_b.split()) for p in view.pairs]
     return torch.tensor(words, dtype=torch.float32, device=view.model.device)
 
 # %% ../../nbs/method/02_rewards.ipynb #1d79f4c2
-def check_rewards(recipe:Recipe)->None:
+def check_rewards(recipe: Recipe) -> None:
     "Raise RecipeError for reward models that nobody registered, with the known names."
-    if unknown := [r for r in recipe.rewards if r not in REWARDS]: raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
+    if unknown := [r for r in recipe.rewards if r not in REWARDS]:
+        raise RecipeError(f"rewards: {', '.join(unknown)} not registered; known: {', '.join(REWARDS)}")
 
-def margins(view:View)->dict: # name -> (B,) float32
+
+def margins(view: View) -> dict:  # name -> (B,) float32
     "Every reward model the recipe names."
     check_rewards(view.recipe)
     return {name: REWARDS[name](view) for name in view.recipe.rewards}

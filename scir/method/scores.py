@@ -22,81 +22,160 @@ from .rewards import Pair, View, margins
 from ..store import Journal, Response, Score, exchange, processes, rank, row_seed, share, sharded
 
 # %% ../../nbs/method/04_scores.ipynb #6fffa2fe
-def candidate_pairs(tokenizer, responses:list, per_prompt:int|None=None, seed:int=0)->tuple: # list of Pair, drops by reason
+def candidate_pairs(
+    tokenizer, responses: list, per_prompt: int | None = None, seed: int = 0
+) -> tuple:  # list of Pair, drops by reason
     "Pairs of candidates, at most `per_prompt` of each prompt, chosen by the row's seed."
     pairs, dropped = [], Counter()
     for key, group in groupby(sorted(responses, key=lambda r: (r.prompt_id, r.candidate)), key=lambda r: r.prompt_id):
         usable = []
         for a, b in combinations(group, 2):
-            reason = "empty response" if not (a.response.strip() and b.response.strip()) else "equal responses" if a.response.strip() == b.response.strip() else None
-            if reason: dropped[reason] += 1
-            else: usable.append((a, b))
+            reason = (
+                "empty response"
+                if not (a.response.strip() and b.response.strip())
+                else "equal responses"
+                if a.response.strip() == b.response.strip()
+                else None
+            )
+            if reason:
+                dropped[reason] += 1
+            else:
+                usable.append((a, b))
         random.Random(row_seed(seed, key)).shuffle(usable)
         pairs += [_sampled_pair(tokenizer, a, b) for a, b in usable[:per_prompt]]
     return pairs, dict(dropped)
 
-def _sampled_pair(tokenizer, a:Response, b:Response):
-    return Pair(f"{a.prompt_id}/{a.candidate}-{b.candidate}", a.prompt, a.response, b.response, encode_prompt(tokenizer, a.prompt),
-                a.response_ids, b.response_ids, extra={"prompt_id": a.prompt_id})
 
-def label_by_grader(pairs:list, name:str|None)->None:
+def _sampled_pair(tokenizer, a: Response, b: Response):
+    return Pair(
+        f"{a.prompt_id}/{a.candidate}-{b.candidate}",
+        a.prompt,
+        a.response,
+        b.response,
+        encode_prompt(tokenizer, a.prompt),
+        a.response_ids,
+        b.response_ids,
+        extra={"prompt_id": a.prompt_id},
+    )
+
+# %% ../../nbs/method/04_scores.ipynb #65670320
+def label_by_grader(pairs: list, name: str | None) -> None:
     "Fill in the true label of every pair by the named grader: 'a', 'b', or None for a tie. Without a name all stay unlabelled."
     grader = find_grader(name) if name else None
-    for p in pairs: p.extra["label"] = better_side(grader, p.prompt, p.response_a, p.response_b) if grader else None
+    for p in pairs:
+        p.extra["label"] = better_side(grader, p.prompt, p.response_a, p.response_b) if grader else None
 
-def drawn_side(row)->bool:
+# %% ../../nbs/method/04_scores.ipynb #828dfacc
+def drawn_side(row) -> bool:
     "Whether the chosen side is shown as a: by the row's id, so that the label is no constant."
     return bool(row_seed(0, row.id) % 2)
 
-def labelled_pairs(tokenizer, rows:list, max_prompt:int, max_response:int, limit:int|None=None, chosen_is_a=drawn_side)->tuple: # list of Pair, drops by reason
+# %% ../../nbs/method/04_scores.ipynb #d7ee39c5
+def labelled_pairs(
+    tokenizer, rows: list, max_prompt: int, max_response: int, limit: int | None = None, chosen_is_a=drawn_side
+) -> tuple:  # list of Pair, drops by reason
     "The first `limit` labelled pairs that are short enough, as scoring input."
     pairs, dropped = [], Counter()
     for r in rows:
-        if len(pairs) == limit: break
-        prompt, ids = encode_prompt(tokenizer, r.prompt), {s: encode_response(tokenizer, getattr(r, s)) for s in ("chosen", "rejected")}
-        if len(prompt) > max_prompt: dropped["prompt too long"] += 1
-        elif max(map(len, ids.values())) > max_response: dropped["response too long"] += 1
+        if len(pairs) == limit:
+            break
+        prompt, ids = (
+            encode_prompt(tokenizer, r.prompt),
+            {s: encode_response(tokenizer, getattr(r, s)) for s in ("chosen", "rejected")},
+        )
+        if len(prompt) > max_prompt:
+            dropped["prompt too long"] += 1
+        elif max(map(len, ids.values())) > max_response:
+            dropped["response too long"] += 1
         else:
             a, b = ("chosen", "rejected") if chosen_is_a(r) else ("rejected", "chosen")
-            pairs.append(Pair(r.id, r.prompt, getattr(r, a), getattr(r, b), prompt, ids[a], ids[b], target=float(a == "chosen"),
-                              extra={"prompt_id": r.id, "label": "a" if a == "chosen" else "b", "subset": r.subset}))
-    if not pairs: raise ValueError(f"no labelled pair is short enough; dropped {dict(dropped)}; raise data.max_prompt_tokens or data.max_response_tokens")
+            pairs.append(
+                Pair(
+                    r.id,
+                    r.prompt,
+                    getattr(r, a),
+                    getattr(r, b),
+                    prompt,
+                    ids[a],
+                    ids[b],
+                    target=float(a == "chosen"),
+                    extra={"prompt_id": r.id, "label": "a" if a == "chosen" else "b", "subset": r.subset},
+                )
+            )
+    if not pairs:
+        raise ValueError(
+            f"no labelled pair is short enough; dropped {dict(dropped)}; raise data.max_prompt_tokens or data.max_response_tokens"
+        )
     return pairs, dict(dropped)
 
 # %% ../../nbs/method/04_scores.ipynb #70ae28a2
-def scored_pairs(tokenizer, scores:list)->list: # of Pair
+def scored_pairs(tokenizer, scores: list) -> list:  # of Pair
     "Scored pairs of sampled responses as input again: for training, or for another model."
-    return [Pair(s.id, s.prompt, s.response_a, s.response_b, encode_prompt(tokenizer, s.prompt), s.ids_a, s.ids_b, s.reference_logps, extra={"prompt_id": s.prompt_id, "truth": s.label}) for s in scores]
+    return [
+        Pair(
+            s.id,
+            s.prompt,
+            s.response_a,
+            s.response_b,
+            encode_prompt(tokenizer, s.prompt),
+            s.ids_a,
+            s.ids_b,
+            s.reference_logps,
+            extra={"prompt_id": s.prompt_id, "truth": s.label},
+        )
+        for s in scores
+    ]
 
-def response_table(model, pairs:list, budget:int, desc:str)->dict: # response id -> log-prob, nats
+# %% ../../nbs/method/04_scores.ipynb #2027df62
+def response_table(model, pairs: list, budget: int, desc: str) -> dict:  # response id -> log-prob, nats
     "Log-probability of every candidate, by its id in responses.jsonl."
     from scir.method.labels import candidates
-    return {r: logp for p, both in zip(pairs, pair_logps(model, pairs, budget, desc)) for r, logp in zip(candidates(p), both)}
+
+    return {
+        r: logp
+        for p, both in zip(pairs, pair_logps(model, pairs, budget, desc))
+        for r, logp in zip(candidates(p), both)
+    }
 
 # %% ../../nbs/method/04_scores.ipynb #e18b833b
 @contextmanager
 def as_reference(model):
     "Inside, `model` is pi_ref."
-    if not hasattr(model, "disable_adapter"): yield  # M_0 itself
+    if not hasattr(model, "disable_adapter"):
+        yield  # M_0 itself
     elif "reference" in model.peft_config:
         model.set_adapter("reference")
-        try: yield
-        finally: model.set_adapter("default")
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
     else:
-        with model.disable_adapter(): yield
+        with model.disable_adapter():
+            yield
+
 
 def _together(pairs, sizes, budget, read):
     "`read` on this process's share of batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].prompt_ids), pairs[i].prompt_ids))
     parts = [[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)]
-    idle = sharded() and len(share(parts)) < len(parts[::processes()])  # the others have one batch more, for which all gather the weights
+    idle = sharded() and len(share(parts)) < len(
+        parts[:: processes()]
+    )  # the others have one batch more, for which all gather the weights
     return in_batches(read, share(parts) + parts[:idle], sizes)
 
+# %% ../../nbs/method/04_scores.ipynb #eb16bd75
 @torch.no_grad()
-def pair_logps(model, pairs:list, budget:int, desc:str)->list: # of (log-prob of a, log-prob of b), nats
+def pair_logps(model, pairs: list, budget: int, desc: str) -> list:  # of (log-prob of a, log-prob of b), nats
     "Log-probabilities of both responses of every pair."
     out, sizes = {}, [2 * len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b) for p in pairs]
-    def read(rows): return response_logps(model, [pairs[i].prompt_ids for i in rows for _ in "ab"], [ids for i in rows for ids in (pairs[i].ids_a, pairs[i].ids_b)])
+
+    def read(rows):
+        return response_logps(
+            model,
+            [pairs[i].prompt_ids for i in rows for _ in "ab"],
+            [ids for i in rows for ids in (pairs[i].ids_a, pairs[i].ids_b)],
+        )
+
     with tqdm(total=len(pairs), desc=desc, unit="pair", disable=rank() > 0) as bar:
         for rows, logps in _together(pairs, sizes, budget, read):
             out |= dict(zip(rows, map(tuple, logps.view(-1, 2).tolist())))
@@ -104,32 +183,63 @@ def pair_logps(model, pairs:list, budget:int, desc:str)->list: # of (log-prob of
     out = dict(chain(*(found.items() for found in exchange(out))))
     return [out[i] for i in range(len(pairs))]
 
-def set_reference(model, pairs:list, budget:int, reference=as_reference)->None:
+# %% ../../nbs/method/04_scores.ipynb #2d2b8ee2
+def set_reference(model, pairs: list, budget: int, reference=as_reference) -> None:
     "Fill in `reference_logps` of every pair; `reference=nullcontext` takes the policy as it is now."
-    with reference(model): found = pair_logps(model, pairs, budget, "reference log-probs")
-    for p, logps in zip(pairs, found): p.reference_logps = logps
+    with reference(model):
+        found = pair_logps(model, pairs, budget, "reference log-probs")
+    for p, logps in zip(pairs, found):
+        p.reference_logps = logps
 
 # %% ../../nbs/method/04_scores.ipynb #72f91bdb
 @torch.no_grad()
-def score(model, tokenizer, pairs:list, recipe:Recipe, out)->list: # of Score
+def score(model, tokenizer, pairs: list, recipe: Recipe, out) -> list:  # of Score
     "Score `pairs` (their `reference_logps` filled in) with every reward model of the recipe; writes `out` row by row."
     journal, sizes = Journal(out, Score), [2 * (len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)) for p in pairs]
     lacking = lambda rows: {pairs[i].id for i in rows} - journal.done
-    def read(rows): return list(_rows(View(model, tokenizer, [pairs[i] for i in rows], recipe))) if lacking(rows) or sharded() else []
+
+    def read(rows):
+        return (
+            list(_rows(View(model, tokenizer, [pairs[i] for i in rows], recipe))) if lacking(rows) or sharded() else []
+        )
+
     with tqdm(total=len(pairs), initial=len(journal.done), desc="judged", unit="pair", disable=rank() > 0) as bar:
-        for rows, scores in _together(pairs, sizes, recipe.judge.batch_tokens, read):  # whole batches also after a kill, so that their sums are the same
+        for rows, scores in _together(
+            pairs, sizes, recipe.judge.batch_tokens, read
+        ):  # whole batches also after a kill, so that their sums are the same
             for row in scores:
-                if row.id in lacking(rows): journal.add(row)
+                if row.id in lacking(rows):
+                    journal.add(row)
             bar.update(min(len(lacking(rows)) * processes(), bar.total - bar.n))
     return journal.finish([p.id for p in pairs])
+
 
 def _rows(view):
     found = {k: v.tolist() for k, v in margins(view).items()}
     (m_ab, m_ba), (mass_ab, mass_ba) = (x.cpu() for x in view.orders[0]), (x.exp().cpu() for x in view.orders[1])
     for i, p in enumerate(view.pairs):
-        if not all(map(math.isfinite, (*view.logps[i].tolist(), *p.reference_logps, m_ab[i], m_ba[i], *(v[i] for v in found.values())))):
-            raise FloatingPointError(f"pair {p.id}: a log-prob or margin is not finite; look at the model and its adapter, and at model.dtype")
-        yield Score(id=p.id, prompt_id=p.extra["prompt_id"], prompt=p.prompt, response_a=p.response_a, response_b=p.response_b,
-                    ids_a=p.ids_a, ids_b=p.ids_b, logps=view.logps[i].tolist(), reference_logps=p.reference_logps,
-                    order_margins=(float(m_ab[i]), float(m_ba[i])), verdict_mass=(float(mass_ab[i]), float(mass_ba[i])),
-                    margins={k: v[i] for k, v in found.items()}, label=p.extra.get("label"), subset=p.extra.get("subset", ""))
+        if not all(
+            map(
+                math.isfinite,
+                (*view.logps[i].tolist(), *p.reference_logps, m_ab[i], m_ba[i], *(v[i] for v in found.values())),
+            )
+        ):
+            raise FloatingPointError(
+                f"pair {p.id}: a log-prob or margin is not finite; look at the model and its adapter, and at model.dtype"
+            )
+        yield Score(
+            id=p.id,
+            prompt_id=p.extra["prompt_id"],
+            prompt=p.prompt,
+            response_a=p.response_a,
+            response_b=p.response_b,
+            ids_a=p.ids_a,
+            ids_b=p.ids_b,
+            logps=view.logps[i].tolist(),
+            reference_logps=p.reference_logps,
+            order_margins=(float(m_ab[i]), float(m_ba[i])),
+            verdict_mass=(float(mass_ab[i]), float(mass_ba[i])),
+            margins={k: v[i] for k, v in found.items()},
+            label=p.extra.get("label"),
+            subset=p.extra.get("subset", ""),
+        )

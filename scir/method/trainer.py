@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..recipe import RecipeError
@@ -26,26 +30,34 @@ from ..store import exchange, flush, meet, processes, rank, read_json, share, wr
 def through(model, function):
     "`function()` inside the forward of what wraps the model (DDP), which is what it goes by; without a wrapper just `function()`."
     inner = getattr(model, "module", model)
-    if inner is model: return function()
+    if inner is model:
+        return function()
     whole = inner.forward
+
     def once(*args):
         inner.forward = whole
         return function()
+
     inner.forward = once
     return model(None)
 
 # %% ../../nbs/method/06_trainer.ipynb #05008746
 @contextmanager
-def in_one_part(pairs:int, step:int):
+def in_one_part(pairs: int, step: int):
     "Raise MemoryError with the way out where memory does not hold this process's pairs."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if not out_of_memory(e): raise
-        raise MemoryError(f"out of memory with {pairs} pairs in one of {processes()} processes at step {step}, where a batch is not read in parts; lower batch_size in warm_start or train (and raise train.accumulation), or set model.gradient_checkpointing") from e
+        if not out_of_memory(e):
+            raise
+        raise MemoryError(
+            f"out of memory with {pairs} pairs in one of {processes()} processes at step {step}, where a batch is not read in parts; lower batch_size in warm_start or train (and raise train.accumulation), or set model.gradient_checkpointing"
+        ) from e
 
 # %% ../../nbs/method/06_trainer.ipynb #b28440ba
 class PairTrainer(Trainer):
     "Minimise `loss_of(view) -> (loss, metrics)` over pairs; metrics are averaged between two log lines."
+
     def __init__(self, loss_of, recipe, tokenizer, **kw):
         super().__init__(data_collator=lambda pairs: {"pairs": pairs}, processing_class=tokenizer, **kw)
         self.loss_of, self.recipe, self.tokenizer = loss_of, recipe, tokenizer
@@ -55,7 +67,8 @@ class PairTrainer(Trainer):
     def get_train_dataloader(self):
         "Every process reads whole batches; `training_step` takes its share of the pairs."
         loader = super().get_train_dataloader()
-        if processes() > 1: vars(loader.batch_sampler).update(num_processes=1, process_index=0, even_batches=False)
+        if processes() > 1:
+            vars(loader.batch_sampler).update(num_processes=1, process_index=0, even_batches=False)
         return loader
 
     def training_step(self, model, inputs, *args, **kw):
@@ -63,155 +76,257 @@ class PairTrainer(Trainer):
         pairs, before, step = inputs["pairs"], self._before(), super().training_step
         if processes() > 1:
             part = share(pairs) or pairs[:1]  # where there are fewer pairs than processes: one, of no weight
-            with in_one_part(len(part), self.state.global_step + 1): return step(model, {"pairs": part, "share": processes() * len(share(pairs)) / len(pairs)}, *args, **kw)
+            with in_one_part(len(part), self.state.global_step + 1):
+                return step(model, {"pairs": part, "share": processes() * len(share(pairs)) / len(pairs)}, *args, **kw)
         while True:
             size, full = math.ceil(len(pairs) / self.parts), False
-            try: return sum(step(model, {"pairs": part, "share": len(part) / len(pairs)}, *args, **kw) for part in (pairs[i:i + size] for i in range(0, len(pairs), size)))
+            try:
+                return sum(
+                    step(model, {"pairs": part, "share": len(part) / len(pairs)}, *args, **kw)
+                    for part in (pairs[i : i + size] for i in range(0, len(pairs), size))
+                )
             except Exception as e:
-                if not out_of_memory(e): raise
+                if not out_of_memory(e):
+                    raise
                 full = size > 1
-            if not full: raise MemoryError(f"out of memory with a single pair at step {self.state.global_step + 1}; set model.gradient_checkpointing to sequences, or lower data.max_response_tokens or sampling.max_new_tokens")
+            if not full:
+                raise MemoryError(
+                    f"out of memory with a single pair at step {self.state.global_step + 1}; set model.gradient_checkpointing to sequences, or lower data.max_response_tokens or sampling.max_new_tokens"
+                )
             self.parts *= 2
             self._restore(*before)
             make_room(f"batches of {len(pairs)} pairs in {self.parts} parts")
 
     def _before(self):
         "What a try that runs out of memory would leave changed: gradients of earlier batches of the step, metrics."
-        return {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None}, dict(self._sums), dict(self._weights), list(self._rows)
+        return (
+            {p: p.grad.clone() for p in self.model.parameters() if p.grad is not None},
+            dict(self._sums),
+            dict(self._weights),
+            list(self._rows),
+        )
 
     def _restore(self, gradients, *noted):
-        for p in self.model.parameters(): p.grad = gradients[p].clone() if p in gradients else None
+        for p in self.model.parameters():
+            p.grad = gradients[p].clone() if p in gradients else None
         self._sums, self._weights, self._rows = (type(x)(x) for x in noted)
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         view = View(self.accelerator.unwrap_model(model), self.tokenizer, inputs["pairs"], self.recipe)
         loss, metrics = through(model, lambda: self.loss_of(view))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}, rows {[p.id for p in view.pairs]}; lower the learning rate or look at these rows")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, rows {[p.id for p in view.pairs]}; lower the learning rate or look at these rows"
+            )
         share = inputs.get("share", 1.0)
         self._rows += [p.id for p in view.pairs]
         for k, v in metrics.items():
-            weight = share * float(metrics["retained"]) if k == "margin" else share  # a mean over the retained pairs alone
-            self._sums[k], self._weights[k] = self._sums.get(k, 0.0) + float(v) * weight, self._weights.get(k, 0.0) + weight
+            weight = (
+                share * float(metrics["retained"]) if k == "margin" else share
+            )  # a mean over the retained pairs alone
+            self._sums[k], self._weights[k] = (
+                self._sums.get(k, 0.0) + float(v) * weight,
+                self._weights.get(k, 0.0) + weight,
+            )
         return (loss * share, None) if return_outputs else loss * share
 
     def log(self, logs, *args, **kw):
         if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise FloatingPointError(f"the gradient is {logs['grad_norm']} at step {self.state.global_step}, rows {self._rows}; lower the learning rate or look at these rows")
+            raise FloatingPointError(
+                f"the gradient is {logs['grad_norm']} at step {self.state.global_step}, rows {self._rows}; lower the learning rate or look at these rows"
+            )
         if self._sums and "loss" in logs:
-            self._sums, self._weights = (self.accelerator.reduce({k: torch.tensor(v, dtype=torch.float64, device=self.args.device) for k, v in d.items()}) if processes() > 1 else d for d in (self._sums, self._weights))
+            self._sums, self._weights = (
+                self.accelerator.reduce(
+                    {k: torch.tensor(v, dtype=torch.float64, device=self.args.device) for k, v in d.items()}
+                )
+                if processes() > 1
+                else d
+                for d in (self._sums, self._weights)
+            )
             logs = logs | {k: float(v) / (float(self._weights[k]) or 1.0) for k, v in self._sums.items()}
-        if "loss" in logs: self._sums, self._weights, self._rows = {}, {}, []
+        if "loss" in logs:
+            self._sums, self._weights, self._rows = {}, {}, []
         return super().log(logs, *args, **kw)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         "Linear warm-up from the first step on (not from zero, which would waste it), then a cosine to zero."
         total, warm = num_training_steps, self.args.warmup_steps
-        factor = lambda s: (s + 1) / (warm + 1) if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, total - warm))) / 2
+        factor = lambda s: (
+            (s + 1) / (warm + 1) if s < warm else (1 + math.cos(math.pi * (s - warm) / max(1, total - warm))) / 2
+        )
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
 # %% ../../nbs/method/06_trainer.ipynb #9480278f
 class Bar(TrainerCallback):
     "One progress bar, in terminal and notebook alike, with the running loss."
+
     def on_train_begin(self, args, state, control, **kw):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=rank() > 0)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=rank() > 0
+        )
 
     def on_log(self, args, state, control, logs=None, **kw):
-        self.bar.set_postfix({k: round(logs[k], 3) for k in ("loss", "retained", "inconsistency") if k in logs}, refresh=False)
+        self.bar.set_postfix(
+            {k: round(logs[k], 3) for k in ("loss", "retained", "inconsistency") if k in logs}, refresh=False
+        )
 
-    def on_step_end(self, args, state, control, **kw): self.bar.update()
+    def on_step_end(self, args, state, control, **kw):
+        self.bar.update()
 
-    def on_train_end(self, args, state, control, **kw): self.bar.close()
+    def on_train_end(self, args, state, control, **kw):
+        self.bar.close()
 
 # %% ../../nbs/method/06_trainer.ipynb #99ab6618
-PIP = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}  # where the package is not named as the tracker is
+PIP = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+}  # where the package is not named as the tracker is
 
-def check_trackers(names:tuple)->None:
+
+def check_trackers(names: tuple) -> None:
     "Raise RecipeError for a tracker that transformers does not know, or that is not installed."
     known, there = sorted(set(INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"}), get_available_reporting_integrations()
-    if unknown := [n for n in names if n not in known]: raise RecipeError(f"report_to: {', '.join(unknown)} is not among the trackers that transformers knows: {', '.join(known)}")
-    if lacking := [n for n in names if n not in there]: raise RecipeError(f"report_to: {', '.join(lacking)} is not installed; pip install {' '.join(PIP.get(n, n) for n in lacking)}")
+    if unknown := [n for n in names if n not in known]:
+        raise RecipeError(
+            f"report_to: {', '.join(unknown)} is not among the trackers that transformers knows: {', '.join(known)}"
+        )
+    if lacking := [n for n in names if n not in there]:
+        raise RecipeError(
+            f"report_to: {', '.join(lacking)} is not installed; pip install {' '.join(PIP.get(n, n) for n in lacking)}"
+        )
 
-def trackers(names:tuple, folder:Path, last:str|None=None)->list: # of TrainerCallback
+# %% ../../nbs/method/06_trainer.ipynb #b4f1f21f
+def trackers(names: tuple, folder: Path, last: str | None = None) -> list:  # of TrainerCallback
     "Callbacks of the named trackers, TensorBoard's event files in `folder`; what a try wrote there after checkpoint `last` no longer counts."
     check_trackers(names)
-    if not last: shutil.rmtree(folder, ignore_errors=True)
+    if not last:
+        shutil.rmtree(folder, ignore_errors=True)
     made = dict(zip(names, get_reporting_integration_callbacks(list(names))))
+
     def tensorboard():
         from torch.utils.tensorboard import SummaryWriter
+
         return made["tensorboard"](SummaryWriter(folder, purge_step=int(last.rpartition("-")[2]) + 1 if last else None))
+
     return [tensorboard() if name == "tensorboard" else kind() for name, kind in made.items()]
 
 # %% ../../nbs/method/06_trainer.ipynb #f72ece84
-def arguments(folder, seed:int, *, steps:int, batch_size:int, accumulation:int=1, learning_rate:float, max_grad_norm:float=1.0, optimizer:str="adamw_torch", save_steps:int=10):
+def arguments(
+    folder,
+    seed: int,
+    *,
+    steps: int,
+    batch_size: int,
+    accumulation: int = 1,
+    learning_rate: float,
+    max_grad_norm: float = 1.0,
+    optimizer: str = "adamw_torch",
+    save_steps: int = 10,
+):
     "Trainer's settings for `steps` optimizer steps."
     return TrainingArguments(
-        output_dir=str(folder), seed=seed, data_seed=seed, max_steps=steps, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation, learning_rate=learning_rate, max_grad_norm=max_grad_norm, optim=optimizer,
-        warmup_steps=steps // 10, weight_decay=0.0, save_steps=save_steps, save_total_limit=2,
-        ddp_find_unused_parameters=False, logging_steps=1, report_to="none", remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False, average_tokens_across_devices=False, disable_tqdm=True)
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=learning_rate,
+        max_grad_norm=max_grad_norm,
+        optim=optimizer,
+        warmup_steps=steps // 10,
+        weight_decay=0.0,
+        save_steps=save_steps,
+        save_total_limit=2,
+        ddp_find_unused_parameters=False,
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,
+        disable_tqdm=True,
+    )
 
-def optimizer_steps(pairs:int, epochs:float, batch:int)->int:
+# %% ../../nbs/method/06_trainer.ipynb #8e41c700
+def optimizer_steps(pairs: int, epochs: float, batch: int) -> int:
     "Optimizer steps in `epochs` passes."
     return max(1, math.ceil(epochs * pairs / batch))
 
 # %% ../../nbs/method/06_trainer.ipynb #dc9e19f9
 class Seal(TrainerCallback):
     "Note in every checkpoint, once it is on the disk, which files it has and how large they are."
+
     def on_save(self, args, state, control, **kw):
         meet()
-        if rank(): return
-        folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
-        for f in folder.iterdir(): flush(f)
-        write_json(folder/SEAL, _sizes(folder))
+        if rank():
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for f in folder.iterdir():
+            flush(f)
+        write_json(folder / SEAL, _sizes(folder))
+
 
 SEAL = "files.json"
 
-def _sizes(folder): return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != SEAL}
 
-def last_checkpoint(folder:Path)->str|None:
+def _sizes(folder):
+    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != SEAL}
+
+# %% ../../nbs/method/06_trainer.ipynb #d6a81538
+def last_checkpoint(folder: Path) -> str | None:
     "The newest whole checkpoint in `folder`; one that a kill or a full disk left half-written is removed."
     for each in folder.glob("checkpoint-*"):
-        try: whole = read_json(each/SEAL) == _sizes(each)
-        except ValueError: whole = False
+        try:
+            whole = read_json(each / SEAL) == _sizes(each)
+        except ValueError:
+            whole = False
         if not whole:
             print(f"{each}: not whole, removed", flush=True)
             shutil.rmtree(each)
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 # %% ../../nbs/method/06_trainer.ipynb #6a3b4500
-def fit(model, tokenizer, pairs:list, loss_of, recipe, folder, args:TrainingArguments)->list: # log lines
+def fit(model, tokenizer, pairs: list, loss_of, recipe, folder, args: TrainingArguments) -> list:  # log lines
     "Train, resuming from a checkpoint in `folder` if there is one; writes adapter/ and metrics.jsonl."
     folder = Path(folder)
     args._n_gpu = min(args.n_gpu, 1)
     last = exchange(last_checkpoint(Path(args.output_dir)) if not rank() else None)[0]
-    if last and not rank(): print(f"resuming from {last}")
+    if last and not rank():
+        print(f"resuming from {last}")
     node = re.search(r"seed\d+/.*|[^/]*$", folder.as_posix())[0]  # no place of this machine in a tracker's name for it
     args.project, args.run_name = recipe.name, f"{recipe.name}/{node}"
-    callbacks = [Bar(), Seal(), *(trackers(recipe.report_to, folder/"tracking", last) if not rank() else [])]
+    callbacks = [Bar(), Seal(), *(trackers(recipe.report_to, folder / "tracking", last) if not rank() else [])]
     trainer = PairTrainer(loss_of, recipe, tokenizer, model=model, args=args, train_dataset=pairs, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last)
-    history = [dict(sorted(line.items())) for line in trainer.state.log_history if "loss" in line]  # a checkpoint keeps them sorted
+    history = [
+        dict(sorted(line.items())) for line in trainer.state.log_history if "loss" in line
+    ]  # a checkpoint keeps them sorted
     if not rank():
-        write_rows(folder/"metrics.jsonl", history)
-        save_adapter(model, folder/"adapter")
+        write_rows(folder / "metrics.jsonl", history)
+        save_adapter(model, folder / "adapter")
         shutil.rmtree(args.output_dir, ignore_errors=True)
     meet()
     return history
 
-def save_adapter(model, folder)->None:
+# %% ../../nbs/method/06_trainer.ipynb #54e73d3f
+def save_adapter(model, folder) -> None:
     "Write the adapter beside its place, then move it there."
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    config = read_json(temporary/"adapter_config.json")
-    listed = {k: sorted(config[k]) for k in ("target_modules", "target_parameters") if isinstance(config.get(k), list)}  # sets, in another order in every process
-    write_json(temporary/"adapter_config.json", config | listed)
-    for f in temporary.iterdir(): flush(f)
+    config = read_json(temporary / "adapter_config.json")
+    listed = {
+        k: sorted(config[k]) for k in ("target_modules", "target_parameters") if isinstance(config.get(k), list)
+    }  # sets, in another order in every process
+    write_json(temporary / "adapter_config.json", config | listed)
+    for f in temporary.iterdir():
+        flush(f)
     flush(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -15,12 +15,16 @@ from ..recipe import SamplingSpec
 from ..store import exchange, sharded
 
 # %% ../../nbs/model/03_decoding.ipynb #5f3e8f75
-def draw(logits:torch.Tensor, # (B, V)
-         generators:list, # B, one per row, on the CPU, so that a seed means the same everywhere
-         temperature:float, top_p:float)->torch.Tensor: # (B,) token ids
+def draw(
+    logits: torch.Tensor,  # (B, V)
+    generators: list,  # B, one per row, on the CPU, so that a seed means the same everywhere
+    temperature: float,
+    top_p: float,
+) -> torch.Tensor:  # (B,) token ids
     "One token per row. Tokens as likely as the last one of the nucleus belong to it."
     p, noise = (logits.float() / temperature).softmax(-1), torch.empty(logits.shape)
-    for row, g in zip(noise, generators): row.uniform_(1e-30, 1, generator=g)  # never 0, whose arrival would be infinitely late
+    for row, g in zip(noise, generators):
+        row.uniform_(1e-30, 1, generator=g)  # never 0, whose arrival would be infinitely late
     race = p / noise.log_().neg_().to(p.device)
     ids = race.argmax(-1)
     rows = torch.arange(len(ids), device=p.device)
@@ -28,6 +32,7 @@ def draw(logits:torch.Tensor, # (B, V)
         race[rows, ids[rows]] = -1
         ids[rows] = race[rows].argmax(-1)
     return ids
+
 
 def _outside(p, ids, top_p):
     "Where the more likely ones hold `top_p` of the mass or more."
@@ -37,48 +42,68 @@ def _outside(p, ids, top_p):
 # %% ../../nbs/model/03_decoding.ipynb #fd4abbe8
 class Keys(DynamicLayer):
     "Keys and values of one layer, (B, K, room, d). What is not yet filled is read too, and masked: a part of it would be copied out before it is multiplied."
+
     def update(self, key_states, value_states, *args, **kw):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
             return key_states, value_states
         start, self.length = self.length, self.length + key_states.shape[2]
-        for store, new in ((self.keys, key_states), (self.values, value_states)): store[:, :, start:self.length] = new
+        for store, new in ((self.keys, key_states), (self.values, value_states)):
+            store[:, :, start : self.length] = new
         return self.keys, self.values
 
-    def get_seq_length(self): return self.length if self.is_initialized else 0
+    def get_seq_length(self):
+        return self.length if self.is_initialized else 0
 
-    def get_mask_sizes(self, query_length): return (self.keys.shape[2], 0) if self.is_initialized else (query_length, 0)
+    def get_mask_sizes(self, query_length):
+        return (self.keys.shape[2], 0) if self.is_initialized else (query_length, 0)
 
-    def reserve(self, tokens:int)->None:
+    def reserve(self, tokens: int) -> None:
         "Make room before the next forward."
-        if self.length + tokens > self.keys.shape[2]: self.hold([(self, slice(None), 0)])
+        if self.length + tokens > self.keys.shape[2]:
+            self.hold([(self, slice(None), 0)])
 
-    def hold(self, parts:list, spare:int=32)->None: # (layer, rows, first column) each
+    def hold(self, parts: list, spare: int = 32) -> None:  # (layer, rows, first column) each
         "Put rows under each other, aligned at their last token, and make room for `spare` tokens."
-        stores = [[getattr(layer, name)[rows, :, start:layer.length] for layer, rows, start in parts] for name in ("keys", "values")]
+        stores = [
+            [getattr(layer, name)[rows, :, start : layer.length] for layer, rows, start in parts]
+            for name in ("keys", "values")
+        ]
         self.length = max(k.shape[2] for k in stores[0])
         self.keys, self.values = (_aligned(s, self.length, spare) for s in stores)
 
+
 def _aligned(parts, length, spare):
     out = parts[0].new_zeros(sum(len(x) for x in parts), parts[0].shape[1], length + spare, parts[0].shape[3])
-    for rows, x in zip(out.split([len(x) for x in parts]), parts): rows[:, :, length - x.shape[2]:length] = x
+    for rows, x in zip(out.split([len(x) for x in parts]), parts):
+        rows[:, :, length - x.shape[2] : length] = x
     return out
 
 # %% ../../nbs/model/03_decoding.ipynb #3ca1de12
 class Row:
     "One response in the making."
-    def __init__(self, key, seed:int): self.key, self.ids, self.alive, self.generator = key, [], True, torch.Generator().manual_seed(seed)
 
+    def __init__(self, key, seed: int):
+        self.key, self.ids, self.alive, self.generator = key, [], True, torch.Generator().manual_seed(seed)
+
+# %% ../../nbs/model/03_decoding.ipynb #61c21be7
 class Pool:
     "Rows that are decoded together."
-    def __init__(self, model, spec:SamplingSpec, ends:set):
+
+    def __init__(self, model, spec: SamplingSpec, ends: set):
         layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-        if getattr(model, "_is_stateful", False) or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-            raise ValueError(f"{type(model).__name__} keeps a state that rows cannot share; sampling needs a model with a cache of keys and values")
+        if getattr(model, "_is_stateful", False) or layers - {
+            "full_attention",
+            "sliding_attention",
+            "chunked_attention",
+        }:
+            raise ValueError(
+                f"{type(model).__name__} keeps a state that rows cannot share; sampling needs a model with a cache of keys and values"
+            )
         self.model, self.spec, self.ends, self.rows, self.cache = model, spec, ends, [], None
 
-    def join(self, jobs:list)->None: # (key, prompt ids, seed) each
+    def join(self, jobs: list) -> None:  # (key, prompt ids, seed) each
         "Read the prompts of new rows and put these beside the old ones."
         prompts = {p: i for i, p in enumerate(dict.fromkeys(tuple(p) for _, p, _ in jobs))}
         owner = [prompts[tuple(p)] for _, p, _ in jobs]
@@ -87,26 +112,35 @@ class Pool:
         rows, logits, mask = [Row(key, seed) for key, _, seed in jobs], logits[owner], mask[owner]
         for i, new in enumerate(cache.layers):
             new.hold(([(self.cache.layers[i], slice(None), 0)] if self.rows else []) + [(new, owner, 0)])
-            if self.rows: self.cache.layers[i].keys = self.cache.layers[i].values = None
-        if self.rows: logits, mask = torch.cat([self.logits, logits]), _under(self.mask, mask)
+            if self.rows:
+                self.cache.layers[i].keys = self.cache.layers[i].values = None
+        if self.rows:
+            logits, mask = torch.cat([self.logits, logits]), _under(self.mask, mask)
         self.rows, self.cache, self.logits, self.mask = self.rows + rows, cache, logits, mask
 
-    def step(self)->list: # the rows that end with this token
+    def step(self) -> list:  # the rows that end with this token
         "A token for every row."
         ids = draw(self.logits, [r.generator for r in self.rows], self.spec.temperature, self.spec.top_p)
         ended = []
         for row, token in zip(self.rows, ids.tolist()):
-            if not row.alive: continue
+            if not row.alive:
+                continue
             row.ids.append(token)
             row.alive = token not in self.ends and len(row.ids) < self.spec.max_new_tokens
-            if not row.alive: ended.append(row)
+            if not row.alive:
+                ended.append(row)
         if living := sum(r.alive for r in self.rows):
-            if living <= .875 * len(self.rows): ids = self._drop(ids)
-            for layer in self.cache.layers: layer.reserve(1)
-            alive = self.mask.new_tensor([[r.alive] for r in self.rows])  # the place of a row that has ended stands still
+            if living <= 0.875 * len(self.rows):
+                ids = self._drop(ids)
+            for layer in self.cache.layers:
+                layer.reserve(1)
+            alive = self.mask.new_tensor(
+                [[r.alive] for r in self.rows]
+            )  # the place of a row that has ended stands still
             self.mask = torch.cat([self.mask, alive], -1)
             self.logits = self._forward(ids[:, None], self.mask, self.mask.sum(-1, keepdim=True) - 1, self.cache)
-        else: self.rows, self.cache = [], None
+        else:
+            self.rows, self.cache = [], None
         return ended
 
     def _drop(self, ids):
@@ -115,34 +149,52 @@ class Pool:
         self.rows, self.mask = [r for r in self.rows if r.alive], self.mask[keep]
         start = self.mask.shape[1] - int(self.mask.sum(-1).max())
         self.mask = self.mask[:, start:]
-        for layer in self.cache.layers: layer.hold([(layer, keep, start)])
+        for layer in self.cache.layers:
+            layer.hold([(layer, keep, start)])
         return ids[keep]
 
     def _forward(self, ids, mask, positions, cache):
-        if sharded(): exchange(True)  # a forward is to come, for which all gather the weights
-        if cache.layers: mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
-        return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if sharded():
+            exchange(True)  # a forward is to come, for which all gather the weights
+        if cache.layers:
+            mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
+# %% ../../nbs/model/03_decoding.ipynb #1d8ccd49
 def _left(seqs, device):
     "(B, T), zeros on the left."
     width = max(map(len, seqs))
     return torch.tensor([[0] * (width - len(s)) + list(s) for s in seqs], device=device)
 
+# %% ../../nbs/model/03_decoding.ipynb #54faeaf6
 def _under(a, b):
     "Two masks under each other, aligned at the right."
     width = max(a.shape[1], b.shape[1])
     return torch.cat([torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in (a, b)])
 
 # %% ../../nbs/model/03_decoding.ipynb #3d3520ac
-def end_ids(config, tokenizer)->set:
+def end_ids(config, tokenizer) -> set:
     "All ids that end a response: what the chat template puts after one, the tokenizer's eos and those of the model's generation config."
     configured = config.eos_token_id
-    return {turn_end(tokenizer), tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    return {turn_end(tokenizer), tokenizer.eos_token_id} | set(
+        configured if isinstance(configured, list) else [] if configured is None else [configured]
+    )
 
+# %% ../../nbs/model/03_decoding.ipynb #ce78c546
 @torch.no_grad()
-def generate(model, tokenizer,
-             jobs:list, # (key, prompt ids, seed) of each response
-             spec:SamplingSpec): # yields (key, response ids, whether it came to its end)
+def generate(
+    model,
+    tokenizer,
+    jobs: list,  # (key, prompt ids, seed) of each response
+    spec: SamplingSpec,
+):  # yields (key, response ids, whether it came to its end)
     "Sample responses, `spec.batch_size` at a time; each comes as soon as it is done, its end-of-turn id included. When memory runs out half as many are decoded together; those under way begin again, and with their seeds come out the same. Raises MemoryError when one alone does not fit."
     left, ends = {job[0]: job for job in jobs}, end_ids(model.generation_config, tokenizer)
     while left:
@@ -152,16 +204,27 @@ def generate(model, tokenizer,
                 del left[row.key]
                 yield row.key, row.ids, row.ids[-1] in ends
         except Exception as e:
-            if not out_of_memory(e): raise
+            if not out_of_memory(e):
+                raise
             full = True
-        if full and spec.batch_size == 1: raise MemoryError("out of memory with a single response; lower sampling.max_new_tokens or data.max_prompt_tokens")
-        if full and sharded(): raise MemoryError(f"out of memory with {spec.batch_size} responses decoded together, and with --shard these are not halved; lower sampling.batch_size")
+        if full and spec.batch_size == 1:
+            raise MemoryError(
+                "out of memory with a single response; lower sampling.max_new_tokens or data.max_prompt_tokens"
+            )
+        if full and sharded():
+            raise MemoryError(
+                f"out of memory with {spec.batch_size} responses decoded together, and with --shard these are not halved; lower sampling.batch_size"
+            )
         if full:
             spec = spec.model_copy(update={"batch_size": min(spec.batch_size, len(left) + 1) // 2})
             make_room(f"{spec.batch_size} responses decoded together")
-    while sharded() and any(exchange(False)): model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)  # the weights are gathered for others
+    while sharded() and any(exchange(False)):
+        model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False
+        )  # the weights are gathered for others
 
-def _decoded(pool, queue, together): # yields rows as they end
+
+def _decoded(pool, queue, together):  # yields rows as they end
     queue.sort(key=lambda j: (len(j[1]), j[1]), reverse=True)
     while queue or pool.rows:
         free = together - len(pool.rows)
@@ -170,6 +233,7 @@ def _decoded(pool, queue, together): # yields rows as they end
             del queue[:free]
         yield from pool.step()
 
-def text_of(tokenizer, ids:list, finished:bool)->str:
+# %% ../../nbs/model/03_decoding.ipynb #9bd15d92
+def text_of(tokenizer, ids: list, finished: bool) -> str:
     "A response as text, without its end-of-turn id."
     return tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)

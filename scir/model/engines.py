@@ -20,247 +20,419 @@ from ..recipe import MODELS, ModelSpec, Recipe, RecipeError, SamplingSpec, locat
 from ..store import digest, hash_path, processes, read_json, sharded
 
 # %% ../../nbs/model/04_engines.ipynb #cd67ef4b
-RETRIES = 4 # of a request
-NO_ANSWER = "no answer" # how the reason begins where asking again may help
+RETRIES = 4  # of a request
+NO_ANSWER = "no answer"  # how the reason begins where asking again may help
+
 
 class Garbled(Exception):
     "A reply that is not what was asked for."
 
-def connect(url:str, # of an OpenAI-compatible server, with its /v1
-            timeout:float, # seconds per request
-           ):
+# %% ../../nbs/model/04_engines.ipynb #555b4885
+def connect(
+    url: str,  # of an OpenAI-compatible server, with its /v1
+    timeout: float,  # seconds per request
+):
     "A client for a server, with the key of OPENAI_API_KEY."
     from openai import OpenAI
-    return OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=timeout)
+
+    return OpenAI(
+        base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=timeout
+    )
+
 
 def _read(call):
     import openai
-    try: return call()
-    except openai.OpenAIError: raise
-    except (ValueError, TypeError, AttributeError, IndexError): raise Garbled from None
 
-def complete(call, # sends a request and takes from the reply what is asked for
-             who:str, # is asked
-             what:str, # a reply should be
-            )->tuple: # (what `call` returns, None) or (None, reason)
+    try:
+        return call()
+    except openai.OpenAIError:
+        raise
+    except (ValueError, TypeError, AttributeError, IndexError):
+        raise Garbled from None
+
+# %% ../../nbs/model/04_engines.ipynb #d1987d00
+def complete(
+    call,  # sends a request and takes from the reply what is asked for
+    who: str,  # is asked
+    what: str,  # a reply should be
+) -> tuple:  # (what `call` returns, None) or (None, reason)
     "Send a request; again, after growing pauses, when the server is busy, broken or silent. Raises ValueError where asking again cannot help for any request."
     import openai
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-    again = Retrying(stop=stop_after_attempt(RETRIES + 1), wait=wait_exponential(.5, max=8), retry=retry_if_exception_type(Garbled), reraise=True)  # for the rest the client itself does this
-    try: return again(_read, call), None
+
+    again = Retrying(
+        stop=stop_after_attempt(RETRIES + 1),
+        wait=wait_exponential(0.5, max=8),
+        retry=retry_if_exception_type(Garbled),
+        reraise=True,
+    )  # for the rest the client itself does this
+    try:
+        return again(_read, call), None
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
-        raise ValueError(f"{who}: the server answers {e.status_code}; look at the url, the model's name and OPENAI_API_KEY") from None
-    except (openai.BadRequestError, openai.UnprocessableEntityError) as e: return None, f"refused: {type(e).__name__} {e.status_code}"
-    except openai.APIStatusError as e: return None, f"{NO_ANSWER}: {type(e).__name__} {e.status_code}"
-    except openai.OpenAIError as e: return None, f"{NO_ANSWER}: {type(e).__name__}"
-    except Garbled: return None, f"{NO_ANSWER}: not a {what}"
+        raise ValueError(
+            f"{who}: the server answers {e.status_code}; look at the url, the model's name and OPENAI_API_KEY"
+        ) from None
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
+        return None, f"refused: {type(e).__name__} {e.status_code}"
+    except openai.APIStatusError as e:
+        return None, f"{NO_ANSWER}: {type(e).__name__} {e.status_code}"
+    except openai.OpenAIError as e:
+        return None, f"{NO_ANSWER}: {type(e).__name__}"
+    except Garbled:
+        return None, f"{NO_ANSWER}: not a {what}"
 
 # %% ../../nbs/model/04_engines.ipynb #52a04c81
 @contextmanager
-def transformers_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
+def transformers_engine(recipe: Recipe, tokenizer, adapter):  # engine(jobs, spec)
     "M_t in this process."
     from scir.model.weights import for_sampling
     from scir.model.decoding import generate
+
     yield partial(generate, for_sampling(recipe.model, adapter), tokenizer)
 
 # %% ../../nbs/model/04_engines.ipynb #af039e4d
 def _config(spec):
     from transformers import AutoConfig
     from scir.model.weights import model_path
-    return AutoConfig.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
-def stop_ids(spec:ModelSpec, tokenizer)->set:
+    return AutoConfig.from_pretrained(
+        model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+
+# %% ../../nbs/model/04_engines.ipynb #85607ea3
+def stop_ids(spec: ModelSpec, tokenizer) -> set:
     "All ids that end a response, by the model's files."
     from transformers import GenerationConfig
     from scir.model.weights import model_path
     from scir.model.decoding import end_ids
-    try: config = GenerationConfig.from_pretrained(model_path(spec), revision=spec.revision)
-    except OSError: config = GenerationConfig.from_model_config(_config(spec))
+
+    try:
+        config = GenerationConfig.from_pretrained(model_path(spec), revision=spec.revision)
+    except OSError:
+        config = GenerationConfig.from_model_config(_config(spec))
     return end_ids(config, tokenizer)
 
-def sampling_params(spec:SamplingSpec, ends:set)->dict:
+# %% ../../nbs/model/04_engines.ipynb #4f3d8439
+def sampling_params(spec: SamplingSpec, ends: set) -> dict:
     "How to sample, by vLLM's names."
-    return {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "max_tokens": spec.max_new_tokens, "stop_token_ids": sorted(ends)}
+    return {
+        "temperature": spec.temperature,
+        "top_p": spec.top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": spec.max_new_tokens,
+        "stop_token_ids": sorted(ends),
+    }
 
-def checked_row(key, ids:list, spec:SamplingSpec, ends:set)->tuple: # (key, response ids, whether it came to its end)
+# %% ../../nbs/model/04_engines.ipynb #3aa62148
+def checked_row(
+    key, ids: list, spec: SamplingSpec, ends: set
+) -> tuple:  # (key, response ids, whether it came to its end)
     "What an engine yields. Raises ValueError for a response that was cut short."
     finished = bool(ids) and ids[-1] in ends
-    if finished or len(ids) == spec.max_new_tokens: return key, ids, finished
-    raise ValueError(f"response {key} was cut after {len(ids)} of {spec.max_new_tokens} tokens: the engine's context (max_model_len) ends there; lower sampling.max_new_tokens or data.max_prompt_tokens")
+    if finished or len(ids) == spec.max_new_tokens:
+        return key, ids, finished
+    raise ValueError(
+        f"response {key} was cut after {len(ids)} of {spec.max_new_tokens} tokens: the engine's context (max_model_len) ends there; lower sampling.max_new_tokens or data.max_prompt_tokens"
+    )
 
 # %% ../../nbs/model/04_engines.ipynb #7dde0453
-RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512 # for which vLLM makes room
-BATCHES = 8 # asked of vLLM at once
+RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # for which vLLM makes room
+BATCHES = 8  # asked of vLLM at once
 
-def lora_room(r:int)->int:
+
+def lora_room(r: int) -> int:
     "The smallest rank that vLLM makes room for and that holds `r`."
     return next((n for n in RANKS if n >= r), r)
 
-def vllm_model(recipe:Recipe, adapter)->dict:
+# %% ../../nbs/model/04_engines.ipynb #d0117b51
+def vllm_model(recipe: Recipe, adapter) -> dict:
     "M_0 with room for an adapter, as arguments of vLLM's `LLM`."
     from scir.model.weights import compute_dtype, model_path
+
     spec = recipe.model
-    lora = {"enable_lora": True, "max_lora_rank": lora_room(read_json(Path(adapter)/"adapter_config.json")["r"])} if adapter else {}
-    return {"model": model_path(spec), "revision": spec.revision, "tokenizer_revision": spec.revision, "dtype": str(compute_dtype(spec)).removeprefix("torch."), "quantization": "bitsandbytes" if spec.quantize else None,
-            "load_format": "auto" if spec.allow_pickle else "safetensors", "trust_remote_code": spec.trust_remote_code, "max_num_seqs": recipe.sampling.batch_size,
-            "max_model_len": -1} | lora  # -1: as much of the model's context as fits
+    lora = (
+        {"enable_lora": True, "max_lora_rank": lora_room(read_json(Path(adapter) / "adapter_config.json")["r"])}
+        if adapter
+        else {}
+    )
+    return {
+        "model": model_path(spec),
+        "revision": spec.revision,
+        "tokenizer_revision": spec.revision,
+        "dtype": str(compute_dtype(spec)).removeprefix("torch."),
+        "quantization": "bitsandbytes" if spec.quantize else None,
+        "load_format": "auto" if spec.allow_pickle else "safetensors",
+        "trust_remote_code": spec.trust_remote_code,
+        "max_num_seqs": recipe.sampling.batch_size,
+        "max_model_len": -1,
+    } | lora  # -1: as much of the model's context as fits
+
 
 def _vllm_rows(llm, lora, ends, jobs, spec):
     from vllm import SamplingParams, TokensPrompt
-    many = BATCHES * spec.batch_size
-    for part in (jobs[i:i + many] for i in range(0, len(jobs), many)):
-        how = [SamplingParams(seed=seed, detokenize=False, **sampling_params(spec, ends)) for *_, seed in part]
-        found = llm.generate([TokensPrompt(prompt_token_ids=ids) for _, ids, _ in part], how, lora_request=lora, use_tqdm=False)
-        for (key, *_), out in zip(part, found, strict=True): yield checked_row(key, list(out.outputs[0].token_ids), spec, ends)
 
+    many = BATCHES * spec.batch_size
+    for part in (jobs[i : i + many] for i in range(0, len(jobs), many)):
+        how = [SamplingParams(seed=seed, detokenize=False, **sampling_params(spec, ends)) for *_, seed in part]
+        found = llm.generate(
+            [TokensPrompt(prompt_token_ids=ids) for _, ids, _ in part], how, lora_request=lora, use_tqdm=False
+        )
+        for (key, *_), out in zip(part, found, strict=True):
+            yield checked_row(key, list(out.outputs[0].token_ids), spec, ends)
+
+# %% ../../nbs/model/04_engines.ipynb #1ff409c6
 @contextmanager
-def vllm_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
+def vllm_engine(recipe: Recipe, tokenizer, adapter):  # engine(jobs, spec)
     "M_t in vLLM, started and ended here."
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # CUDA does not begin in a fork of a process that has asked for it
+    os.environ.setdefault(
+        "VLLM_WORKER_MULTIPROC_METHOD", "spawn"
+    )  # CUDA does not begin in a fork of a process that has asked for it
     from accelerate.utils.memory import clear_device_cache
     from vllm import LLM
     from vllm.lora.request import LoRARequest
     from scir.model.weights import safe_adapter
+
     lora = LoRARequest(adapter_name(adapter), 1, safe_adapter(adapter)) if adapter else None
-    clear_device_cache(garbage_collection=True)  # what a step before this one has left, since vLLM wants nearly all of the GPU
+    clear_device_cache(
+        garbage_collection=True
+    )  # what a step before this one has left, since vLLM wants nearly all of the GPU
     llm = LLM(**vllm_model(recipe, adapter))
-    try: yield partial(_vllm_rows, llm, lora, stop_ids(recipe.model, tokenizer))
-    finally: llm.llm_engine.engine_core.shutdown()  # its GPU memory is needed for judging
+    try:
+        yield partial(_vllm_rows, llm, lora, stop_ids(recipe.model, tokenizer))
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # its GPU memory is needed for judging
 
 # %% ../../nbs/model/04_engines.ipynb #b588b79f
-PATIENCE = 600.0 # seconds per response, the wait in the server's queue included
+PATIENCE = 600.0  # seconds per response, the wait in the server's queue included
 
-def adapter_name(adapter)->str:
+
+def adapter_name(adapter) -> str:
     "An adapter's name, from its content and its place."
     return f"scir-{digest(hash_path(adapter), str(Path(adapter).resolve()))}"
 
-def serve_line(recipe:Recipe)->str:
+# %% ../../nbs/model/04_engines.ipynb #505a16e8
+def serve_line(recipe: Recipe) -> str:
     "The command that starts a server for a recipe; in place of float32 vLLM takes 16 bits, since its adapters need them on a GPU."
     spec, model = recipe.model, recipe.model.name
-    words = ["vllm", "serve", str(MODELS/model) if (MODELS/model).is_dir() else model, "--enable-lora", "--max-lora-rank", str(lora_room(recipe.lora.r))]
-    words += (["--revision", spec.revision] if spec.revision else []) + (["--dtype", spec.dtype] if spec.dtype not in ("auto", "float32") else []) + (["--quantization", "bitsandbytes"] if spec.quantize else [])
+    words = [
+        "vllm",
+        "serve",
+        str(MODELS / model) if (MODELS / model).is_dir() else model,
+        "--enable-lora",
+        "--max-lora-rank",
+        str(lora_room(recipe.lora.r)),
+    ]
+    words += (
+        (["--revision", spec.revision] if spec.revision else [])
+        + (["--dtype", spec.dtype] if spec.dtype not in ("auto", "float32") else [])
+        + (["--quantization", "bitsandbytes"] if spec.quantize else [])
+    )
     words += ["--trust-remote-code"] * spec.trust_remote_code
     return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(words)
 
-def server_name(recipe:Recipe)->str:
+# %% ../../nbs/model/04_engines.ipynb #7e6b0a37
+def server_name(recipe: Recipe) -> str:
     "What messages call a recipe's server."
     return f"sampling.engine {recipe.sampling.engine}"
 
-def served(client, recipe:Recipe)->tuple: # M_0's name there, all names there, whether it is ours by name
+# %% ../../nbs/model/04_engines.ipynb #18589f6b
+def served(client, recipe: Recipe) -> tuple:  # M_0's name there, all names there, whether it is ours by name
     "What a server serves. M_0 is the model of the recipe's name or path, or the only one there. Raises ValueError where neither is, or no answer."
-    spec, (cards, reason) = recipe.model, complete(lambda: client.models.list().data, server_name(recipe), "list of models")
+    spec, (cards, reason) = (
+        recipe.model,
+        complete(lambda: client.models.list().data, server_name(recipe), "list of models"),
+    )
     bases = {c.id: getattr(c, "root", None) for c in cards or () if not getattr(c, "parent", None)}
-    ours = {spec.name, *(str(p) for folder in (Path(spec.name), MODELS/spec.name) for p in (folder, folder.resolve()))}
+    ours = {
+        spec.name,
+        *(str(p) for folder in (Path(spec.name), MODELS / spec.name) for p in (folder, folder.resolve())),
+    }
     named = [name for name, root in bases.items() if ours & {name, root}]
     found = named or list(bases) * (len(bases) == 1)
-    if not found: raise ValueError(f"{server_name(recipe)}: {reason or f'none of {sorted(bases)} is {spec.name}'}; a server is started like this: {serve_line(recipe)}")
+    if not found:
+        raise ValueError(
+            f"{server_name(recipe)}: {reason or f'none of {sorted(bases)} is {spec.name}'}; a server is started like this: {serve_line(recipe)}"
+        )
     return found[0], {c.id for c in cards}, bool(named)
 
-def assumed(recipe:Recipe, base:str)->str:
+# %% ../../nbs/model/04_engines.ipynb #9accec79
+def assumed(recipe: Recipe, base: str) -> str:
     "What is to be said of a model that is taken for ours."
     return f" (the only model there; taken for {recipe.model.name}, whose name or path {base} is not)"
 
-def lends(client)->bool:
+# %% ../../nbs/model/04_engines.ipynb #eff635c6
+def lends(client) -> bool:
     "Whether a server loads adapters: asked for none, one that does says that a name is lacking."
     import httpx, openai
-    try: client.post("/load_lora_adapter", cast_to=httpx.Response, body={})
-    except openai.OpenAIError as e: return isinstance(e, (openai.BadRequestError, openai.UnprocessableEntityError))
+
+    try:
+        client.post("/load_lora_adapter", cast_to=httpx.Response, body={})
+    except openai.OpenAIError as e:
+        return isinstance(e, (openai.BadRequestError, openai.UnprocessableEntityError))
     return True
 
-def lend(client, recipe:Recipe, adapter, known:set)->str: # the adapter's name there
+# %% ../../nbs/model/04_engines.ipynb #b8684f43
+def lend(client, recipe: Recipe, adapter, known: set) -> str:  # the adapter's name there
     "Have a server load an adapter, if it is not `known` there. Raises ValueError where it does not."
     import httpx, openai
     from scir.model.weights import safe_adapter
+
     name, path = adapter_name(adapter), str(Path(safe_adapter(adapter)).resolve())
-    if name in known: return name
-    try: client.post("/load_lora_adapter", cast_to=httpx.Response, body={"lora_name": name, "lora_path": path})
+    if name in known:
+        return name
+    try:
+        client.post("/load_lora_adapter", cast_to=httpx.Response, body={"lora_name": name, "lora_path": path})
     except openai.OpenAIError as e:
         if name not in served(client, recipe)[1]:  # else another process was first
-            raise ValueError(f"{server_name(recipe)}: it does not load the adapter {path} ({' '.join(str(e).split())[:200]}); it must be able to read that folder, and be started like this: {serve_line(recipe)}") from None
+            raise ValueError(
+                f"{server_name(recipe)}: it does not load the adapter {path} ({' '.join(str(e).split())[:200]}); it must be able to read that folder, and be started like this: {serve_line(recipe)}"
+            ) from None
     return name
 
 # %% ../../nbs/model/04_engines.ipynb #82e270f5
 def _ids(choice, prompt, who):
     "The ids of a reply, which must be there and answer to the ids that were sent."
     ids, read = getattr(choice, "token_ids", None), getattr(choice, "prompt_token_ids", None)
-    if ids is None: raise ValueError(f"{who}: it returns text and no token ids, and encoded again a text can give others; take a server that knows return_token_ids (vLLM's), or sampling.engine=transformers")
-    if read is not None and read != prompt: raise ValueError(f"{who}: it read {len(read)} prompt ids where {len(prompt)} others were sent; it must not add or cut any")
+    if ids is None:
+        raise ValueError(
+            f"{who}: it returns text and no token ids, and encoded again a text can give others; take a server that knows return_token_ids (vLLM's), or sampling.engine=transformers"
+        )
+    if read is not None and read != prompt:
+        raise ValueError(
+            f"{who}: it read {len(read)} prompt ids where {len(prompt)} others were sent; it must not add or cut any"
+        )
     return ids
+
 
 def _server_rows(client, who, model, ends, jobs, spec):
     how, pool = sampling_params(spec, ends) | {"return_token_ids": True}, ThreadPoolExecutor(spec.batch_size)
-    def ask(prompt, seed): return complete(lambda: client.completions.create(model=model, prompt=prompt, seed=seed, extra_body=how).choices[0], who, "completion")
+
+    def ask(prompt, seed):
+        return complete(
+            lambda: client.completions.create(model=model, prompt=prompt, seed=seed, extra_body=how).choices[0],
+            who,
+            "completion",
+        )
+
     try:
         asked = {pool.submit(ask, prompt, seed): (key, prompt) for key, prompt, seed in jobs}
         for done in as_completed(asked):
             (key, prompt), (choice, reason) = asked[done], done.result()
-            if reason: raise ValueError(f"{who}: {reason}; what came is kept: run again when the server is well")
+            if reason:
+                raise ValueError(f"{who}: {reason}; what came is kept: run again when the server is well")
             yield checked_row(key, _ids(choice, prompt, who), spec, ends)
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/model/04_engines.ipynb #d26cf93d
 @contextmanager
-def server_engine(recipe:Recipe, tokenizer, adapter): # engine(jobs, spec)
+def server_engine(recipe: Recipe, tokenizer, adapter):  # engine(jobs, spec)
     "M_t behind a server."
     with connect(recipe.sampling.engine, PATIENCE) as client:
         base, known, named = served(client, recipe)
         model = lend(client, recipe, adapter, known) if adapter else base
-        print(f"{server_name(recipe)}: {model}" + f", an adapter of {base}" * bool(adapter) + assumed(recipe, base) * (not named), flush=True)
+        print(
+            f"{server_name(recipe)}: {model}"
+            + f", an adapter of {base}" * bool(adapter)
+            + assumed(recipe, base) * (not named),
+            flush=True,
+        )
         yield partial(_server_rows, client, server_name(recipe), model, stop_ids(recipe.model, tokenizer))
 
 # %% ../../nbs/model/04_engines.ipynb #68a379f1
-ENGINES = {"transformers": transformers_engine, "vllm": vllm_engine} # any other is a server's address
-TEMPERATURES = .01, 2.0 # that vLLM draws with: a lower one it raises, a higher one it refuses
+ENGINES = {"transformers": transformers_engine, "vllm": vllm_engine}  # any other is a server's address
+TEMPERATURES = 0.01, 2.0  # that vLLM draws with: a lower one it raises, a higher one it refuses
 
-def check_engine(recipe:Recipe)->None:
+
+def check_engine(recipe: Recipe) -> None:
     "Raise RecipeError where the recipe's engine is not installed, or cannot work as this process was started, or not in the recipe's numbers."
     import torch
     from scir.model.weights import compute_dtype
-    name, four_bits = recipe.sampling.engine, recipe.model.quantize == "nf4"
-    needed, extra = {"transformers": ([], ""), "vllm": (["vllm", *["vllm_bnb_plugin"] * four_bits], "'scir[vllm]'")}.get(name, (["openai"], "openai"))
-    if lacking := [m for m in needed if find_spec(m) is None]: raise RecipeError(f"sampling.engine {name} needs {' and '.join(lacking)}; pip install {extra}")
-    if name == "vllm" and processes() > 1: raise RecipeError("sampling.engine vllm works in one process only; leave --processes out, or start a server and name its URL")
-    if name == "vllm" and torch.cuda.is_available() and compute_dtype(recipe.model) == torch.float32: raise RecipeError("sampling.engine vllm computes adapters in 16 bits only, and model.dtype is float32 here; set it to bfloat16 or float16, or leave the engine out")
-    for section, t in (("sampling", recipe.sampling.temperature), ("labels", recipe.labels.temperature)):
-        if name != "transformers" and not TEMPERATURES[0] <= t <= TEMPERATURES[1]: raise RecipeError(f"{section}.temperature {t:g}: sampling.engine {name} draws with one of {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}; name such a one, or leave the engine out")
 
+    name, four_bits = recipe.sampling.engine, recipe.model.quantize == "nf4"
+    needed, extra = {
+        "transformers": ([], ""),
+        "vllm": (["vllm", *["vllm_bnb_plugin"] * four_bits], "'scir[vllm]'"),
+    }.get(name, (["openai"], "openai"))
+    if lacking := [m for m in needed if find_spec(m) is None]:
+        raise RecipeError(f"sampling.engine {name} needs {' and '.join(lacking)}; pip install {extra}")
+    if name == "vllm" and processes() > 1:
+        raise RecipeError(
+            "sampling.engine vllm works in one process only; leave --processes out, or start a server and name its URL"
+        )
+    if name == "vllm" and torch.cuda.is_available() and compute_dtype(recipe.model) == torch.float32:
+        raise RecipeError(
+            "sampling.engine vllm computes adapters in 16 bits only, and model.dtype is float32 here; set it to bfloat16 or float16, or leave the engine out"
+        )
+    for section, t in (("sampling", recipe.sampling.temperature), ("labels", recipe.labels.temperature)):
+        if name != "transformers" and not TEMPERATURES[0] <= t <= TEMPERATURES[1]:
+            raise RecipeError(
+                f"{section}.temperature {t:g}: sampling.engine {name} draws with one of {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}; name such a one, or leave the engine out"
+            )
+
+# %% ../../nbs/model/04_engines.ipynb #e0862ea7
 @contextmanager
-def when_asked(opened): # engine(jobs, spec)
+def when_asked(opened):  # engine(jobs, spec)
     "The engine of a context that is entered when there is something to decode. Processes that share the layers all enter it, since a forward needs them all."
     with ExitStack() as until:
         engine = cache(lambda: until.enter_context(opened))
         yield lambda jobs, spec: engine()(jobs, spec) if jobs or sharded() else iter(())
 
-def open_engine(recipe:Recipe, # model, sampling.engine
-                tokenizer,
-                adapter=None, # its folder; none: M_0
-               ): # a context, inside of which there is engine(jobs, spec)
+# %% ../../nbs/model/04_engines.ipynb #c32c5016
+def open_engine(
+    recipe: Recipe,  # model, sampling.engine
+    tokenizer,
+    adapter=None,  # its folder; none: M_0
+):  # a context, inside of which there is engine(jobs, spec)
     "What decodes M_t."
     check_engine(recipe)
     return when_asked(ENGINES.get(recipe.sampling.engine, server_engine)(recipe, tokenizer, adapter))
 
 # %% ../../nbs/model/04_engines.ipynb #4c8518c6
-def room(model:ModelSpec, spec:SamplingSpec)->int|float: # tokens
+def room(model: ModelSpec, spec: SamplingSpec) -> int | float:  # tokens
     "The longest prompt after which an answer still fits the model's context. Raises ValueError when there is none."
     context = getattr(_config(model).get_text_config(), "max_position_embeddings", None) or float("inf")
-    if context <= spec.max_new_tokens: raise ValueError(f"answers of {spec.max_new_tokens} tokens leave no room for a prompt in a context of {context}; lower sampling.max_new_tokens")
+    if context <= spec.max_new_tokens:
+        raise ValueError(
+            f"answers of {spec.max_new_tokens} tokens leave no room for a prompt in a context of {context}; lower sampling.max_new_tokens"
+        )
     return context - spec.max_new_tokens
 
-def sample_file(recipe:Recipe, # model, sampling, data.max_prompt_tokens
-                adapter, # its folder, or None for the model itself
-                source:str, # prompts, a file or hub name
-                out, # responses.jsonl, a Response per line
-                candidates:int|None=None, # per prompt; None: the recipe's
-                seed:int=0, limit:int|None=None)->dict: # counts and lengths
+# %% ../../nbs/model/04_engines.ipynb #504e41a3
+def sample_file(
+    recipe: Recipe,  # model, sampling, data.max_prompt_tokens
+    adapter,  # its folder, or None for the model itself
+    source: str,  # prompts, a file or hub name
+    out,  # responses.jsonl, a Response per line
+    candidates: int | None = None,  # per prompt; None: the recipe's
+    seed: int = 0,
+    limit: int | None = None,
+) -> dict:  # counts and lengths
     "Answer the prompts of `source`. An interrupted try is continued."
     from scir.data.load import load_prompts
     from scir.model.weights import load_tokenizer, model_path
     from scir.stages.sample import sample
+
     prompts, dropped = load_prompts(source)
     spec, out = recipe.sampling.model_copy(update={"candidates": candidates or recipe.sampling.candidates}), Path(out)
     tokenizer, longest = load_tokenizer(recipe.model), min(recipe.data.max_prompt_tokens, room(recipe.model, spec))
-    key = digest(recipe.model.model_dump(), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), spec.model_dump(), longest, source, hash_path(locate(source)), seed, limit)
+    key = digest(
+        recipe.model.model_dump(),
+        hash_path(model_path(recipe.model)),
+        adapter and hash_path(adapter),
+        spec.model_dump(),
+        longest,
+        source,
+        hash_path(locate(source)),
+        seed,
+        limit,
+    )
     part = out.with_name(f".{out.stem}.{key}.jsonl")
-    with open_engine(recipe, tokenizer, adapter) as engine: found = sample(engine, tokenizer, prompts[:limit], spec, part, seed, longest)
+    with open_engine(recipe, tokenizer, adapter) as engine:
+        found = sample(engine, tokenizer, prompts[:limit], spec, part, seed, longest)
     os.replace(part, out)
     return {"prompts": found["responses"] // spec.candidates} | found | {"dropped": dropped | found["dropped"]}

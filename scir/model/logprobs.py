@@ -26,51 +26,80 @@ PLAIN_TEMPLATE = "### Instruction:\n{content}\n\n### Response:\n"  # for base mo
 _HOLE = "\ue000{}\ue001"
 _HOLES = re.compile("\ue000(.*?)\ue001")
 
-def render_chat(tokenizer,
-                turns:tuple, # of Message; holes written as {name}
-                fields:tuple, # names of the holes
-                system:str|None=None, # system message; None leaves the template's default
-               )->list: # alternating template text and field names
+
+def render_chat(
+    tokenizer,
+    turns: tuple,  # of Message; holes written as {name}
+    fields: tuple,  # names of the holes
+    system: str | None = None,  # system message; None leaves the template's default
+) -> list:  # alternating template text and field names
     "Render the tokenizer's chat template around `turns` and cut it at the holes."
     chat = messages(turns)
-    for name in fields: chat = [m | {"content": m["content"].replace("{" + name + "}", _HOLE.format(name))} for m in chat]
+    for name in fields:
+        chat = [m | {"content": m["content"].replace("{" + name + "}", _HOLE.format(name))} for m in chat]
     marked = _HOLES.findall("".join(m["content"] for m in chat))
-    if system: chat = [{"role": "system", "content": system}, *chat]
+    if system:
+        chat = [{"role": "system", "content": system}, *chat]
     pieces = _HOLES.split(text := _render(tokenizer, chat))
     lost = [name for name in marked if name not in pieces]
-    if chat[0]["role"] == "system" and (system.strip() not in text if system else lost == marked[:1]): raise ValueError(_no_system(tokenizer))
-    if pieces[1::2] != marked: raise ValueError(f"model {tokenizer.name_or_path}: its chat template drops or changes the text of messages")
+    if chat[0]["role"] == "system" and (system.strip() not in text if system else lost == marked[:1]):
+        raise ValueError(_no_system(tokenizer))
+    if pieces[1::2] != marked:
+        raise ValueError(f"model {tokenizer.name_or_path}: its chat template drops or changes the text of messages")
     return pieces
 
-def _render(tokenizer, chat)->str:
+
+def _render(tokenizer, chat) -> str:
     if tokenizer.chat_template is None:
-        return "".join(PLAIN_TEMPLATE.replace("{content}", m["content"]) if m["role"] == "user" else m["content"] + "\n\n" for m in chat)
+        return "".join(
+            PLAIN_TEMPLATE.replace("{content}", m["content"]) if m["role"] == "user" else m["content"] + "\n\n"
+            for m in chat
+        )
     asks = {"tokenize": False, "add_generation_prompt": chat[-1]["role"] == "user", "date_string": DATE}
-    try: return tokenizer.apply_chat_template(chat, chat_template=stop_clock(tokenizer.get_chat_template()), **asks)
-    except Exception as e: # whatever a template's code may raise
-        if chat[0]["role"] == "system" and _takes(tokenizer, chat[1:]): raise ValueError(_no_system(tokenizer)) from None
-        raise ValueError(f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}") from None
+    try:
+        return tokenizer.apply_chat_template(chat, chat_template=stop_clock(tokenizer.get_chat_template()), **asks)
+    except Exception as e:  # whatever a template's code may raise
+        if chat[0]["role"] == "system" and _takes(tokenizer, chat[1:]):
+            raise ValueError(_no_system(tokenizer)) from None
+        raise ValueError(
+            f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}"
+        ) from None
 
-def _takes(tokenizer, chat)->bool:
-    try: return bool(_render(tokenizer, chat))
-    except ValueError: return False
 
-def _no_system(tokenizer)->str:
-    return (f"model {tokenizer.name_or_path}: its chat template has no system role, which judge.system and system messages of the data "
-            "need; set model.system_role to user, which puts them into the first user turn, or leave them out")
+def _takes(tokenizer, chat) -> bool:
+    try:
+        return bool(_render(tokenizer, chat))
+    except ValueError:
+        return False
+
+
+def _no_system(tokenizer) -> str:
+    return (
+        f"model {tokenizer.name_or_path}: its chat template has no system role, which judge.system and system messages of the data "
+        "need; set model.system_role to user, which puts them into the first user turn, or leave them out"
+    )
+
 
 @lru_cache(maxsize=8)
-def _dummy_prefix(tokenizer)->bool:
+def _dummy_prefix(tokenizer) -> bool:
     "Whether the tokenizer puts a space of its own before every text (SentencePiece's dummy prefix)."
-    return tokenizer.decode(tokenizer.encode("\nx", add_special_tokens=False)) != "\nx" or tokenizer.convert_ids_to_tokens(tokenizer.encode("x", add_special_tokens=False))[0] == "\u2581x"
+    return (
+        tokenizer.decode(tokenizer.encode("\nx", add_special_tokens=False)) != "\nx"
+        or tokenizer.convert_ids_to_tokens(tokenizer.encode("x", add_special_tokens=False))[0] == "\u2581x"
+    )
 
-def encode_piece(tokenizer, text:str, plain:bool=False)->list:
+# %% ../../nbs/model/02_logprobs.ipynb #54c772b6
+def encode_piece(tokenizer, text: str, plain: bool = False) -> list:
     "Ids of a piece of text as they are in the middle of a text; with `plain`, special tokens are split."
     encode = lambda t: tokenizer(t, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-    if not _dummy_prefix(tokenizer): return encode(text)
-    return encode("\n" + text)[len(encode("\n")):]
+    if not _dummy_prefix(tokenizer):
+        return encode(text)
+    return encode("\n" + text)[len(encode("\n")) :]
 
-def _holes(tokenizer, turns, fields, system, pieces)->list: # of (name, space that belongs to the text, how the text is stripped)
+
+def _holes(
+    tokenizer, turns, fields, system, pieces
+) -> list:  # of (name, space that belongs to the text, how the text is stripped)
     "The holes of a template in which every hole is a whole message."
     padded = tuple(t.model_copy(update={"content": f"\n\t{t.content}\t\n"}) for t in turns)
     around = render_chat(tokenizer, padded, fields, system)
@@ -81,110 +110,149 @@ def _holes(tokenizer, turns, fields, system, pieces)->list: # of (name, space th
         out.append((name, " " if before.endswith(" ") else "", strip))
     return out
 
+
 @lru_cache(maxsize=64)
-def _frame(tokenizer, turns, fields, system, whole=False)->tuple: # ids of the template's pieces, the holes between them
+def _frame(
+    tokenizer, turns, fields, system, whole=False
+) -> tuple:  # ids of the template's pieces, the holes between them
     "The template with its own pieces already encoded."
     pieces = render_chat(tokenizer, turns, fields, system)
     holes = _holes(tokenizer, turns, fields, system, pieces) if whole else [(name, "", str) for name in pieces[1::2]]
     first, *texts = [p.removesuffix(space) for p, space in zip(pieces[::2], [*(h[1] for h in holes), ""])]
-    start = tokenizer(first, add_special_tokens=False)["input_ids"] # the only piece that is not in the middle of a text
+    start = tokenizer(first, add_special_tokens=False)[
+        "input_ids"
+    ]  # the only piece that is not in the middle of a text
     bos = tokenizer.bos_token_id
-    if tokenizer.chat_template is None and bos is not None and start[:1] != [bos]: start = [bos] + start
+    if tokenizer.chat_template is None and bos is not None and start[:1] != [bos]:
+        start = [bos] + start
     return [start] + [encode_piece(tokenizer, t) for t in texts], holes
 
 # %% ../../nbs/model/02_logprobs.ipynb #1b04582b
-def encode_text(tokenizer,
-                text:str, # anything a user or a model wrote
-               )->list: # token ids, none of them special
+def encode_text(
+    tokenizer,
+    text: str,  # anything a user or a model wrote
+) -> list:  # token ids, none of them special
     "Encode `text` as plain text: template tokens inside it are split into ordinary ones."
     return encode_piece(tokenizer, text, plain=True)
+
 
 def _fill(tokenizer, turns, fields, system, whole=False):
     "Ids of the frame with `fields` encoded into its holes; with `whole`, every field is a whole message."
     (start, *rest), holes = _frame(tokenizer, turns, tuple(fields), system, whole)
     out = [*start]
-    for (name, space, strip), ids in zip(holes, rest): out += encode_text(tokenizer, space + strip(fields[name])) + ids
+    for (name, space, strip), ids in zip(holes, rest):
+        out += encode_text(tokenizer, space + strip(fields[name])) + ids
     return out
 
-def encode_chat(tokenizer, content:str, fields:dict, system:str|None=None)->list:
+# %% ../../nbs/model/02_logprobs.ipynb #a11026ad
+def encode_chat(tokenizer, content: str, fields: dict, system: str | None = None) -> list:
     "Ids of the chat with `fields` filled in, up to where the assistant starts to speak."
     return _fill(tokenizer, (Message(role="user", content=content),), fields, system)
 
-def encode_messages(tokenizer,
-                    turns:list, # of {"role": ..., "content": ...}
-                    system:str|None=None, # system message; None leaves the template's default
-                   )->list: # token ids
+# %% ../../nbs/model/02_logprobs.ipynb #51d65009
+def encode_messages(
+    tokenizer,
+    turns: list,  # of {"role": ..., "content": ...}
+    system: str | None = None,  # system message; None leaves the template's default
+) -> list:  # token ids
     "Ids of messages, every text in them plain. After a user's turn they go on to where the assistant starts to speak."
     fields = {f"turn {i}": m["content"] for i, m in enumerate(turns)}
     holes = tuple(Message(role=m["role"], content="{" + name + "}") for m, name in zip(turns, fields))
     return _fill(tokenizer, holes, fields, system, whole=True)
 
-def encode_prompt(tokenizer, prompt:Prompted, system:str|None=None)->list:
+# %% ../../nbs/model/02_logprobs.ipynb #16e7832c
+def encode_prompt(tokenizer, prompt: Prompted, system: str | None = None) -> list:
     "Ids of a prompt in the model's chat format. `system` is for a prompt without a system message of its own."
     turns = messages(prompt)
     return encode_messages(tokenizer, turns, None if turns[0]["role"] == "system" else system)
 
-def encode_turns(tokenizer,
-                 turns:list, # texts of the user, the assistant, ... the user
-                 system:str|None=None,
-                )->list: # token ids, up to where the assistant starts to speak
+# %% ../../nbs/model/02_logprobs.ipynb #bfc6af4f
+def encode_turns(
+    tokenizer,
+    turns: list,  # texts of the user, the assistant, ... the user
+    system: str | None = None,
+) -> list:  # token ids, up to where the assistant starts to speak
     "Ids of a conversation whose roles alternate. Raises ValueError when the last word is not the user's."
-    if len(turns) % 2 == 0: raise ValueError(f"a conversation of {len(turns)} texts ends with the assistant's; add what the user says next")
+    if len(turns) % 2 == 0:
+        raise ValueError(f"a conversation of {len(turns)} texts ends with the assistant's; add what the user says next")
     talk = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(turns)]
     return encode_messages(tokenizer, talk, system)
 
+# %% ../../nbs/model/02_logprobs.ipynb #54397204
 @lru_cache(maxsize=8)
-def turn_end(tokenizer)->int:
+def turn_end(tokenizer) -> int:
     "The id that ends an answer: the token that the chat template puts after an assistant's turn, or eos where it puts none."
-    if tokenizer.chat_template is None: return tokenizer.eos_token_id
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
     talk = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
-    try: after = render_chat(tokenizer, talk, ("q", "a"))[-1]
-    except ValueError: return tokenizer.eos_token_id # it renders no answers, so it cannot say
+    try:
+        after = render_chat(tokenizer, talk, ("q", "a"))[-1]
+    except ValueError:
+        return tokenizer.eos_token_id  # it renders no answers, so it cannot say
     ids = encode_piece(tokenizer, after.lstrip())
-    return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else tokenizer.eos_token_id
+    return (
+        ids[0]
+        if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        else tokenizer.eos_token_id
+    )
+
 
 @lru_cache(maxsize=8)
-def _answer(tokenizer)->tuple: # space before an answer, how an answer is stripped
+def _answer(tokenizer) -> tuple:  # space before an answer, how an answer is stripped
     "How the chat template writes an answer after the prompt."
-    if tokenizer.chat_template is None: return "", str
+    if tokenizer.chat_template is None:
+        return "", str
     question, answer = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
     try:
         asked, answered = (render_chat(tokenizer, talk, ("q", "a")) for talk in ((question,), (question, answer)))
         strip = _holes(tokenizer, (question, answer), ("q", "a"), None, answered)[1][2]
-    except ValueError: return "", str # it renders no answers
+    except ValueError:
+        return "", str  # it renders no answers
     return " " if answered[2] == asked[2] + " " else "", strip
 
-def encode_response(tokenizer, response:str)->list:
+# %% ../../nbs/model/02_logprobs.ipynb #9e709fa8
+def encode_response(tokenizer, response: str) -> list:
     "Ids of a finished response as the template has it after the prompt: its text, then the end-of-turn id."
     space, strip = _answer(tokenizer)
     return encode_text(tokenizer, space + strip(response)) + [turn_end(tokenizer)]
 
 # %% ../../nbs/model/02_logprobs.ipynb #db8b7fdd
-def project(model,
-            hidden:torch.Tensor, # (..., d) last hidden states
-            rows:torch.Tensor|None=None, # token ids to project on; None is the whole vocabulary
-           )->torch.Tensor: # (..., V) or (..., len(rows)) float32 logits
+def project(
+    model,
+    hidden: torch.Tensor,  # (..., d) last hidden states
+    rows: torch.Tensor | None = None,  # token ids to project on; None is the whole vocabulary
+) -> torch.Tensor:  # (..., V) or (..., len(rows)) float32 logits
     "Logits of `hidden`, over all token ids or only some (these computed in float32); final soft-capping and scaling as the model has them."
     base, _ = body(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
-    if rows is None: logits = head(hidden.to(head.weight.dtype))
-    else: logits = torch.nn.functional.linear(hidden.float(), head.weight[rows].float(), None if head.bias is None else head.bias[rows].float())
+    if rows is None:
+        logits = head(hidden.to(head.weight.dtype))
+    else:
+        logits = torch.nn.functional.linear(
+            hidden.float(), head.weight[rows].float(), None if head.bias is None else head.bias[rows].float()
+        )
     logits = logits.float()
-    if (scale := getattr(config, "logits_scaling", None)): logits = logits / scale
-    if (scale := getattr(config, "logit_scale", None)): logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)): logits = cap * torch.tanh(logits / cap)
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
     return logits
 
 # %% ../../nbs/model/02_logprobs.ipynb #4f6fc83f
 class Tree(NamedTuple):
     "Sequences in one row."
-    ids: list # n token ids
-    positions: list # n, the place of each in its sequence
-    paths: dict # number of a sequence -> where in the row its tokens are
 
-def trees(seqs:list, # lists of token ids
-          width:int, # d, the size of a hidden state; 0: every sequence alone
-         )->list: # of Tree
+    ids: list  # n token ids
+    positions: list  # n, the place of each in its sequence
+    paths: dict  # number of a sequence -> where in the row its tokens are
+
+# %% ../../nbs/model/02_logprobs.ipynb #f31a03e6
+def trees(
+    seqs: list,  # lists of token ids
+    width: int,  # d, the size of a hidden state; 0: every sequence alone
+) -> list:  # of Tree
     "Sequences that share a beginning, together where that saves work."
     out, last, path = [], [], []
     cost = lambda n: n * (2 * width + n)
@@ -199,9 +267,11 @@ def trees(seqs:list, # lists of token ids
         last = seqs[i]
     return out
 
-def tree_mask(rows:list, # B trees
-              dtype:torch.dtype,
-             )->torch.Tensor: # (B, 1, T, T), 0 where a token may look, the lowest number elsewhere
+# %% ../../nbs/model/02_logprobs.ipynb #7068bfa3
+def tree_mask(
+    rows: list,  # B trees
+    dtype: torch.dtype,
+) -> torch.Tensor:  # (B, 1, T, T), 0 where a token may look, the lowest number elsewhere
     "Each token sees its ancestors and itself."
     size = max(len(t.ids) for t in rows)
     seen = torch.zeros(len(rows), size, size, dtype=torch.bool)
@@ -212,75 +282,112 @@ def tree_mask(rows:list, # B trees
     return additive_mask(seen[:, None], dtype)
 
 # %% ../../nbs/model/02_logprobs.ipynb #44792493
-def pad_right(seqs:list, pad:int=0, device="cpu")->tuple: # (B, T) ids, (B,) lengths
+def pad_right(seqs: list, pad: int = 0, device="cpu") -> tuple:  # (B, T) ids, (B,) lengths
     "Pad lists of ids on the right."
     lengths = torch.tensor([len(s) for s in seqs], device=device)
     ids = torch.full((len(seqs), max(map(len, seqs))), pad, dtype=torch.long)
-    for i, s in enumerate(seqs): ids[i, :len(s)] = torch.tensor(s)
+    for i, s in enumerate(seqs):
+        ids[i, : len(s)] = torch.tensor(s)
     return ids.to(device), lengths
 
-def hidden_states(model,
-                  rows:list, # B lists of ids, or B trees
-                 )->torch.Tensor: # (B, T, d)
+# %% ../../nbs/model/02_logprobs.ipynb #0f65788a
+def hidden_states(
+    model,
+    rows: list,  # B lists of ids, or B trees
+) -> torch.Tensor:  # (B, T, d)
     "Last hidden states, right-padded; raises ValueError for a sequence that is longer than the model's context."
-    (base, decoder), rows = body(model), [r if isinstance(r, Tree) else Tree(r, list(range(len(r))), {0: range(len(r))}) for r in rows]
-    longest, room = 1 + max(max(t.positions) for t in rows), getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    (base, decoder), rows = (
+        body(model),
+        [r if isinstance(r, Tree) else Tree(r, list(range(len(r))), {0: range(len(r))}) for r in rows],
+    )
+    longest, room = (
+        1 + max(max(t.positions) for t in rows),
+        getattr(base.config.get_text_config(), "max_position_embeddings", None),
+    )
     if room and longest > room:
-        raise ValueError(f"a sequence of {longest} tokens does not fit the model's context of {room}; lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens")
+        raise ValueError(
+            f"a sequence of {longest} tokens does not fit the model's context of {room}; lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens"
+        )
     ids, where = pad_right([t.ids for t in rows], device=model.device)[0], {}
     if any(len(t.paths) > 1 for t in rows):
-        where = {"attention_mask": tree_mask(rows, decoder.get_input_embeddings().weight.dtype).to(model.device), "position_ids": pad_right([t.positions for t in rows], device=model.device)[0]}
+        where = {
+            "attention_mask": tree_mask(rows, decoder.get_input_embeddings().weight.dtype).to(model.device),
+            "position_ids": pad_right([t.positions for t in rows], device=model.device)[0],
+        }
     return decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
 
+# %% ../../nbs/model/02_logprobs.ipynb #d5abe068
 @torch.no_grad()
-def takes_trees(model)->bool:
+def takes_trees(model) -> bool:
     "Whether sequences in one row come out as they do alone; tried once per model, without its dropout."
     base = body(model)[0]
     if not hasattr(base, "_takes_trees"):
         dropping = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.training]
-        for m in dropping: m.eval()
+        for m in dropping:
+            m.eval()
         base._takes_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same_in_a_tree(model)
-        for m in dropping: m.train()
+        for m in dropping:
+            m.train()
     return base._takes_trees
+
 
 def _same_in_a_tree(model):
     seqs = [[1, 2] + [3] * 16, [1, 2, 5], [1, 2, 5, 6, 7]]
-    tree, = trees(seqs, 10**6)
-    try: alone, together = hidden_states(model, seqs), hidden_states(model, [tree])[0]
-    except torch.OutOfMemoryError: raise
-    except Exception: return False  # an architecture that cannot read such a mask at all
+    (tree,) = trees(seqs, 10**6)
+    try:
+        alone, together = hidden_states(model, seqs), hidden_states(model, [tree])[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False  # an architecture that cannot read such a mask at all
     # measured on SmolLM2-135M: rounding up to 0.11 (bfloat16, fused attention), positions or mask ignored 0.23 and more
-    branches = [(together[path[2:]], alone[i, 2:len(path)]) for i, path in tree.paths.items()]
-    return all((a - b).norm() < .16 * b.norm() for a, b in branches)
+    branches = [(together[path[2:]], alone[i, 2 : len(path)]) for i, path in tree.paths.items()]
+    return all((a - b).norm() < 0.16 * b.norm() for a, b in branches)
+
 
 def _read(anchor, model, rows, wanted):
     "Hidden states of `rows` where `wanted`, sequence by sequence. `anchor` tells `checkpoint` the device whose random numbers it must repeat."
     hidden = hidden_states(model, rows)
-    return torch.cat([hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()])
+    return torch.cat(
+        [hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()]
+    )
 
 # %% ../../nbs/model/02_logprobs.ipynb #7b40293f
-def hidden_at(model,
-              seqs:list, # B lists of ids
-              wanted:list, # B lists of positions
-              recompute:bool=False, # row by row, keeping nothing for backward but the result: the least memory, for one more forward
-             )->torch.Tensor: # (sum of wanted, d), in the order of `seqs`
+def hidden_at(
+    model,
+    seqs: list,  # B lists of ids
+    wanted: list,  # B lists of positions
+    recompute: bool = False,  # row by row, keeping nothing for backward but the result: the least memory, for one more forward
+) -> torch.Tensor:  # (sum of wanted, d), in the order of `seqs`
     "Last hidden states at some positions; what sequences share is computed once, rows of nearly equal length run together."
     config = body(model)[0].config.get_text_config()
-    window, recompute = min(getattr(config, k, None) or float("inf") for k in ("sliding_window", "attention_chunk_size")), recompute and torch.is_grad_enabled()
+    window, recompute = (
+        min(getattr(config, k, None) or float("inf") for k in ("sliding_window", "attention_chunk_size")),
+        recompute and torch.is_grad_enabled(),
+    )
     rows = trees(seqs, config.hidden_size if takes_trees(model) and max(map(len, seqs)) <= window else 0)
     groups, wanted = [[t] for t in rows] if recompute else similar(rows, model.device.type), [*wanted, []]
-    if sharded(): groups += [[Tree([0], [0], {len(seqs): [0]})]] * (max(exchange(len(groups))) - len(groups))  # of which nothing is wanted
-    read, anchor = partial(checkpoint, _read, use_reentrant=False) if recompute else _read, torch.empty(0, device=model.device)
+    if sharded():
+        groups += [[Tree([0], [0], {len(seqs): [0]})]] * (
+            max(exchange(len(groups))) - len(groups)
+        )  # of which nothing is wanted
+    read, anchor = (
+        partial(checkpoint, _read, use_reentrant=False) if recompute else _read,
+        torch.empty(0, device=model.device),
+    )
     order = [i for group in groups for tree in group for i in tree.paths]
     pieces = torch.cat([read(anchor, model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
     return torch.cat([piece for _, piece in sorted(zip(order, pieces), key=lambda x: x[0])])
 
-def similar(rows:list, device:str="cpu")->list: # lists of trees
+# %% ../../nbs/model/02_logprobs.ipynb #693fe90c
+def similar(rows: list, device: str = "cpu") -> list:  # lists of trees
     "Rows that may be padded together: as long as less than a tenth of the longest would be padding, on a GPU less than half."
-    out, waste = [], .1 if device == "cpu" else .5
+    out, waste = [], 0.1 if device == "cpu" else 0.5
     for row in sorted(rows, key=lambda t: -len(t.ids)):
-        if out and len(row.ids) >= (1 - waste) * len(out[-1][0].ids): out[-1].append(row)
-        else: out.append([row])
+        if out and len(row.ids) >= (1 - waste) * len(out[-1][0].ids):
+            out[-1].append(row)
+        else:
+            out.append([row])
     return out
 
 # %% ../../nbs/model/02_logprobs.ipynb #5e0f62aa
@@ -288,40 +395,49 @@ def _chunk_logps(model, hidden, targets):
     logits = project(model, hidden)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-def token_logps(model, hidden:torch.Tensor, targets:torch.Tensor, chunk:int=512)->torch.Tensor:
+# %% ../../nbs/model/02_logprobs.ipynb #6822250e
+def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, chunk: int = 512) -> torch.Tensor:
     "(N,) float32 log-probabilities of `targets` given (N, d) `hidden`; the logits of a chunk are recomputed in backward."
     grad = torch.is_grad_enabled() and hidden.requires_grad
     run = (lambda *a: checkpoint(_chunk_logps, *a, use_reentrant=False)) if grad else _chunk_logps
     return torch.cat([run(model, h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
-def response_logps(model,
-                   prompts:list, # B lists of prompt ids
-                   responses:list, # B lists of response ids, none empty
-                   chunk:int=512, # completion positions projected at once
-                   recompute:bool=False, # as in `hidden_at`
-                  )->torch.Tensor: # (B,) float32, summed over response tokens, nats
+# %% ../../nbs/model/02_logprobs.ipynb #76b0fbcc
+def response_logps(
+    model,
+    prompts: list,  # B lists of prompt ids
+    responses: list,  # B lists of response ids, none empty
+    chunk: int = 512,  # completion positions projected at once
+    recompute: bool = False,  # as in `hidden_at`
+) -> torch.Tensor:  # (B,) float32, summed over response tokens, nats
     "Log-probability of each response given its prompt; one that is asked for twice is computed once."
     asked = [(tuple(p), tuple(r)) for p, r in zip(prompts, responses)]
     number = {x: i for i, x in enumerate(dict.fromkeys(asked))}
-    hidden = hidden_at(model, [list(p + r) for p, r in number], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number], recompute)
+    hidden = hidden_at(
+        model, [list(p + r) for p, r in number], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number], recompute
+    )
     rows = torch.tensor([i for (_, r), i in number.items() for _ in r], device=hidden.device)
     targets = torch.tensor([t for _, r in number for t in r], device=hidden.device)
     sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
     return sums[[number[x] for x in asked]]
 
-def check_projection(model)->None:
+# %% ../../nbs/model/02_logprobs.ipynb #fa88a230
+def check_projection(model) -> None:
     "Raise if our projection differs from the model's own logits, as it would for an architecture with a head of its own kind."
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.no_grad():
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         ours = project(model, body(model)[1](input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
-        raise ValueError(f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; extend scir.model.logprobs.project")
+        raise ValueError(
+            f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; extend scir.model.logprobs.project"
+        )
 
 # %% ../../nbs/model/02_logprobs.ipynb #de7c9a72
-def batches(sizes:list, # tokens of each row
-            budget:int, # tokens per batch
-           )->list: # lists of row numbers
+def batches(
+    sizes: list,  # tokens of each row
+    budget: int,  # tokens per batch
+) -> list:  # lists of row numbers
     "Consecutive rows whose tokens add up to at most `budget`; a row that is larger stands alone."
     out, filled = [], 0
     for i, size in enumerate(sizes):
@@ -332,21 +448,32 @@ def batches(sizes:list, # tokens of each row
         filled += size
     return out
 
-def in_batches(read, # list of row numbers -> what is read of them
-               parts:list, # lists of row numbers
-               sizes:list, # tokens of each row
-              ): # yields (row numbers, what was read)
+# %% ../../nbs/model/02_logprobs.ipynb #ff1d6fc1
+def in_batches(
+    read,  # list of row numbers -> what is read of them
+    parts: list,  # lists of row numbers
+    sizes: list,  # tokens of each row
+):  # yields (row numbers, what was read)
     "Read batch by batch. When memory runs out the batches are halved, aloud, and it goes on; raises MemoryError when one row alone does not fit."
     queue = list(parts)
     while queue:
         rows, found, full = queue.pop(0), None, False
-        try: found = read(rows)
+        try:
+            found = read(rows)
         except Exception as e:
-            if not out_of_memory(e): raise
+            if not out_of_memory(e):
+                raise
             full = True
-        if not full: yield rows, found
-        elif len(rows) == 1: raise MemoryError(f"out of memory with a single row of {sizes[rows[0]]} tokens; lower data.max_prompt_tokens or data.max_response_tokens, or take a smaller model or dtype")
-        elif sharded(): raise MemoryError(f"out of memory with {len(rows)} rows of {sum(sizes[i] for i in rows)} tokens, and with --shard a batch is not halved; lower judge.batch_tokens")
+        if not full:
+            yield rows, found
+        elif len(rows) == 1:
+            raise MemoryError(
+                f"out of memory with a single row of {sizes[rows[0]]} tokens; lower data.max_prompt_tokens or data.max_response_tokens, or take a smaller model or dtype"
+            )
+        elif sharded():
+            raise MemoryError(
+                f"out of memory with {len(rows)} rows of {sum(sizes[i] for i in rows)} tokens, and with --shard a batch is not halved; lower judge.batch_tokens"
+            )
         else:
             left, budget = [i for b in (rows, *queue) for i in b], sum(sizes[i] for i in rows) // 2
             make_room(f"batches of at most {budget} tokens")

@@ -24,18 +24,24 @@ from ..store import Row, digest, hide_secrets, salvage, write_rows
 # %% ../../nbs/model/05_outside.ipynb #8a09690d
 TOO_LONG = "longer than the judge's context"
 
-def judge_function(read, failures:Counter):
+
+def judge_function(read, failures: Counter):
     "`read` as a judge: `ask.failures` counts the unread verdicts by reason."
-    def ask(rows): return read(rows)
+
+    def ask(rows):
+        return read(rows)
+
     ask.failures = failures
     return ask
 
-def local_judge(spec:ModelSpec, judge:JudgeSpec):
+# %% ../../nbs/model/05_outside.ipynb #5118be8b
+def local_judge(spec: ModelSpec, judge: JudgeSpec):
     "A causal language model as judge, P = sigmoid(verdict margin); a presentation longer than its context has no verdict. Raises ValueError when a verdict word is not one token."
     import torch
     from scir.method.judge import find_verdicts, judge_ids, verdict_margins
     from scir.model.logprobs import batches, in_batches
     from scir.model.weights import dense, load_tokenizer
+
     tokenizer, failures = load_tokenizer(spec), Counter()
     verdicts, model = find_verdicts(tokenizer, judge.verdicts), dense(spec)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -47,33 +53,58 @@ def local_judge(spec:ModelSpec, judge:JudgeSpec):
         failures.update(TOO_LONG for s in seqs if len(s) > room)
         out = [None] * len(rows)
         sizes = [len(seqs[i]) for i in fits]
-        def margins(batch): return verdict_margins(model, [seqs[fits[b]] for b in batch], verdicts)[0]
-        for batch, m in tqdm(in_batches(margins, batches(sizes, judge.batch_tokens), sizes), desc="judged", unit="batch"):
-            for b, p in zip(batch, m.sigmoid().tolist()): out[fits[b]] = p
+
+        def margins(batch):
+            return verdict_margins(model, [seqs[fits[b]] for b in batch], verdicts)[0]
+
+        for batch, m in tqdm(
+            in_batches(margins, batches(sizes, judge.batch_tokens), sizes), desc="judged", unit="batch"
+        ):
+            for b, p in zip(batch, m.sigmoid().tolist()):
+                out[fits[b]] = p
         return out
+
     return judge_function(read, failures)
 
 # %% ../../nbs/model/05_outside.ipynb #fd801f1b
-def load_reward(name:str, dtype:str="auto")->tuple: # model in eval mode, tokenizer
+def load_reward(name: str, dtype: str = "auto") -> tuple:  # model in eval mode, tokenizer
     "A reward model from a folder or hub id, in a recipe's `model.dtype`: safetensors only, no code that comes with it. Raises ValueError unless it has exactly one label and all its weights."
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from scir.model.weights import compute_dtype, device, model_path
+
     name = model_path(ModelSpec(name=name))
     labels = AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
-    if labels != 1: raise ValueError(f"reward model {name}: it has {labels} labels; a reward model has exactly one")
-    model, found = AutoModelForSequenceClassification.from_pretrained(name, dtype=compute_dtype(ModelSpec(dtype=dtype)), device_map={"": device()}, trust_remote_code=False,
-                                                                      use_safetensors=True, output_loading_info=True)
-    if found["missing_keys"]: raise ValueError(f"reward model {name}: its file lacks {', '.join(sorted(found['missing_keys']))}, so its scores would be random")
+    if labels != 1:
+        raise ValueError(f"reward model {name}: it has {labels} labels; a reward model has exactly one")
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        dtype=compute_dtype(ModelSpec(dtype=dtype)),
+        device_map={"": device()},
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"reward model {name}: its file lacks {', '.join(sorted(found['missing_keys']))}, so its scores would be random"
+        )
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a decoder looks for the last token
-    if hasattr(model, "score"): model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))  # in bfloat16 close rewards would be equal
+    if hasattr(model, "score"):
+        model.score.float().register_forward_pre_hook(
+            lambda head, inputs: (inputs[0].float(),)
+        )  # in bfloat16 close rewards would be equal
     return model.eval(), tokenizer
 
-def reward_inputs(tokenizer, prompt:Prompted, response:str)->dict: # name -> list of ints
+# %% ../../nbs/model/05_outside.ipynb #97d96182
+def reward_inputs(tokenizer, prompt: Prompted, response: str) -> dict:  # name -> list of ints
     "The finished exchange as model inputs."
     from scir.model.logprobs import encode_messages
-    if tokenizer.chat_template is None: return dict(tokenizer(as_text(prompt), response, split_special_tokens=True))
+
+    if tokenizer.chat_template is None:
+        return dict(tokenizer(as_text(prompt), response, split_special_tokens=True))
     ids = encode_messages(tokenizer, [*messages(prompt), {"role": "assistant", "content": response}])
     return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
@@ -82,66 +113,111 @@ def _outputs(model, tokenizer, rows, batch):
     "The head's outputs per row, None where it is longer than the model's context; padded batches of similar length."
     import torch
     from scir.model.logprobs import in_batches, pad_right
+
     inputs = [reward_inputs(tokenizer, *r) for r in rows]
-    room = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
-    order = sorted((i for i, x in enumerate(inputs) if len(x["input_ids"]) <= room), key=lambda i: -len(inputs[i]["input_ids"]))
+    room = min(
+        getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf, tokenizer.model_max_length
+    )
+    order = sorted(
+        (i for i, x in enumerate(inputs) if len(x["input_ids"]) <= room), key=lambda i: -len(inputs[i]["input_ids"])
+    )
     out = [None] * len(rows)
+
     def read(chosen):
-        tensors = {k: pad_right([inputs[i][k] for i in chosen], tokenizer.pad_token_id if k == "input_ids" else 0, model.device)[0] for k in inputs[chosen[0]]}
-        with torch.no_grad(): return model(**tensors).logits.float().tolist()
-    parts = [order[i:i + batch] for i in range(0, len(order), batch)]
-    for chosen, logits in tqdm(in_batches(read, parts, [len(x["input_ids"]) for x in inputs]), total=len(parts), desc="rewards", unit="batch"):
-        for i, r in zip(chosen, logits): out[i] = r
+        tensors = {
+            k: pad_right(
+                [inputs[i][k] for i in chosen], tokenizer.pad_token_id if k == "input_ids" else 0, model.device
+            )[0]
+            for k in inputs[chosen[0]]
+        }
+        with torch.no_grad():
+            return model(**tensors).logits.float().tolist()
+
+    parts = [order[i : i + batch] for i in range(0, len(order), batch)]
+    for chosen, logits in tqdm(
+        in_batches(read, parts, [len(x["input_ids"]) for x in inputs]), total=len(parts), desc="rewards", unit="batch"
+    ):
+        for i, r in zip(chosen, logits):
+            out[i] = r
     return out
 
-def _rewards(model, tokenizer, rows, batch): return [None if x is None else x[0] for x in _outputs(model, tokenizer, rows, batch)]
 
-def reward_scores(name:str, # reward model: folder or hub id
-                  rows:list, # (prompt, response)
-                  batch:int=8, # rows per forward
-                  dtype:str="auto", # as in a recipe's model.dtype
-                 )->list: # floats, higher is better
+def _rewards(model, tokenizer, rows, batch):
+    return [None if x is None else x[0] for x in _outputs(model, tokenizer, rows, batch)]
+
+# %% ../../nbs/model/05_outside.ipynb #d8a0cc46
+def reward_scores(
+    name: str,  # reward model: folder or hub id
+    rows: list,  # (prompt, response)
+    batch: int = 8,  # rows per forward
+    dtype: str = "auto",  # as in a recipe's model.dtype
+) -> list:  # floats, higher is better
     "Rewards of finished responses. Raises ValueError for a model that is no reward model and for a row longer than its context."
     out = _rewards(*load_reward(name, dtype), rows, batch)
-    if None in out: raise ValueError(f"reward model {name}: row {out.index(None)} and {out.count(None) - 1} more are longer than its context; drop them first")
+    if None in out:
+        raise ValueError(
+            f"reward model {name}: row {out.index(None)} and {out.count(None) - 1} more are longer than its context; drop them first"
+        )
     return out
 
-def reward_judge(name:str, batch:int=8, dtype:str="auto"):
+# %% ../../nbs/model/05_outside.ipynb #47cf7c30
+def reward_judge(name: str, batch: int = 8, dtype: str = "auto"):
     "A reward model as judge, P(first is better) = sigmoid(r_first - r_second)."
     (model, tokenizer), failures = load_reward(name, dtype), Counter()
+
     def read(rows):
         single = list(dict.fromkeys((i, x) for i, *both in rows for x in both))
         r = dict(zip(single, _rewards(model, tokenizer, single, batch)))
         margins = [None if None in (r[i, a], r[i, b]) else r[i, a] - r[i, b] for i, a, b in rows]
         failures.update(TOO_LONG for m in margins if m is None)
-        return [None if m is None else .5 + math.tanh(m / 2) / 2 for m in margins]  # sigmoid, with no overflow
+        return [None if m is None else 0.5 + math.tanh(m / 2) / 2 for m in margins]  # sigmoid, with no overflow
+
     return judge_function(read, failures)
 
 # %% ../../nbs/model/05_outside.ipynb #33bcbd95
-def fit_reward(base:str, # causal model: folder, hub id or built-in name
-               pairs:list, # of LabelledPair
-               folder, # where the sequence-classification model is written
-               batch:int=8,
-              )->dict: # pairs, and the share right in 5-fold cross-validation, with its interval
+def fit_reward(
+    base: str,  # causal model: folder, hub id or built-in name
+    pairs: list,  # of LabelledPair
+    folder,  # where the sequence-classification model is written
+    batch: int = 8,
+) -> dict:  # pairs, and the share right in 5-fold cross-validation, with its interval
     "Fit and save a linear reward model; the regularisation is chosen by cross-validation."
     import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, cross_val_predict
     from transformers import AutoModelForSequenceClassification
     from scir.model.weights import load_tokenizer, model_path
-    if len(pairs) < 20: raise ValueError(f"{len(pairs)} labelled pairs are too few to fit a reward model; at least 20 are needed")
-    tokenizer, model = load_tokenizer(ModelSpec(name=base)), AutoModelForSequenceClassification.from_pretrained(model_path(ModelSpec(name=base)), num_labels=1, dtype=torch.float32, use_safetensors=True)
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+
+    if len(pairs) < 20:
+        raise ValueError(f"{len(pairs)} labelled pairs are too few to fit a reward model; at least 20 are needed")
+    tokenizer, model = (
+        load_tokenizer(ModelSpec(name=base)),
+        AutoModelForSequenceClassification.from_pretrained(
+            model_path(ModelSpec(name=base)), num_labels=1, dtype=torch.float32, use_safetensors=True
+        ),
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     head, model.score = model.score, torch.nn.Identity()
-    x = np.array(_outputs(model.eval(), tokenizer, [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs], batch))
+    x = np.array(
+        _outputs(
+            model.eval(),
+            tokenizer,
+            [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs],
+            batch,
+        )
+    )
     flipped = np.random.default_rng(0).choice([-1, 1], len(pairs))
-    difference = (x[:len(pairs)] - x[len(pairs):]) * flipped[:, None]
+    difference = (x[: len(pairs)] - x[len(pairs) :]) * flipped[:, None]
     scale = difference.std(0) + 1e-6
-    fit = GridSearchCV(LogisticRegression(fit_intercept=False, max_iter=2000), {"C": np.logspace(-5, 1, 7)}, cv=5).fit(difference / scale, flipped)
+    fit = GridSearchCV(LogisticRegression(fit_intercept=False, max_iter=2000), {"C": np.logspace(-5, 1, 7)}, cv=5).fit(
+        difference / scale, flipped
+    )
     right = cross_val_predict(fit, difference / scale, flipped, cv=5) == flipped
     model.score = head
-    with torch.no_grad(): head.weight.copy_(torch.tensor(fit.best_estimator_.coef_ / scale, dtype=torch.float32))
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor(fit.best_estimator_.coef_ / scale, dtype=torch.float32))
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return {"pairs": len(pairs), "cross-validated": rate(right)}
@@ -151,10 +227,12 @@ _OPEN, _CLOSE = r"[\s*_`\"'“”‘’(\[{<>#:.,-]*", r"[\s*_`\"'“”’)\]}>
 _LEAD = r"(?i:(?:so|thus|therefore|i|would|say|think|choose|pick|prefer|the|my|final|better|best|correct|answer|verdict|choice|option|response|assistant|winner|one|is|it|s)\b)"
 _TAIL = r"(?i:(?:(?:is|seems|looks)\s+(?:(?:the|clearly|definitely|slightly|much|far)\s+)*(?:better|best|preferable|superior)|because|since)\b.*)?"
 
-def parse_verdict(text:str, words:tuple=("A", "B"))->float|None:
+
+def parse_verdict(text: str, words: tuple = ("A", "B")) -> float | None:
     "1.0 when the reply names the first, 0.0 when it names the second, None when it names none or both."
     named = [re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text) for w in words]
-    if all(named) or not any(named): return None
+    if all(named) or not any(named):
+        return None
     first = named[0] is not None
     line = rf"{_OPEN}(?:{_LEAD}{_OPEN})*{re.escape(words[not first])}{_CLOSE}{_TAIL}"
     return float(first) if any(re.fullmatch(line, l.strip()) for l in text.splitlines()) else None
@@ -163,45 +241,68 @@ def parse_verdict(text:str, words:tuple=("A", "B"))->float|None:
 TIMEOUT, TOKENS, AT_ONCE = 60.0, 8, 4  # per request: seconds, length of the reply; requests under way together
 GIVE_UP = 8  # requests in a row without an answer after which no more are sent
 
+
 class Reply(Row):
     "A kept answer of a server."
-    id: str # digest of url and request
+
+    id: str  # digest of url and request
     model: str
     text: str
 
-def chat_request(model:str, judge:JudgeSpec, instruction:Prompted, first:str, second:str)->dict:
+# %% ../../nbs/model/05_outside.ipynb #fea48378
+def chat_request(model: str, judge: JudgeSpec, instruction: Prompted, first: str, second: str) -> dict:
     "One presentation as a chat completion request; holes inside the answers stay as they are."
     fields = {"prompt": as_text(instruction), "first": first, "second": second}
     content = re.sub(r"\{(prompt|first|second)\}", lambda m: fields[m[1]], judge.template)
     system = [{"role": "system", "content": judge.system}] if judge.system else []
-    return {"model": model, "messages": system + [{"role": "user", "content": content}], "temperature": 0, "max_tokens": TOKENS}
+    return {
+        "model": model,
+        "messages": system + [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": TOKENS,
+    }
 
-def said(client, request:dict)->tuple: # (text, None) or (None, reason)
+# %% ../../nbs/model/05_outside.ipynb #a528e2cb
+def said(client, request: dict) -> tuple:  # (text, None) or (None, reason)
     "A server's reply to a request, without this process's secrets."
-    def ask(): return hide_secrets(str(client.chat.completions.create(**request).choices[0].message.content or "")).encode("utf-8", "replace").decode()
+
+    def ask():
+        return (
+            hide_secrets(str(client.chat.completions.create(**request).choices[0].message.content or ""))
+            .encode("utf-8", "replace")
+            .decode()
+        )
+
     return complete(ask, f"judge {request['model']}", "chat completion")
 
 # %% ../../nbs/model/05_outside.ipynb #1fbf4923
-def open_replies(cache)->dict: # id -> text
+def open_replies(cache) -> dict:  # id -> text
     "Kept replies; a line that a kill left unfinished, or that is damaged, is dropped from the file."
     rows = salvage(cache, Reply)
     write_rows(cache, rows)
     return {r.id: r.text for r in rows}
 
-def endpoint_judge(url:str, # of an OpenAI-compatible server, with its /v1
-                   model:str, # as the server names it
-                   judge:JudgeSpec,
-                   cache, # JSONL file of replies
-                  ):
+# %% ../../nbs/model/05_outside.ipynb #e10a49eb
+def endpoint_judge(
+    url: str,  # of an OpenAI-compatible server, with its /v1
+    model: str,  # as the server names it
+    judge: JudgeSpec,
+    cache,  # JSONL file of replies
+):
     "A model behind a server as judge, P is 0 or 1; protocol: https://platform.openai.com/docs/api-reference/chat"
     client = connect(url, TIMEOUT)
     known, failures, silent = open_replies(cache), Counter(), []
+
     def send(request):
-        if len(silent) >= GIVE_UP: return None, f"{NO_ANSWER}: not asked after {GIVE_UP} in a row without one"
+        if len(silent) >= GIVE_UP:
+            return None, f"{NO_ANSWER}: not asked after {GIVE_UP} in a row without one"
         text, reason = said(client, request)
-        if reason and reason.startswith(NO_ANSWER): silent.append(reason)
-        else: silent.clear()
+        if reason and reason.startswith(NO_ANSWER):
+            silent.append(reason)
+        else:
+            silent.clear()
         return text, reason
+
     def read(rows):
         silent.clear()
         requests = [chat_request(model, judge, *row) for row in rows]
@@ -212,13 +313,18 @@ def endpoint_judge(url:str, # of an OpenAI-compatible server, with its /v1
                 asked = {pool.submit(send, r): k for k, r in missing.items()}
                 for done in tqdm(as_completed(asked), total=len(asked), desc="asked", unit="request"):
                     key, (text, reason) = asked[done], done.result()
-                    if reason: failures[reason] += 1
-                    else: _keep(file, known, Reply(id=key, model=model, text=text))
-        finally: pool.shutdown(cancel_futures=True)
+                    if reason:
+                        failures[reason] += 1
+                    else:
+                        _keep(file, known, Reply(id=key, model=model, text=text))
+        finally:
+            pool.shutdown(cancel_futures=True)
         verdicts = [parse_verdict(known[k], judge.verdicts) if k in known else None for k in keys]
         failures.update("no verdict in the reply" for k, v in zip(keys, verdicts) if v is None and k in known)
         return verdicts
+
     return judge_function(read, failures)
+
 
 def _keep(file, known, reply):
     file.write(reply.model_dump_json() + "\n")
@@ -226,8 +332,10 @@ def _keep(file, known, reply):
     known[reply.id] = reply.text
 
 # %% ../../nbs/model/05_outside.ipynb #6815e6ec
-def open_judge(spec:AlignmentSpec, judge:JudgeSpec, cache, dtype:str="auto"):
+def open_judge(spec: AlignmentSpec, judge: JudgeSpec, cache, dtype: str = "auto"):
     "The judge that a recipe names: `reward:` a reward model, http... a server, else a causal model."
-    if spec.judge.startswith("reward:"): return reward_judge(spec.judge.removeprefix("reward:"), dtype=dtype)
-    if spec.judge.startswith("http"): return endpoint_judge(spec.judge, spec.judge_model, judge, cache)
+    if spec.judge.startswith("reward:"):
+        return reward_judge(spec.judge.removeprefix("reward:"), dtype=dtype)
+    if spec.judge.startswith("http"):
+        return endpoint_judge(spec.judge, spec.judge_model, judge, cache)
     return local_judge(ModelSpec(name=spec.judge, dtype=dtype), judge)

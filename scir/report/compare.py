@@ -19,8 +19,10 @@ from .gather import Gathered, arm_name, set_order
 from ..statistics import grouped, paired, rank_correlation, rate
 
 # %% ../../nbs/report/02_compare.ipynb #723b8cc6
-def labelled(d:pd.DataFrame)->pd.DataFrame: return d[d.label.notna()]
+def labelled(d: pd.DataFrame) -> pd.DataFrame:
+    return d[d.label.notna()]
 
+# %% ../../nbs/report/02_compare.ipynb #96f60688
 MEASURES = {  # name -> (name in tables, values of a set's pairs)
     "inconsistency": ("inconsistency", lambda d: ~d.agree),
     "inconsistency_labelled": ("inconsistency, labelled pairs", lambda d: ~labelled(d).agree),
@@ -34,132 +36,161 @@ MEASURES = {  # name -> (name in tables, values of a set's pairs)
     "accuracy_likelihood": ("likelihood accuracy", lambda d: labelled(d).right_likelihood),
 }
 ALONE = ("accuracy_generative", "accuracy_implicit", "accuracy_pointwise")
-JOINT = ("inconsistency", "inconsistency_labelled", "rank_correlation", "accuracy_implicit", "accuracy_agreed",
-         "accuracy_mean")  # measures that need the implicit reward
+JOINT = (
+    "inconsistency",
+    "inconsistency_labelled",
+    "rank_correlation",
+    "accuracy_implicit",
+    "accuracy_agreed",
+    "accuracy_mean",
+)  # measures that need the implicit reward
 
-def speaks(d:pd.DataFrame, name:str)->bool:
+
+def speaks(d: pd.DataFrame, name: str) -> bool:
     "False where a reward model is silent: the implicit margin of a model against itself is zero."
     return bool((d[name].abs() > 1e-4).any())
 
-def measurable(key:str, d:pd.DataFrame)->bool:
+# %% ../../nbs/report/02_compare.ipynb #0fc824b3
+def measurable(key: str, d: pd.DataFrame) -> bool:
     "Whether a measure is defined: there are pairs, for accuracies some with a label, and its reward models speak."
-    if key.startswith("accuracy") or key == "inconsistency_labelled": d = labelled(d)
-    if not len(d) or key in JOINT and "implicit" in d and not speaks(d, "implicit"): return False
-    if key == "inconsistency_likelihood": return "generative" in d
+    if key.startswith("accuracy") or key == "inconsistency_labelled":
+        d = labelled(d)
+    if not len(d) or key in JOINT and "implicit" in d and not speaks(d, "implicit"):
+        return False
+    if key == "inconsistency_likelihood":
+        return "generative" in d
     return key not in ALONE or key.removeprefix("accuracy_") in d
 
 # %% ../../nbs/report/02_compare.ipynb #8437bcca
-def margin_correlation(d:pd.DataFrame, names:list)->dict: # value, low, high, n
+def margin_correlation(d: pd.DataFrame, names: list) -> dict:  # value, low, high, n
     "Rank correlation of the reward models' margins, averaged over seeds."
     ranks = d.groupby(["run", "seed"])[names].rank(pct=True)
     return rank_correlation(ranks.assign(prompt=d.prompt), names)
 
-def measure(d:pd.DataFrame, key:str, names:list)->dict: # value, low, high, n, least, most
+# %% ../../nbs/report/02_compare.ipynb #3baae0f9
+def measure(d: pd.DataFrame, key: str, names: list) -> dict:  # value, low, high, n, least, most
     "A measure on one model's pairs of one set, and the lowest and highest of its seeds; empty where it is not defined."
-    if not measurable(key, d): return {}
+    if not measurable(key, d):
+        return {}
     if key == "rank_correlation":
-        if d[names].nunique().min() < 2: return {}
+        if d[names].nunique().min() < 2:
+            return {}
         above = np.triu_indices(len(names), 1)
         each = pd.Series([s[names].corr("spearman").to_numpy()[above].mean() for _, s in d.groupby("seed")])
         return margin_correlation(d, names) | {"least": each.min(), "most": each.max()}
     values = MEASURES[key][1](d)
-    if not len(values): return {}
+    if not len(values):
+        return {}
     each = values.groupby(d.seed[values.index]).mean()
     return grouped(values, d.prompt[values.index]) | {"least": each.min(), "most": each.max()}
 
 # %% ../../nbs/report/02_compare.ipynb #e8d15414
-def last(g:Gathered, arms:tuple=(), table:pd.DataFrame|None=None)->pd.DataFrame:
+def last(g: Gathered, arms: tuple = (), table: pd.DataFrame | None = None) -> pd.DataFrame:
     "Rows of `table` (default: pairs) of `arms` (default: all), after the last iteration that they all have reached."
     table, models = (t[t.arm.isin(arms)] if arms else t for t in (g.pairs if table is None else table, g.models))
     reached = models[models.iteration > 1].groupby(["run", "arm", "seed"]).iteration.max().groupby("run").min()
     return table[(table.arm == "sft") | (table.iteration > 1) & (table.iteration == table.run.map(reached))]
 
-def others(g:Gathered, one:str="scir")->list:
+
+def others(g: Gathered, one: str = "scir") -> list:
     "The arms of a run that `one` can be compared with."
     there = set(g.models.arm)
     return [a for a in ARMS if a in there and a != one and one in there]
 
 # %% ../../nbs/report/02_compare.ipynb #f48d2e48
-def matched(d:pd.DataFrame, one:str, other:str, name:str)->tuple: # two frames, row by row the same pair
+def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two frames, row by row the same pair
     "The rows of two arms for the same pairs of set `name`, seed by seed."
     keys, d = ["run", "seed", "id"], d[d.set == name]
     a, b = (d[d.arm == x].set_index(keys) for x in (one, other))
     both = a.index.intersection(b.index)
     return a.loc[both], b.loc[both]
 
-def widened(gap:dict)->dict:
+# %% ../../nbs/report/02_compare.ipynb #e7cba8e2
+def widened(gap: dict) -> dict:
     "A bootstrap interval of zero width, when all differences are equal, gets the width that so many prompts allow."
-    if gap["high"] - gap["low"] > 1e-12: return gap
+    if gap["high"] - gap["low"] > 1e-12:
+        return gap
     half = rate(np.zeros(gap["prompts"]))["high"]
     return gap | {"low": max(gap["difference"] - half, -1.0), "high": min(gap["difference"] + half, 1.0)}
 
-def by_seed(each:pd.Series, difference:float)->dict: # seeds, same_way
+# %% ../../nbs/report/02_compare.ipynb #837acb6e
+def by_seed(each: pd.Series, difference: float) -> dict:  # seeds, same_way
     "How many seeds there are, and how many have the sign of the whole difference."
     return {"seeds": len(each), "same_way": int((np.sign(each) == np.sign(difference)).sum())}
 
-def compare(d:pd.DataFrame, one:str, other:str, pick, name:str)->dict: # as `paired`, and seeds, same_way
+# %% ../../nbs/report/02_compare.ipynb #b42b0baf
+def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # as `paired`, and seeds, same_way
     "Difference `one` - `other` on the same pairs; empty where they have no pair in common."
     a, b = matched(d, one, other, name)
     first, second = (pick(x).astype(float) for x in (a, b))
     both = first.index.intersection(second.index)
-    if not len(both): return {}
+    if not len(both):
+        return {}
     gap = widened(paired(first[both], second[both], a.prompt[both]))
     return gap | by_seed((first - second)[both].groupby(["run", "seed"]).mean(), gap["difference"])
 
 # %% ../../nbs/report/02_compare.ipynb #b56c1b1a
-def hits(d:pd.DataFrame, values)->pd.DataFrame:
+def hits(d: pd.DataFrame, values) -> pd.DataFrame:
     "What `share_gap` compares: boolean values of some of the pairs."
     return d.loc[values.index].reset_index()[["run", "seed", "prompt"]].assign(hit=values.to_numpy(float))
 
-def share_gap(first:pd.DataFrame, second:pd.DataFrame)->dict: # as `compare`
+# %% ../../nbs/report/02_compare.ipynb #4467f19e
+def share_gap(first: pd.DataFrame, second: pd.DataFrame) -> dict:  # as `compare`
     "Difference of two rates on different pairs (frames with hit, prompt, run, seed); empty where one has no pair."
-    if not len(first) or not len(second): return {}
+    if not len(first) or not len(second):
+        return {}
     counts = [f.groupby("prompt").hit.agg(["sum", "size"]) for f in (first, second)]
     counts = pd.concat(counts, axis=1).fillna(0).to_numpy(float)
     r, gap = _correlation(counts), float(first.hit.mean() - second.hit.mean())
     beyond = lambda p: (1 if gap > 0 else -1) * _square_and_add(first, second, r, 1 - p)[0 if gap > 0 else 1]
-    p = 1.0 if gap == 0 or beyond(.999) <= 0 else 1e-6 if beyond(1e-6) > 0 else float(brentq(beyond, 1e-6, .999))
-    low, high = _square_and_add(first, second, r, .95)
+    p = 1.0 if gap == 0 or beyond(0.999) <= 0 else 1e-6 if beyond(1e-6) > 0 else float(brentq(beyond, 1e-6, 0.999))
+    low, high = _square_and_add(first, second, r, 0.95)
     each = (first.groupby(["run", "seed"]).hit.mean() - second.groupby(["run", "seed"]).hit.mean()).dropna()
     found = {"difference": gap, "low": low, "high": high, "p": p, "n": len(second), "prompts": len(counts)}
     return found | by_seed(each, gap)
 
-def _correlation(counts): # of the two rates' errors, over prompts
+
+def _correlation(counts):  # of the two rates' errors, over prompts
     a, b = (c[:, 0] - c[:, 0].sum() / c[:, 1].sum() * c[:, 1] for c in (counts[:, :2], counts[:, 2:]))
     norm = np.sqrt(a @ a * (b @ b))
     return float(a @ b / norm) if norm > 1e-12 else 0.0
 
-def _square_and_add(first, second, r, level): # (low, high)
+
+def _square_and_add(first, second, r, level):  # (low, high)
     a, b = (grouped(f.hit, f.prompt, level) for f in (first, second))
     reach = lambda x, y: float(np.sqrt(max(x * x + y * y - 2 * r * x * y, 0)))
     gap = a["value"] - b["value"]
     low = gap - reach(a["value"] - a["low"], b["high"] - b["value"])
     return low, gap + reach(a["high"] - a["value"], b["value"] - b["low"])
 
-def difference(d:pd.DataFrame, one:str, other:str, key:str, name:str)->dict: # as `compare`
+# %% ../../nbs/report/02_compare.ipynb #1fe19a7e
+def difference(d: pd.DataFrame, one: str, other: str, key: str, name: str) -> dict:  # as `compare`
     "Difference `one` - `other` in a measure on set `name`; empty where it is not defined."
     rows = [d[(d.set == name) & (d.arm == a)] for a in (one, other)]
-    if not all(measurable(key, r) for r in rows): return {}
+    if not all(measurable(key, r) for r in rows):
+        return {}
     pick = MEASURES[key][1]
     return share_gap(*(hits(r, pick(r)) for r in rows)) if name == "own" else compare(d, one, other, pick, name)
 
 # %% ../../nbs/report/02_compare.ipynb #550ae6d3
-def over_prompts(first:pd.DataFrame, second:pd.DataFrame, column:str)->dict: # as `compare`
+def over_prompts(first: pd.DataFrame, second: pd.DataFrame, column: str) -> dict:  # as `compare`
     "Difference in `column`, averaged per seed and prompt; empty where there is no value in common."
     means = [f.groupby(["run", "seed", "prompt"])[column].mean() for f in (first, second)]
     gap = (means[0] - means[1]).dropna().astype(float)
-    if not len(gap): return {}
+    if not len(gap):
+        return {}
     found = paired(gap, np.zeros(len(gap)), gap.index.get_level_values("prompt"))
     found = found if column == "tokens" else widened(found)
     return found | by_seed(gap.groupby(["run", "seed"]).mean(), found["difference"])
 
-def answer_gap(g:Gathered, one:str, other:str, column:str)->dict: # as `compare`
+
+def answer_gap(g: Gathered, one: str, other: str, column: str) -> dict:  # as `compare`
     "Difference `one` - `other` in the answers, both after the last iteration that both have reached."
     d = last(g, (one, other), g.answers)
     return over_prompts(d[d.arm == one], d[d.arm == other], column)
 
 # %% ../../nbs/report/02_compare.ipynb #ac2e49c6
-def holm(p:list)->list:
+def holm(p: list) -> list:
     "Holm's adjusted p values; a missing p stays missing and is not counted."
     p = np.asarray(p, float)
     order = [i for i in np.argsort(p) if not np.isnan(p[i])]
@@ -167,20 +198,28 @@ def holm(p:list)->list:
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return out.tolist()
 
-def with_holm(t:pd.DataFrame, family:list)->pd.DataFrame:
+# %% ../../nbs/report/02_compare.ipynb #5a311534
+def with_holm(t: pd.DataFrame, family: list) -> pd.DataFrame:
     "A table of tests with `p_holm` behind `p`, adjusted over the rows that are alike in the columns `family`."
-    if len(t): t.insert(t.columns.get_loc("p") + 1, "p_holm", t.groupby(family).p.transform(lambda p: holm(p)))
+    if len(t):
+        t.insert(t.columns.get_loc("p") + 1, "p_holm", t.groupby(family).p.transform(lambda p: holm(p)))
     return t
 
+# %% ../../nbs/report/02_compare.ipynb #da5230c0
 ANSWERED = {"success": "strict success", "score": "score", "finished": "finished", "tokens": "tokens"}
 
-def comparisons(g:Gathered, one:str="scir")->pd.DataFrame:
+
+def comparisons(g: Gathered, one: str = "scir") -> pd.DataFrame:
     "`one` minus every other arm of a run: inconsistency and accuracies on every set, and the answers."
     rows, met = [], {a: last(g, (one, a)) for a in others(g, one)}
     for name, (a, d), key in product(set_order(g.pairs.set.unique()), met.items(), ("inconsistency", *ALONE)):
-        if gap := difference(d, one, a, key, name): rows.append((name, MEASURES[key][0], a, d, gap))
+        if gap := difference(d, one, a, key, name):
+            rows.append((name, MEASURES[key][0], a, d, gap))
     for (a, d), column in product(met.items(), ANSWERED):
-        if gap := answer_gap(g, one, a, column): rows.append(("answers", ANSWERED[column], a, d, gap))
-    rows = [{"set": name, "quantity": what, "arms": f"{one} - {arm_name(a)}", "as": f"M_{d.iteration.max()}", **gap}
-            for name, what, a, d, gap in rows]
+        if gap := answer_gap(g, one, a, column):
+            rows.append(("answers", ANSWERED[column], a, d, gap))
+    rows = [
+        {"set": name, "quantity": what, "arms": f"{one} - {arm_name(a)}", "as": f"M_{d.iteration.max()}", **gap}
+        for name, what, a, d, gap in rows
+    ]
     return with_holm(pd.DataFrame(rows), ["set", "quantity"])

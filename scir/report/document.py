@@ -48,8 +48,8 @@ ablation."""
 
 DRAWN = {  # figure -> caption, in the order in which they are shown
     "headline": "How often the judge and the implicit reward disagree; how many answers are fully right, where there is a "
-                "grader; how often each reward model, and the verdict they agree on, is right. Each arm after the last round that it shares with scir; "
-                "95% intervals over prompts.",
+    "grader; how often each reward model, and the verdict they agree on, is right. Each arm after the last round that it shares with scir; "
+    "95% intervals over prompts.",
     "inconsistency": "Inconsistency per iteration.",
     "own_accuracy": "Accuracy on own answers per iteration; the dashed line is chance.",
     "retained": "Fraction of the scored pairs that enter the DPO loss, by training step. A marker ends an iteration.",
@@ -59,11 +59,11 @@ DRAWN = {  # figure -> caption, in the order in which they are shown
     "calibration": "Accuracy by stated confidence; on the diagonal a model is right as often as it claims.",
     "flip_rate": "Position inconsistency of the judge (flip rate) per iteration.",
     "training": "Loss terms, inconsistency and margins by training step, mean over seeds, smoothed over a tenth of an "
-                "iteration. In the DPO term, a pair left out counts zero. A marker ends an iteration.",
+    "iteration. In the DPO term, a pair left out counts zero. A marker ends an iteration.",
 }
 
 # %% ../../nbs/report/06_document.ipynb #74d94122
-def tables(g:Gathered)->dict: # name -> frame
+def tables(g: Gathered) -> dict:  # name -> frame
     "Every table of the report."
     found, numbers = summary(g), per_run(claim_numbers, g)
     made = {"summary": found, "claims": claims_by_run(numbers), "claim_numbers": numbers}
@@ -71,14 +71,17 @@ def tables(g:Gathered)->dict: # name -> frame
     made |= {"policy": policy_table(g), "alignment": alignment_table(g), "ablation": per_run(ablation_table, g)}
     return made | {"comparisons": per_run(comparisons, g), "reported": reported_table()}
 
-def claims_by_run(numbers:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/report/06_document.ipynb #137ef544
+def claims_by_run(numbers: pd.DataFrame) -> pd.DataFrame:
     "The claims of every run, one below the other."
-    if "run" not in numbers: return claims(numbers)
+    if "run" not in numbers:
+        return claims(numbers)
     made = [claims(t).assign(run=run) for run, t in numbers.groupby("run", sort=False)]
     joined = pd.concat(made, ignore_index=True).fillna("-")
     return joined[["run", *joined.columns.drop("run")]]
 
-def figures(g:Gathered, found:pd.DataFrame)->dict: # name -> figure
+# %% ../../nbs/report/06_document.ipynb #df28cf3b
+def figures(g: Gathered, found: pd.DataFrame) -> dict:  # name -> figure
     "Every figure that one run can draw, in the order of `DRAWN`."
     sets = set_order(found.set.unique())
     main = [s for s in ("own", "panel", "held-out") if s in sets]
@@ -88,16 +91,20 @@ def figures(g:Gathered, found:pd.DataFrame)->dict: # name -> figure
     made |= {f"joint_{s}": plot_joints(g, s) for s in main} | {"length": plot_length(g)}
     made |= {f"splits_{s}": plot_splits(g, s) for s in main}
     made |= {f"calibration_{s}": plot_calibration(g, s) for s in sets}
-    made |= {"flip_rate": plot_sets(found, "flip_rate", "flip rate, 95% interval"), "training": plot_training(g),
-             "training_ablations": plot_training(g, "ablations")}
+    made |= {
+        "flip_rate": plot_sets(found, "flip_rate", "flip rate, 95% interval"),
+        "training": plot_training(g),
+        "training_ablations": plot_training(g, "ablations"),
+    }
     return {k: f for k, f in made.items() if f is not None}
 
-def caption(figure:str)->str:
+# %% ../../nbs/report/06_document.ipynb #6888a975
+def caption(figure: str) -> str:
     "What a figure shows, by its file's name: KIND, KIND_SET and with several runs RUN-KIND_SET."
     return next(text for kind, text in DRAWN.items() if figure.startswith(kind))
 
 # %% ../../nbs/report/06_document.ipynb #295965cf
-def size(g:Gathered, found:pd.DataFrame)->str:
+def size(g: Gathered, found: pd.DataFrame) -> str:
     "Seeds, pairs and rounds of every run, as Markdown."
     lines = []
     for run in g.models.run.unique():
@@ -105,22 +112,32 @@ def size(g:Gathered, found:pd.DataFrame)->str:
         seeds, pairs = one.models.seed.nunique(), f.groupby("set")[["pairs", "labelled"]].max()
         sets = ", ".join(f"{s} {pairs.pairs[s]} ({pairs.labelled[s]} labelled)" for s in set_order(pairs.index))
         line = f"**{run}**: {seeds} seed{'s' * (seeds > 1)}; pairs per seed: {sets}.{rounds_met(one)}"
-        if seeds < 3: line += " With fewer than three seeds, how much of a difference is due to the seed is unknown."
+        if seeds < 3:
+            line += " With fewer than three seeds, how much of a difference is due to the seed is unknown."
         lines.append(line)
     return "\n\n".join(lines) + "\n"
 
-def rounds_met(g:Gathered)->str:
+# %% ../../nbs/report/06_document.ipynb #fca499c1
+def rounds_met(g: Gathered) -> str:
     "At which iteration each arm is compared with scir."
     met = {a: last(g, ("scir", a)).iteration.max() for a in others(g) if a != "sft"}
     rounds = [f"{', '.join(a for a in met if met[a] == t)} as M_{t}" for t in sorted(set(met.values()), reverse=True)]
     return f" Compared with scir: {'; '.join(rounds)}." if rounds else ""
 
-APPENDIX = (("Numbers behind the claims", "claim_numbers"), ("Agreement and accuracy", "inconsistency"),
-            ("Reward modelling, labelled pairs", "reward_models"), ("Policy: answers to held-out prompts", "policy"),
-            ("Win rates", "alignment"), ("Ablations", "ablation"), ("scir against the other arms", "comparisons"),
-            ("Reported elsewhere, not measured here", "reported"))
+# %% ../../nbs/report/06_document.ipynb #c6821c9a
+APPENDIX = (
+    ("Numbers behind the claims", "claim_numbers"),
+    ("Agreement and accuracy", "inconsistency"),
+    ("Reward modelling, labelled pairs", "reward_models"),
+    ("Policy: answers to held-out prompts", "policy"),
+    ("Win rates", "alignment"),
+    ("Ablations", "ablation"),
+    ("scir against the other arms", "comparisons"),
+    ("Reported elsewhere, not measured here", "reported"),
+)
 
-def document(made:dict, said:list, sizes:str, drawn:list)->str:
+
+def document(made: dict, said: list, sizes: str, drawn: list) -> str:
     "The page as Markdown. `drawn` holds (file, figure's name, run or '')."
     image = lambda file, name, run: f"![{caption(name)}]({file}.png)\n\n*{f'{run}. ' if run else ''}{caption(name)}*\n"
     top, rest = [d for d in drawn if d[1] == "headline"], [d for d in drawn if d[1] != "headline"]
@@ -130,69 +147,83 @@ def document(made:dict, said:list, sizes:str, drawn:list)->str:
     parts += [f"## Appendix\n\n{sizes}\n{CAPTION}\n"]
     for title, key in APPENDIX:
         t = compact(made[key]) if key == "comparisons" else made[key]
-        if not len(t): continue
+        if not len(t):
+            continue
         parts.append(f"### {title}\n")
-        if key == "comparisons": parts.append("".join(f"- {line}\n" for line in strongest(made[key])))
+        if key == "comparisons":
+            parts.append("".join(f"- {line}\n" for line in strongest(made[key])))
         parts.append(markdown(plain(t)))
     return "\n".join(parts + (["### Figures\n", *(image(*d) for d in rest)] if rest else []))
 
-def compact(t:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/report/06_document.ipynb #a22454fc
+def compact(t: pd.DataFrame) -> pd.DataFrame:
     "Comparisons with difference and interval in one cell."
-    if not len(t): return t
+    if not len(t):
+        return t
     scale = lambda r: 1 if r.quantity in ("tokens", "score") else 100
     shown = [gap_shown(r._asdict(), scale(r)) for r in t.itertuples()]
     kept = t.drop(columns=["difference", "low", "high", "prompts", "same_way", "seeds"])
     kept.insert(kept.columns.get_loc("p"), "difference", shown)
     return kept.assign(**{"seeds so": [f"{r.same_way} of {r.seeds}" for r in t.itertuples()]})
 
-def plain(t:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/report/06_document.ipynb #d8f6c88f
+def plain(t: pd.DataFrame) -> pd.DataFrame:
     "A table with rounded numbers, and `-` for what is missing."
-    short = lambda v: f"{v:.2g}" if 0 < abs(v) < .001 else f"{v:.3g}"
+    short = lambda v: f"{v:.2g}" if 0 < abs(v) < 0.001 else f"{v:.3g}"
     return t.astype(object).map(lambda v: "-" if pd.isna(v) else short(v) if isinstance(v, float) else v)
 
 # %% ../../nbs/report/06_document.ipynb #371c8944
-def report(runs, out=None)->dict: # name -> path
+def report(runs, out=None) -> dict:  # name -> path
     """Write the page (results.md), tables (CSV), figures (PNG, SVG) and the gathered rows (Parquet) of one run or
     several, and print the headline. `out` defaults to the one run's report/."""
     runs = [Path(r) for r in ([runs] if isinstance(runs, (str, Path)) else runs)]
     if out is None and len(runs) > 1:
         raise ValueError("a report on several runs needs a folder of its own; name it with --out")
-    out, g = Path(out or runs[0]/"report"), gather(runs)
+    out, g = Path(out or runs[0] / "report"), gather(runs)
     made, said = tables(g), headline(g)
     for name, t in kept_tables(g).items():
-        with atomic_path(out/f"{name}.parquet") as tmp: t.to_parquet(tmp, index=False)
-    for name, t in made.items(): write_text(out/f"{name}.csv", t.to_csv(index=False))
+        with atomic_path(out / f"{name}.parquet") as tmp:
+            t.to_parquet(tmp, index=False)
+    for name, t in made.items():
+        write_text(out / f"{name}.csv", t.to_csv(index=False))
     drawn = draw(g, made["summary"], out)
     _drop_stale(out, {file for file, *_ in drawn})
     missing = [line for r in runs if (line := unevaluated(r))]
-    write_text(out/"results.md", document(made, said + missing, size(g, made["summary"]), drawn))
-    write_text(out/"headline.txt", "".join(line + "\n" for line in said))
+    write_text(out / "results.md", document(made, said + missing, size(g, made["summary"]), drawn))
+    write_text(out / "headline.txt", "".join(line + "\n" for line in said))
     print("\n".join(missing + said))
     return {p.name: str(p) for p in sorted(out.iterdir())}
 
-def kept_tables(g:Gathered)->dict: # name -> frame
+# %% ../../nbs/report/06_document.ipynb #d26619f3
+def kept_tables(g: Gathered) -> dict:  # name -> frame
     "The gathered rows as a kept report stores them: without what can be derived."
     pairs = g.pairs[(g.pairs.arm != "sft") | (g.pairs.set != "own")][[*AT, "set", *KEEP, *g.rewards]]
     return {"pairs": pairs, "models": g.models, "steps": g.steps, "answers": g.answers}
 
-def draw(g:Gathered, found:pd.DataFrame, out:Path)->list: # of (file, figure's name, run or '')
+# %% ../../nbs/report/06_document.ipynb #95106873
+def draw(g: Gathered, found: pd.DataFrame, out: Path) -> list:  # of (file, figure's name, run or '')
     "Write the figures of every run."
     import matplotlib.pyplot as plt
+
     drawn, runs = [], list(g.models.run.unique())
     for run in runs:
         for name, fig in figures(only(g, run), found[found.run == run]).items():
             drawn.append((name, name, "") if len(runs) == 1 else (f"{run}-{name}", name, run))
-            _save(fig, out/drawn[-1][0], drawn[-1][2])
+            _save(fig, out / drawn[-1][0], drawn[-1][2])
         plt.close("all")
     return drawn
 
+
 def _drop_stale(out, drawn):
     "Remove the figures of an earlier report, by its own page, that this one did not draw."
-    page = out/"results.md"
+    page = out / "results.md"
     earlier = re.findall(r"\]\(([^/)]+)\.png\)", page.read_text(encoding="utf-8")) if page.exists() else []
     for file in {f for f in earlier if any(kind in f for kind in (*DRAWN, "verdict_mass"))} - drawn:
-        for kind in ("png", "svg"): (out/f"{file}.{kind}").unlink(missing_ok=True)
+        for kind in ("png", "svg"):
+            (out / f"{file}.{kind}").unlink(missing_ok=True)
+
 
 def _save(fig, path, title):
-    if title: fig.suptitle(title)
+    if title:
+        fig.suptitle(title)
     save_figure(fig, path)

@@ -23,182 +23,235 @@ from ..statistics import grouped, reliability
 # %% ../../nbs/report/05_figures.ipynb #d430e7d3
 SKY, PINK, AMBER = "#56B4E9", "#CC79A7", "#E69F00"
 STYLE = {  # arm -> colour, line, marker
-    "base": (GREY, "-", "o"), "sft": ("black", "-", "s"), "srlm": (BLUE, "-", "o"), "srlm-pointwise": (SKY, "--", "v"),
-    "dice": (GREEN, "-", "D"), "cream": (PINK, "--", "P"), "external": (AMBER, "-.", "X"), "scir": (ORANGE, "-", "o"),
-    "scir-no-consistency": (BLUE, "--", "v"), "scir-no-confidence": (GREEN, "-.", "D"),
-    "scir-no-gate": (PINK, ":", "P"), "scir-static": (AMBER, (0, (3, 1, 1, 1)), "X"),
+    "base": (GREY, "-", "o"),
+    "sft": ("black", "-", "s"),
+    "srlm": (BLUE, "-", "o"),
+    "srlm-pointwise": (SKY, "--", "v"),
+    "dice": (GREEN, "-", "D"),
+    "cream": (PINK, "--", "P"),
+    "external": (AMBER, "-.", "X"),
+    "scir": (ORANGE, "-", "o"),
+    "scir-no-consistency": (BLUE, "--", "v"),
+    "scir-no-confidence": (GREEN, "-.", "D"),
+    "scir-no-gate": (PINK, ":", "P"),
+    "scir-static": (AMBER, (0, (3, 1, 1, 1)), "X"),
 }
-READERS = {"accuracy_generative": ("judge", BLUE, "s"), "accuracy_implicit": ("implicit reward", ORANGE, "o"),
-           "accuracy_pointwise": ("pointwise", GREEN, "^"), "accuracy_agreed": ("where they agree", "black", "D")}
+READERS = {
+    "accuracy_generative": ("judge", BLUE, "s"),
+    "accuracy_implicit": ("implicit reward", ORANGE, "o"),
+    "accuracy_pointwise": ("pointwise", GREEN, "^"),
+    "accuracy_agreed": ("where they agree", "black", "D"),
+}
 
 # %% ../../nbs/report/05_figures.ipynb #534d29f2
-def latest(g:Gathered)->dict: # arm -> its rows
+def latest(g: Gathered) -> dict:  # arm -> its rows
     "Every arm after the last iteration that it shares with scir; without scir, with all other arms."
     shared = {a: last(g, ("scir", a)) for a in others(g)} or {a: last(g) for a in g.models.arm.unique()}
     core = tuple(a for a in ("sft", "srlm", "scir") if a in set(g.models.arm))
-    if others(g): shared["scir"] = last(g, core)
+    if others(g):
+        shared["scir"] = last(g, core)
     return {a: d for a in ARMS if a in shared and len(d := shared[a][shared[a].arm == a])}
 
-def _dots(ax, found, color, mark, shift=0.0, label=None): # found: one dict, or none, per line
+
+def _dots(ax, found, color, mark, shift=0.0, label=None):  # found: one dict, or none, per line
     for y, r in enumerate(found):
-        if not r: continue
+        if not r:
+            continue
         reach = [[max(r["value"] - r["low"], 0)], [max(r["high"] - r["value"], 0)]]
         look = {"color": color, "marker": mark, "ms": 6, "capsize": 3, "lw": 1.4, "ls": ""}
         ax.errorbar(r["value"], y + shift, xerr=reach, label=label, **look)
         label = None
 
-def _row(n, width, height, wider=0.0, **share): # a row of panels
+
+def _row(n, width, height, wider=0.0, **share):  # a row of panels
     import matplotlib.pyplot as plt
+
     look = {"squeeze": False, "layout": "constrained", "sharey": True} | share
     return plt.subplots(1, n, figsize=(width * n + wider, height), **look)
 
-def plot_headline(g:Gathered):
+# %% ../../nbs/report/05_figures.ipynb #30b4581d
+def plot_headline(g: Gathered):
     "Per arm: inconsistency on M_1's answers, strict success where there is a grader, accuracy on own answers (or on another set with labels)."
     arms = latest(g)
     first = "panel" if "panel" in set(g.pairs.set) else "held-out"
     name = accuracy_set(pd.concat(arms.values())) if arms else None
     at = lambda s, key: [measure(d[d.set == s], key, g.rewards) for d in arms.values()]
     disagreed, good = at(first, "inconsistency"), [_success(g, a, d.iteration.max()) for a, d in arms.items()]
-    if not any(disagreed): return None
-    fig, axes = _row(1 + any(good) + (name is not None), 4.6, .55 * len(arms) + 1.7, .8)
+    if not any(disagreed):
+        return None
+    fig, axes = _row(1 + any(good) + (name is not None), 4.6, 0.55 * len(arms) + 1.7, 0.8)
     who = "Judge and implicit reward" if g.rewards == ["generative", "implicit"] else "The internal reward models"
     _rate(axes[0][0], disagreed, f"{who} disagree\n({SETS.get(first, first)})", "of the pairs")
-    if any(good): _rate(axes[0][1], good, "Answers that are fully right\n(by the grader; no model judges)", "of the answers")
-    if name: _accuracies(axes[0][-1], {k: at(name, k) for k in READERS}, name)
+    if any(good):
+        _rate(axes[0][1], good, "Answers that are fully right\n(by the grader; no model judges)", "of the answers")
+    if name:
+        _accuracies(axes[0][-1], {k: at(name, k) for k in READERS}, name)
     axes[0][0].set_yticks(range(len(arms)), [model_name(a, d.iteration.max()) for a, d in arms.items()])
-    axes[0][0].set_ylim(len(arms) - .5, -.6)
-    for ax in axes[0]: ax.xaxis.set_major_formatter("{x:.0%}")
+    axes[0][0].set_ylim(len(arms) - 0.5, -0.6)
+    for ax in axes[0]:
+        ax.xaxis.set_major_formatter("{x:.0%}")
     return fig
 
-def _success(g, arm, iteration): # like measure's
+
+def _success(g, arm, iteration):  # like measure's
     d = g.answers[(g.answers.arm == arm) & (g.answers.iteration == iteration) & g.answers.success.notna()]
     return grouped(d.success, d.prompt) if len(d) else None
 
+
 SETS = {"panel": "M_1's answers, same pairs for all", "own": "each model's own answers"}
 
-def _rate(ax, found, title, label): # found: a dict per arm
+
+def _rate(ax, found, title, label):  # found: a dict per arm
     _dots(ax, found, "black", "o")
     for y, r in enumerate(found):
         place = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-        if r: ax.annotate(f"{r['value']:.0%}", (r["value"], y), (0, 6), **place)
+        if r:
+            ax.annotate(f"{r['value']:.0%}", (r["value"], y), (0, 6), **place)
     ax.set_title(title, fontsize=11)
     ax.set(xlim=(0, min(1, 1.1 * max(r["high"] for r in found if r))), xlabel=label)
 
-def _accuracies(ax, found, name): # found: measure -> a dict per arm
+
+def _accuracies(ax, found, name):  # found: measure -> a dict per arm
     there = [k for k in READERS if any(found[k])]
     for i, k in enumerate(there):
         label, color, mark = READERS[k]
-        _dots(ax, found[k], color, mark, .2 * (i - (len(there) - 1) / 2), label)
+        _dots(ax, found[k], color, mark, 0.2 * (i - (len(there) - 1) / 2), label)
     low = min(r["low"] for k in there for r in found[k] if r)
-    ax.axvline(.5, color=GREY, lw=1, ls="--", label="chance")
+    ax.axvline(0.5, color=GREY, lw=1, ls="--", label="chance")
     ax.set_title(f"Accuracy\n({SETS.get(name, name)}; pairs with a label)", fontsize=11)
-    ax.set(xlim=(min(.4, low - .02), 1.01), xlabel="of the pairs")
-    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, .5))
+    ax.set(xlim=(min(0.4, low - 0.02), 1.01), xlabel="of the pairs")
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% ../../nbs/report/05_figures.ipynb #7ba93d93
-def families(arms)->dict: # title -> arms
+def families(arms) -> dict:  # title -> arms
     "Trained arms in panels: scir among the methods, and among its ablations."
     arms = [a for a in ARMS if a in set(arms) - {"sft"}]
     methods, ablations = ([a for a in arms if not a.startswith("scir-")], [a for a in arms if a.startswith("scir")])
     made = {"methods": methods, "ablations": ablations}
     return {k: v for k, v in made.items() if set(v) - ({"scir"} if k == "ablations" else set())} or {"methods": []}
 
+
 def _bars(ax, line, key, **kw):
     ends = [np.maximum(line[key] - line[f"{key}_low"], 0), np.maximum(line[f"{key}_high"] - line[key], 0)]
-    ax.errorbar(kw.pop("x"), line[key], yerr=ends, ms=5, lw=1.4, elinewidth=.8, capsize=2, **kw)
+    ax.errorbar(kw.pop("x"), line[key], yerr=ends, ms=5, lw=1.4, elinewidth=0.8, capsize=2, **kw)
 
-def _rounds(ax, s, key, arms): # one line per arm, from their common M_1
+
+def _rounds(ax, s, key, arms):  # one line per arm, from their common M_1
     common = s[s.arm.isin(["base", "sft"])].sort_values("iteration")
     for i, arm in enumerate(arms):
         (color, style, mark), line = STYLE[arm], s[s.arm == arm].sort_values("iteration")
-        apart = (i - (len(arms) - 1) / 2) * .07
+        apart = (i - (len(arms) - 1) / 2) * 0.07
         if len(common) and len(line):
             x = [common.iteration.iloc[-1], line.iteration.iloc[0] + apart]
             ax.plot(x, [common[key].iloc[-1], line[key].iloc[0]], color=color, ls=style, lw=1.4)
-        if len(line): _bars(ax, line, key, x=line.iteration + apart, color=color, ls=style, marker=mark, label=arm)
-    if len(common): _bars(ax, common, key, x=common.iteration, color="black", ls="-", marker="s", label="up to M_1")
+        if len(line):
+            _bars(ax, line, key, x=line.iteration + apart, color=color, ls=style, marker=mark, label=arm)
+    if len(common):
+        _bars(ax, common, key, x=common.iteration, color="black", ls="-", marker="s", label="up to M_1")
 
-def plot_rounds(found:pd.DataFrame, panels:list, label:str, chance:bool=False): # panels: (title, set, measure)
+# %% ../../nbs/report/05_figures.ipynb #9c539856
+def plot_rounds(found: pd.DataFrame, panels: list, label: str, chance: bool = False):  # panels: (title, set, measure)
     "Measures per iteration, one run: a column per panel, a line per arm; bars are 95% intervals."
     import matplotlib.pyplot as plt
+
     has = lambda name, key: found[(found.set == name) & found[key].notna()] if key in found else found[:0]
     panels, rows = [p for p in panels if len(has(*p[1:]))], families(found.arm)
-    if not panels: return None
+    if not panels:
+        return None
     rounds = sorted({t for p in panels for t in has(*p[1:]).iteration})
-    fig, axes = plt.subplots(len(rows), len(panels), figsize=(3.6 * len(panels) + 1.8, 2.9 * len(rows) + .3),
-                             sharex=True, sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        len(rows),
+        len(panels),
+        figsize=(3.6 * len(panels) + 1.8, 2.9 * len(rows) + 0.3),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for (family, arms), across in zip(rows.items(), axes):
         for ax, (title, name, key) in zip(across, panels):
             _rounds(ax, has(name, key), key, arms)
-            if chance: ax.axhline(.5, color=GREY, lw=1, ls="--")
+            if chance:
+                ax.axhline(0.5, color=GREY, lw=1, ls="--")
             ax.set_title(title + (f": {family}" if len(rows) > 1 else ""), fontsize=10)
             ax.set_xticks(rounds, [f"M_{i}" for i in rounds])
         _legend(across[-1], across)
     tops = max(has(name, key)[f"{key}_high"].max() for _, name, key in panels)
-    floor = min(has(name, key)[f"{key}_low"].min() for _, name, key in panels) - .04 if chance else 0
-    axes[0][0].set_ylim(max(floor, 0), min(1.02, 1.08 * tops + .02))
+    floor = min(has(name, key)[f"{key}_low"].min() for _, name, key in panels) - 0.04 if chance else 0
+    axes[0][0].set_ylim(max(floor, 0), min(1.02, 1.08 * tops + 0.02))
     fig.supylabel(label, fontsize=10)
     return fig
 
-def plot_sets(found:pd.DataFrame, key:str, label:str):
+# %% ../../nbs/report/05_figures.ipynb #4274947c
+def plot_sets(found: pd.DataFrame, key: str, label: str):
     "A measure per iteration, a column per set."
     pairs = found.groupby("set").pairs.max()
     return plot_rounds(found, [(f"{s}, {pairs[s]} pairs", s, key) for s in set_order(found.set.unique())], label)
 
-def plot_own_accuracy(found:pd.DataFrame):
+# %% ../../nbs/report/05_figures.ipynb #856e2145
+def plot_own_accuracy(found: pd.DataFrame):
     "Accuracy of each reward model, and where they agree, per iteration on own answers (without them, on the panel)."
     name = "own" if "own" in set(found.set) else "panel"
     panels = [(f"{label}, {name}", name, k) for k, (label, *_) in READERS.items()]
     return plot_rounds(found, panels, "accuracy, 95% interval", chance=True)
 
 # %% ../../nbs/report/05_figures.ipynb #026f121c
-def contrasted(g:Gathered, name:str)->tuple: # rows of set `name`, at most three arms
+def contrasted(g: Gathered, name: str) -> tuple:  # rows of set `name`, at most three arms
     "M_1, srlm and scir after the last iteration that they all have reached, or of what there is."
     d = last(g, ("sft", "srlm", "scir"))
     d = (d if len(d) else last(g))[lambda x: x.set == name]
     return d, [a for a in ("sft", "srlm", "scir") if a in set(d.arm)] or list(d.arm.unique())[:3]
 
+
 NAMES = {"generative": "judge", "implicit": "implicit reward"}
 MANY = 200  # pairs; more dots would hide each other
 
+
 def _density(ax, x, y, agree, most):
-    if len(x) < MANY: return ax.scatter(x, y, s=14, c=np.where(agree, BLUE, ORANGE), alpha=.6, lw=0)
-    look = {"norm": "log", "vmin": 1, "vmax": most, "cmap": "viridis_r", "linewidths": .2}
+    if len(x) < MANY:
+        return ax.scatter(x, y, s=14, c=np.where(agree, BLUE, ORANGE), alpha=0.6, lw=0)
+    look = {"norm": "log", "vmin": 1, "vmax": most, "cmap": "viridis_r", "linewidths": 0.2}
     return ax.hexbin(x, y, gridsize=24, extent=(0, 1, 0, 1), mincnt=1, **look)
 
-def plot_joints(g:Gathered, name:str):
+# %% ../../nbs/report/05_figures.ipynb #d6dab52d
+def plot_joints(g: Gathered, name: str):
     "P(a better) of the judge against that of the implicit reward, all seeds; in the shaded quarters they disagree."
     import matplotlib.pyplot as plt
+
     (d, arms), (one, other) = contrasted(g, name), g.rewards[:2]
-    if not arms: return None
-    fig, axes = _row(len(arms), 3.6, 3.9, .8)
+    if not arms:
+        return None
+    fig, axes = _row(len(arms), 3.6, 3.9, 0.8)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm]
-        for x, y in ((0, .5), (.5, 0)): ax.add_patch(plt.Rectangle((x, y), .5, .5, color=ORANGE, alpha=.13, lw=0))
+        for x, y in ((0, 0.5), (0.5, 0)):
+            ax.add_patch(plt.Rectangle((x, y), 0.5, 0.5, color=ORANGE, alpha=0.13, lw=0))
         drawn = _density(ax, expit(s[one]), expit(s[other]), s.agree, max(10, len(s) / 40))
-        ax.axhline(.5, color=GREY, lw=.6)
-        ax.axvline(.5, color=GREY, lw=.6)
+        ax.axhline(0.5, color=GREY, lw=0.6)
+        ax.axvline(0.5, color=GREY, lw=0.6)
         r = grouped(~s.agree, s.prompt)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"P(a better), {NAMES.get(one, one)}")
         said = f"disagree: {r['value']:.0%} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
         ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}\n{said}", fontsize=10)
     axes[0][0].set_ylabel(f"P(a better), {NAMES.get(other, other)}")
-    if len(s) >= MANY: fig.colorbar(drawn, ax=axes[0][-1], label="pairs per cell, log scale", shrink=.8)
+    if len(s) >= MANY:
+        fig.colorbar(drawn, ax=axes[0][-1], label="pairs per cell, log scale", shrink=0.8)
     return fig
 
 # %% ../../nbs/report/05_figures.ipynb #ec39b1b4
-def plot_length(g:Gathered):
+def plot_length(g: Gathered):
     "Implicit margin against length difference on own answers (or the panel), all seeds, with the rank correlation."
     name = "own" if "own" in set(g.pairs.set) else "panel"
     d, arms = contrasted(g, name)
-    if "implicit" not in g.rewards or not arms: return None
+    if "implicit" not in g.rewards or not arms:
+        return None
     fig, axes = _row(len(arms), 3.6, 3.4, sharex=True, sharey=False)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm]
         length = s.tokens_a - s.tokens_b
-        ax.scatter(length, s.implicit, s=12, color=STYLE[arm][0], alpha=.4, lw=0)
-        ax.axhline(0, color=GREY, lw=.6)
-        ax.axvline(0, color=GREY, lw=.6)
+        ax.scatter(length, s.implicit, s=12, color=STYLE[arm][0], alpha=0.4, lw=0)
+        ax.axhline(0, color=GREY, lw=0.6)
+        ax.axvline(0, color=GREY, lw=0.6)
         r = spearmanr(length, s.implicit).statistic if length.nunique() > 1 and s.implicit.nunique() > 1 else np.nan
         ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}\nrank correlation {r:.2f}", fontsize=10)
         ax.set_xlabel("tokens of a - tokens of b")
@@ -206,12 +259,14 @@ def plot_length(g:Gathered):
     return fig
 
 # %% ../../nbs/report/05_figures.ipynb #9999c67b
-def course(g:Gathered, arm:str, key:str)->pd.DataFrame: # step, value, end
+def course(g: Gathered, arm: str, key: str) -> pd.DataFrame:  # step, value, end
     """A quantity by optimizer step, counted over iterations: mean over seeds, then over neighbouring steps
     (a tenth of an iteration). `end` marks an iteration's last step."""
     d = g.steps[(g.steps.arm == arm) & g.steps.get(key, pd.Series(np.nan, g.steps.index)).notna()]
-    if key in ("loss_consistency", "loss_confidence") and "inconsistency" in d: d = d[d.inconsistency.notna()]
-    if key == "retained" and len(d): d = d.assign(retained=d.retained * _offered(g, d))
+    if key in ("loss_consistency", "loss_confidence") and "inconsistency" in d:
+        d = d[d.inconsistency.notna()]
+    if key == "retained" and len(d):
+        d = d.assign(retained=d.retained * _offered(g, d))
     done, parts = 0, []
     for _, s in d.groupby("iteration"):
         v = s.groupby("step")[key].mean()
@@ -220,29 +275,36 @@ def course(g:Gathered, arm:str, key:str)->pd.DataFrame: # step, value, end
         done += v.index.max()
     return pd.concat(parts) if parts else pd.DataFrame(columns=["step", "value", "end"])
 
-def _offered(g, d): # of the scored pairs, the fraction that training was given
+
+def _offered(g, d):  # of the scored pairs, the fraction that training was given
     keys = ["run", "seed", "arm", "iteration"]
     share = g.models.set_index(keys).retained.astype(float) / d.groupby(keys).retained.mean()
     return share.reindex(pd.MultiIndex.from_frame(d[keys])).fillna(1).to_numpy()
 
+
 def _courses(ax, g, arms, key):
     for arm in arms:
         color, style, mark = STYLE[arm]
-        if not len(c := course(g, arm, key)): continue
+        if not len(c := course(g, arm, key)):
+            continue
         ax.plot(c.step, c.value, color=color, ls=style, lw=1.3, label=arm)
-        ax.plot(c.step[c.end], c.value[c.end], color=color, marker=mark, ms=5, ls="", alpha=.8)
+        ax.plot(c.step[c.end], c.value[c.end], color=color, marker=mark, ms=5, ls="", alpha=0.8)
     ax.set_xlabel("optimizer step, all iterations", fontsize=9)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-def _legend(ax, axes): # one legend beside `ax` for all `axes`
-    found = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels())}
-    if found: ax.legend(found.values(), found, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
 
-def plot_retained(g:Gathered):
+def _legend(ax, axes):  # one legend beside `ax` for all `axes`
+    found = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels())}
+    if found:
+        ax.legend(found.values(), found, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+# %% ../../nbs/report/05_figures.ipynb #6ed210a8
+def plot_retained(g: Gathered):
     "Fraction of the scored pairs that enter the DPO loss, by optimizer step; a marker ends an iteration."
     rows = {k: v for k, v in families(g.steps.arm.unique()).items() if any(len(course(g, a, "retained")) for a in v)}
-    if not rows: return None
-    fig, axes = _row(len(rows), 5.4, 3.3, .6)
+    if not rows:
+        return None
+    fig, axes = _row(len(rows), 5.4, 3.3, 0.6)
     for ax, (family, arms) in zip(axes[0], rows.items()):
         _courses(ax, g, arms, "retained")
         ax.set_title(f"fraction of the scored pairs trained on: {family}", fontsize=10)
@@ -252,17 +314,24 @@ def plot_retained(g:Gathered):
     return fig
 
 # %% ../../nbs/report/05_figures.ipynb #371142eb
-TERMS = {"loss_dpo": "DPO term, nats", "loss_consistency": "symmetric KL, nats",
-         "loss_confidence": "mean entropy, nats", "inconsistency": "inconsistency in the batch",
-         "abs_margin_generative": "judge's mean |margin|, nats",
-         "abs_margin_implicit": "implicit mean |margin|, nats"}
+TERMS = {
+    "loss_dpo": "DPO term, nats",
+    "loss_consistency": "symmetric KL, nats",
+    "loss_confidence": "mean entropy, nats",
+    "inconsistency": "inconsistency in the batch",
+    "abs_margin_generative": "judge's mean |margin|, nats",
+    "abs_margin_implicit": "implicit mean |margin|, nats",
+}
 
-def plot_training(g:Gathered, family:str="methods"):
+
+def plot_training(g: Gathered, family: str = "methods"):
     "Loss terms, inconsistency and margins by optimizer step; a marker ends an iteration. None without training."
     import matplotlib.pyplot as plt
+
     arms = families(g.steps.arm.unique()).get(family, [])
     keys = [k for k in TERMS if any(len(course(g, a, k)) for a in arms)]
-    if not keys: return None
+    if not keys:
+        return None
     across = min(3, len(keys))
     down = -(-len(keys) // across)
     size = (3.4 * across + 1.6, 2.7 * down)
@@ -270,51 +339,64 @@ def plot_training(g:Gathered, family:str="methods"):
     for ax, key in zip(axes.flat, keys):
         _courses(ax, g, arms, key)
         ax.set_title(TERMS[key], fontsize=10)
-    for ax in axes.flat[len(keys):]: ax.axis("off")
+    for ax in axes.flat[len(keys) :]:
+        ax.axis("off")
     _legend(axes[0][-1], axes.flat)
     return fig
 
 # %% ../../nbs/report/05_figures.ipynb #75f86096
-def plot_calibration(g:Gathered, name:str):
+def plot_calibration(g: Gathered, name: str):
     "Reliability of the reward models on labelled pairs, all seeds. None without labels."
     d, arms = contrasted(g, name)
     d = labelled(d)
     arms = [a for a in arms if a in set(d.arm)]
-    if not arms: return None
+    if not arms:
+        return None
     fig, axes = _row(len(arms), 3.6, 3.4)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm].reset_index(drop=True)
         plot_reliability({NAMES.get(n, n): _clipped(reliability(s, n, 5)) for n in g.rewards if speaks(s, n)}, "", ax)
         ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}", fontsize=10)
-    for ax in axes[0]: ax.set_ylabel("accuracy, 95% interval" if ax is axes[0][0] else "")
+    for ax in axes[0]:
+        ax.set_ylabel("accuracy, 95% interval" if ax is axes[0][0] else "")
     return fig
 
-def _clipped(t): # an end of an interval may lie a rounding error inside the value
+
+def _clipped(t):  # an end of an interval may lie a rounding error inside the value
     return t.assign(low=t[["low", "value"]].min(axis=1), high=t[["high", "value"]].max(axis=1))
 
+
 def _bin(c, whole):
-    if whole and c.left > 0: return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}"
+    if whole and c.left > 0:
+        return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}"
     return f"{max(c.left, 0):.2g} to {c.right:.2g}"
 
-SPLIT = {"confidence": "confidence of the more confident model",
-         "length_difference": "length difference of the pair, tokens"}
+# %% ../../nbs/report/05_figures.ipynb #a887245c
+SPLIT = {
+    "confidence": "confidence of the more confident model",
+    "length_difference": "length difference of the pair, tokens",
+}
 
-def plot_splits(g:Gathered, name:str, bins:int=3):
+
+def plot_splits(g: Gathered, name: str, bins: int = 3):
     "Inconsistency by confidence and by length difference, all seeds; thirds of all pairs, the same for all arms."
     d, arms = contrasted(g, name)
-    if not arms: return None
+    if not arms:
+        return None
     fig, axes = _row(2, 4.5, 3.3)
     for ax, (column, label) in zip(axes[0], SPLIT.items()):
         cut = pd.qcut(d[column], bins, duplicates="drop") if d[column].nunique() > 1 else pd.cut(d[column], 1)
         bars = cut.cat.categories
-        for i, arm in enumerate(arms): _split(ax, d[d.arm == arm], cut, .12 * (i - (len(arms) - 1) / 2), STYLE[arm])
-        ax.set(xlabel=f"{label} ({name})", ylim=(0, 1.02), xlim=(-.5, len(bars) - .5))
+        for i, arm in enumerate(arms):
+            _split(ax, d[d.arm == arm], cut, 0.12 * (i - (len(arms) - 1) / 2), STYLE[arm])
+        ax.set(xlabel=f"{label} ({name})", ylim=(0, 1.02), xlim=(-0.5, len(bars) - 0.5))
         ax.set_xticks(range(len(bars)), [_bin(c, column == "length_difference") for c in bars])
     axes[0][0].set_ylabel("inconsistency, 95% interval")
     _legend(axes[0][1], axes[0])
     return fig
 
-def _split(ax, s, cut, apart, style): # one model's rates in the bins
+
+def _split(ax, s, cut, apart, style):  # one model's rates in the bins
     at = [(j + apart, s[cut[s.index] == c]) for j, c in enumerate(cut.cat.categories)]
     r = _clipped(pd.DataFrame([{"x": x, **grouped(~k.agree, k.prompt)} for x, k in at if len(k)]))
     look = {"color": style[0], "marker": style[2], "ls": "", "capsize": 3}

@@ -21,39 +21,44 @@ from ..store import Grade, Response, Score, digest, read_json, read_rows
 
 # %% ../../nbs/report/01_gather.ipynb #f14d16bb
 AT = ["run", "seed", "arm", "iteration"]
-KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba", "mass", "likelihood"] # and rewards
+KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba", "mass", "likelihood"]  # and rewards
 WON = ["win_rate", "win_rate_low", "win_rate_high", "win_rate_n", "length_controlled", "judge", "reference"]
 
-def evaluated(run)->list: # node names, base model first
+
+def evaluated(run) -> list:  # node names, base model first
     "Models of a run that have been evaluated."
     run = Path(run)
-    return [n for n in all_nodes(load_recipe(own_recipe(run))) if (run/n/"evaluation"/"metrics.json").exists()]
+    return [n for n in all_nodes(load_recipe(own_recipe(run))) if (run / n / "evaluation" / "metrics.json").exists()]
 
-def unevaluated(run)->str: # a line, or nothing
+# %% ../../nbs/report/01_gather.ipynb #e8c117b7
+def unevaluated(run) -> str:  # a line, or nothing
     "Which models of a run directory have not been evaluated; a kept report does not say."
     there = evaluated(run)
-    missing = [n for n in all_nodes(load_recipe(Path(run)/"recipe.yaml")) if n not in there] if there else []
+    missing = [n for n in all_nodes(load_recipe(Path(run) / "recipe.yaml")) if n not in there] if there else []
     return f"Not evaluated in {Path(run).name}, so not in the tables: {', '.join(missing)}." if missing else ""
 
-def coordinates(run, node:str)->dict:
+# %% ../../nbs/report/01_gather.ipynb #7cd904f0
+def coordinates(run, node: str) -> dict:
     "Run, seed, arm (`base` for M_0, `sft` for M_1) and iteration of a model."
     seed, arm, t = node_parts(node)
     arm = arm or ("base" if t == 0 else "sft")
-    return {"run": load_recipe(Path(run)/"recipe.yaml").name, "seed": seed, "arm": arm, "iteration": t}
+    return {"run": load_recipe(Path(run) / "recipe.yaml").name, "seed": seed, "arm": arm, "iteration": t}
 
-def pair_rows(run)->pd.DataFrame:
+# %% ../../nbs/report/01_gather.ipynb #bbee3b6d
+def pair_rows(run) -> pd.DataFrame:
     "Every scored evaluation pair of every model."
-    rewards, parts = list(load_recipe(Path(run)/"recipe.yaml").rewards), []
+    rewards, parts = list(load_recipe(Path(run) / "recipe.yaml").rewards), []
     for node in evaluated(run):
-        for name in read_json(Path(run)/node/"evaluation"/"metrics.json")["sets"]:
-            d = frame(read_rows(Path(run)/node/"evaluation"/f"{name}.jsonl", Score))[KEEP + rewards]
+        for name in read_json(Path(run) / node / "evaluation" / "metrics.json")["sets"]:
+            d = frame(read_rows(Path(run) / node / "evaluation" / f"{name}.jsonl", Score))[KEEP + rewards]
             parts.append(d.assign(set=name, **coordinates(run, node)))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/report/01_gather.ipynb #a7a309a6
 ANSWER = ["id", "prompt", "tokens", "finished", "score", "success", "bigrams", "new_bigrams"]
 
-def answer_frame(responses:list, scores:dict)->pd.DataFrame: # one row per answer
+
+def answer_frame(responses: list, scores: dict) -> pd.DataFrame:  # one row per answer
     "Answers as columns; `scores` maps an answer's id to the grader's score."
     seen, rows = defaultdict(set), []
     for r in responses:
@@ -65,97 +70,118 @@ def answer_frame(responses:list, scores:dict)->pd.DataFrame: # one row per answe
         rows.append((r.id, digest(r.prompt), len(r.response_ids), r.finished, score, success, len(bigrams), len(new)))
     return pd.DataFrame(rows, columns=ANSWER)
 
-def answer_rows(run)->pd.DataFrame:
+# %% ../../nbs/report/01_gather.ipynb #e5597f23
+def answer_rows(run) -> pd.DataFrame:
     "Every answer of every model to the held-out prompts, with its score where there is a grader."
     parts = []
     for node in evaluated(run):
-        folder = Path(run)/node/"evaluation"
-        if not (folder/"responses.jsonl").exists(): continue
-        grades = read_rows(folder/"grades.jsonl", Grade) if (folder/"grades.jsonl").exists() else []
-        d = answer_frame(read_rows(folder/"responses.jsonl", Response), {g.id: g.score for g in grades})
+        folder = Path(run) / node / "evaluation"
+        if not (folder / "responses.jsonl").exists():
+            continue
+        grades = read_rows(folder / "grades.jsonl", Grade) if (folder / "grades.jsonl").exists() else []
+        d = answer_frame(read_rows(folder / "responses.jsonl", Response), {g.id: g.score for g in grades})
         parts.append(d.assign(**coordinates(run, node)))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*AT, *ANSWER])
 
 # %% ../../nbs/report/01_gather.ipynb #4c1c1619
-def model_rows(run)->pd.DataFrame:
+def model_rows(run) -> pd.DataFrame:
     "One row per model."
-    steps, rows = read_json(Path(run)/"manifest.json", {}).get("steps", {}), []
+    steps, rows = read_json(Path(run) / "manifest.json", {}).get("steps", {}), []
     for node in evaluated(run):
-        answers = read_json(Path(run)/node/"evaluation"/"metrics.json")["answers"]
+        answers = read_json(Path(run) / node / "evaluation" / "metrics.json")["answers"]
         trained = (steps.get(f"optimise:{node}") or {}).get("summary") or {}
-        won = read_json(Path(run)/node/"alignment"/"metrics.json", {})
+        won = read_json(Path(run) / node / "alignment" / "metrics.json", {})
         row = coordinates(run, node) | {k: answers[k] for k in ("mean_tokens", "finished", "empty", "distinct_2")}
         row |= {k: trained.get(k) for k in ("pairs", "retained", "steps", "correct_labels")}
         rows.append(row | {k: won.get(k) for k in WON})
     return pd.DataFrame(rows)
 
-def step_rows(run)->pd.DataFrame:
+# %% ../../nbs/report/01_gather.ipynb #4220bb56
+def step_rows(run) -> pd.DataFrame:
     "Every optimizer step of every trained model, including the warm start's."
     parts = []
     for node in evaluated(run):
-        file = Path(run)/node/"metrics.jsonl"
+        file = Path(run) / node / "metrics.jsonl"
         lines = read_rows(file) if file.exists() else []
-        if lines: parts.append(pd.DataFrame(lines).assign(**coordinates(run, node)))
+        if lines:
+            parts.append(pd.DataFrame(lines).assign(**coordinates(run, node)))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*AT, "step"])
 
 # %% ../../nbs/report/01_gather.ipynb #274243f9
 TABLES = {"pairs": pair_rows, "models": model_rows, "steps": step_rows, "answers": answer_rows}
 
+
 class Gathered(NamedTuple):
     "The tables of some runs, and the names of their reward models."
+
     pairs: pd.DataFrame
     models: pd.DataFrame
     steps: pd.DataFrame
     answers: pd.DataFrame
     rewards: list
 
-def rows_of(run)->dict: # name -> frame
+# %% ../../nbs/report/01_gather.ipynb #93d34619
+def rows_of(run) -> dict:  # name -> frame
     "The tables of a run directory, or of a folder with a kept report."
-    if evaluated(run): return {name: read(run) for name, read in TABLES.items()}
-    kept = next((f for f in (run, run/"report") if (f/"pairs.parquet").exists()), None)
-    if not kept: raise ValueError(f"{run}: no evaluated model; run the evaluate stage first")
-    found = {name: kept/f"{name}.parquet" for name in TABLES}
+    if evaluated(run):
+        return {name: read(run) for name, read in TABLES.items()}
+    kept = next((f for f in (run, run / "report") if (f / "pairs.parquet").exists()), None)
+    if not kept:
+        raise ValueError(f"{run}: no evaluated model; run the evaluate stage first")
+    found = {name: kept / f"{name}.parquet" for name in TABLES}
     return {n: pd.read_parquet(f) if f.exists() else pd.DataFrame(columns=[*AT, *ANSWER]) for n, f in found.items()}
 
-def gather(runs:list)->Gathered:
+# %% ../../nbs/report/01_gather.ipynb #0cdd8794
+def gather(runs: list) -> Gathered:
     """Gather run directories, or folders with a kept report. Runs of one name are seeds of one experiment.
     Raises ValueError for any other folder, for runs with different reward models, and for a model that comes twice."""
     runs = [Path(r) for r in runs]
-    found, rewards = [rows_of(r) for r in runs], {load_recipe(r/"recipe.yaml").rewards: r for r in runs}
+    found, rewards = [rows_of(r) for r in runs], {load_recipe(r / "recipe.yaml").rewards: r for r in runs}
     if len(rewards) > 1:
         raise ValueError(f"cannot compare runs with different reward models: {', '.join(map(str, rewards.values()))}")
     joined = {n: pd.concat([f[n] for f in found if len(f[n])] or [found[0][n]], ignore_index=True) for n in TABLES}
     models = joined["models"]
     if twice := models[models.duplicated(AT)].to_dict("records"):
         who = model_name(twice[0]["arm"], twice[0]["iteration"])
-        raise ValueError(f"run {twice[0]['run']}, seed {twice[0]['seed']}: {who} comes twice; "
-                         "give one of the runs another name in its recipe.yaml")
+        raise ValueError(
+            f"run {twice[0]['run']}, seed {twice[0]['seed']}: {who} comes twice; "
+            "give one of the runs another name in its recipe.yaml"
+        )
     names = list(*rewards)
     return Gathered(**joined | {"pairs": derive(with_own(joined["pairs"]), names)}, rewards=names)
 
-def with_own(pairs:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/report/01_gather.ipynb #3cf7483e
+def with_own(pairs: pd.DataFrame) -> pd.DataFrame:
     "Pairs with M_1's rows of `panel` repeated as `own`, where other models have a set `own`."
-    if "own" not in set(pairs.set): return pairs
+    if "own" not in set(pairs.set):
+        return pairs
     first = pairs[(pairs.arm == "sft") & (pairs.set == "panel")]
     return pd.concat([pairs, first.assign(set="own")], ignore_index=True)
 
 # %% ../../nbs/report/01_gather.ipynb #142e721b
-def model_name(arm:str, iteration:int)->str: return {"base": "M_0", "sft": "M_1"}.get(arm, f"{arm} M_{iteration}")
+def model_name(arm: str, iteration: int) -> str:
+    return {"base": "M_0", "sft": "M_1"}.get(arm, f"{arm} M_{iteration}")
 
-def arm_name(arm:str)->str: return {"base": "M_0", "sft": "M_1"}.get(arm, arm)
+# %% ../../nbs/report/01_gather.ipynb #a3bd3d3f
+def arm_name(arm: str) -> str:
+    return {"base": "M_0", "sft": "M_1"}.get(arm, arm)
 
-def set_order(names)->list:
+# %% ../../nbs/report/01_gather.ipynb #7706e226
+def set_order(names) -> list:
     "Names of sets in the order in which they are shown."
     order = {"own": 0, "panel": 1, "held-out": 2}
     return sorted(names, key=lambda n: (order.get(n, 3), n))
 
-def only(g:Gathered, run:str)->Gathered:
+# %% ../../nbs/report/01_gather.ipynb #b6d50d86
+def only(g: Gathered, run: str) -> Gathered:
     "One run of several."
     return Gathered(*(t[t.run == run] for t in g[:4]), g.rewards)
 
-def per_run(make, g:Gathered)->pd.DataFrame:
+# %% ../../nbs/report/01_gather.ipynb #b41271f4
+def per_run(make, g: Gathered) -> pd.DataFrame:
     "A table made run by run; with several runs, a first column names the run."
     made = {r: make(only(g, r)) for r in g.models.run.unique()}
-    if len(made) == 1: return next(iter(made.values()))
+    if len(made) == 1:
+        return next(iter(made.values()))
     made = [pd.concat([pd.Series(r, t.index, name="run"), t], axis=1) for r, t in made.items() if len(t)]
     return pd.concat(made, ignore_index=True) if made else pd.DataFrame()

@@ -18,25 +18,37 @@ from .gather import Gathered, model_name, set_order
 from ..statistics import ece, grouped, reliability
 
 # %% ../../nbs/report/04_tables.ipynb #2ec622fa
-def summary(g:Gathered)->pd.DataFrame: # one row per run, arm, iteration and set
+def summary(g: Gathered) -> pd.DataFrame:  # one row per run, arm, iteration and set
     "All measures of all models, over seeds."
     rows = []
     for (run, arm, t, name), d in g.pairs.groupby(["run", "arm", "iteration", "set"], sort=False):
         seeds, known = d.seed.nunique(), labelled(d)
-        row = {"run": run, "arm": arm, "iteration": t, "set": name, "seeds": seeds, "pairs": len(d) // seeds,
-               "labelled": len(known) // seeds, "entropy": d.entropy.mean(), "verdict_mass": d.mass.mean()}
+        row = {
+            "run": run,
+            "arm": arm,
+            "iteration": t,
+            "set": name,
+            "seeds": seeds,
+            "pairs": len(d) // seeds,
+            "labelled": len(known) // seeds,
+            "entropy": d.entropy.mean(),
+            "verdict_mass": d.mass.mean(),
+        }
         for key in ("rank_correlation", *MEASURES):
             row |= {key if k == "value" else f"{key}_{k}": v for k, v in measure(d, key, g.rewards).items()}
-        if len(known): row |= {f"ece_{n}": ece(reliability(known, n)) for n in g.rewards if speaks(d, n)}
+        if len(known):
+            row |= {f"ece_{n}": ece(reliability(known, n)) for n in g.rewards if speaks(d, n)}
         rows.append(row)
     order = {"arm": ["base", *ARMS], "set": set_order(g.pairs.set.unique())}
     ranked = lambda c: c.map(order[c.name].index) if c.name in order else c
     found = pd.DataFrame(rows).sort_values(["run", "set", "iteration", "arm"], key=ranked, kind="stable")
     return found.reset_index(drop=True)
 
-def cell(row, key:str)->str:
+# %% ../../nbs/report/04_tables.ipynb #4650e6d0
+def cell(row, key: str) -> str:
     "'31% [22, 41] (28%-35%)': rate, 95% interval, lowest and highest of the seeds."
-    if pd.isna(row.get(key, np.nan)): return "-"
+    if pd.isna(row.get(key, np.nan)):
+        return "-"
     one = "{:.2f}" if key == "rank_correlation" else "{:.0%}"
     scale, digits = (1, 2) if key == "rank_correlation" else (100, 0)
     interval = ", ".join(f"{scale * row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
@@ -44,7 +56,8 @@ def cell(row, key:str)->str:
     spread = f" ({one}-{one})".format(row[f"{key}_least"], row[f"{key}_most"]) if row["seeds"] > 1 else ""
     return f"{one.format(row[key])}{n} [{interval}]{spread}"
 
-def table(found:pd.DataFrame, columns:tuple)->pd.DataFrame:
+# %% ../../nbs/report/04_tables.ipynb #3bc06c56
+def table(found: pd.DataFrame, columns: tuple) -> pd.DataFrame:
     "Some measures of a summary as a person reads them."
     names = {"rank_correlation": "rank correlation"} | {k: name for k, (name, _) in MEASURES.items()}
     rows, several, columns = [], found.run.nunique() > 1, [k for k in columns if k in found]
@@ -55,33 +68,37 @@ def table(found:pd.DataFrame, columns:tuple)->pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/04_tables.ipynb #839e86a8
-def inconsistency_table(found:pd.DataFrame)->pd.DataFrame:
+def inconsistency_table(found: pd.DataFrame) -> pd.DataFrame:
     "How far the reward models agree, on all pairs, and how often they are right."
     return table(found, ("inconsistency", "rank_correlation", *ALONE, "inconsistency_likelihood", "flip_rate"))
 
-def reward_table(found:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/report/04_tables.ipynb #0c81b19f
+def reward_table(found: pd.DataFrame) -> pd.DataFrame:
     "Reward modelling on labelled pairs: accuracy of each, of what they agree on, and calibration."
     found = found[found.labelled > 0]
     t = table(found, (*ALONE, "accuracy_agreed", "accuracy_mean", "accuracy_likelihood", "inconsistency_labelled"))
     names = {"generative": "judge", "implicit": "implicit-reward", "pointwise": "pointwise"}
     for key, name in [*((f"ece_{n}", f"{said} ECE") for n, said in names.items()), ("verdict_mass", "verdict mass")]:
-        if key in found: t[name] = ["-" if pd.isna(v) else f"{v:.2f}" for v in found[key]]
+        if key in found:
+            t[name] = ["-" if pd.isna(v) else f"{v:.2f}" for v in found[key]]
     return t
 
-def markdown(t:pd.DataFrame)->str:
+# %% ../../nbs/report/04_tables.ipynb #7064a912
+def markdown(t: pd.DataFrame) -> str:
     "A frame as a Markdown table."
     line = lambda cells: "| " + " | ".join(str(c) for c in cells) + " |"
     rows = [t.columns, ["---"] * len(t.columns), *t.itertuples(index=False)]
     return "".join(line(r) + "\n" for r in rows)
 
 # %% ../../nbs/report/04_tables.ipynb #536551e5
-def ratio(top, bottom, prompts)->dict: # value, low, high
+def ratio(top, bottom, prompts) -> dict:  # value, low, high
     "Sum of `top` over sum of `bottom`, with a bootstrap interval over prompts."
     both = pd.DataFrame({"top": np.asarray(top, float), "bottom": np.asarray(bottom, float)})
     by = both.groupby(np.asarray(prompts)).sum().to_numpy()
     drawn = np.random.default_rng(0).multinomial(len(by), np.full(len(by), 1 / len(by)), 4000) @ by
-    low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), [.025, .975])
+    low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9), [0.025, 0.975])
     return {"value": by[:, 0].sum() / max(by[:, 1].sum(), 1e-9), "low": low, "high": high}
+
 
 def _spread(r, each, form):
     seeds = f" ({form}-{form})".format(min(each), max(each)) if len(each) > 1 else ""
@@ -89,7 +106,8 @@ def _spread(r, each, form):
     interval = [(form[:-2] + "f}").format(scale * r[k]) for k in ("low", "high")]
     return f"{form} [{interval[0]}, {interval[1]}]".format(r["value"]) + seeds
 
-def answer_cells(d:pd.DataFrame)->dict:
+# %% ../../nbs/report/04_tables.ipynb #f33bcea5
+def answer_cells(d: pd.DataFrame) -> dict:
     "The answers of one model, over seeds."
     known, by = d[d.score.notna()], lambda s, c: s.groupby("seed")[c].mean()
     ones = lambda s, c: ratio(s[c], np.ones(len(s)), s.prompt)
@@ -98,11 +116,14 @@ def answer_cells(d:pd.DataFrame)->dict:
     if len(known):
         out["strict success"] = _spread(grouped(known.success, known.prompt), by(known, "success"), "{:.0%}")
         out["mean score"] = _spread(ones(known, "score"), by(known, "score"), "{:.2f}")
-    return out | {"finished": _spread(grouped(d.finished, d.prompt), by(d, "finished"), "{:.0%}"),
-                  "tokens": _spread(ones(d, "tokens"), by(d, "tokens"), "{:.1f}"),
-                  "distinct-2": _spread(ratio(d.new_bigrams, d.bigrams, d.prompt), new, "{:.2f}")}
+    return out | {
+        "finished": _spread(grouped(d.finished, d.prompt), by(d, "finished"), "{:.0%}"),
+        "tokens": _spread(ones(d, "tokens"), by(d, "tokens"), "{:.1f}"),
+        "distinct-2": _spread(ratio(d.new_bigrams, d.bigrams, d.prompt), new, "{:.2f}"),
+    }
 
-def policy_table(g:Gathered)->pd.DataFrame:
+# %% ../../nbs/report/04_tables.ipynb #373c8fd4
+def policy_table(g: Gathered) -> pd.DataFrame:
     "Every model's answers, and what the model was trained on."
     rows, several = [], g.models.run.nunique() > 1
     for (run, arm, t), d in g.answers.groupby(["run", "arm", "iteration"], sort=False):
@@ -114,37 +135,60 @@ def policy_table(g:Gathered)->pd.DataFrame:
 
 # %% ../../nbs/report/04_tables.ipynb #cedb8489
 REPORTED = [  # arm, metric, three values, which M_t has the first, model, source
-    ("scir", "LC win rate, AlpacaEval 2", (14.51, 18.49, 24.92), 2, "Mistral-7B",
-     "arXiv:2502.08922, second-hand (one third-party summary)"),
-    ("srlm", "LC win rate, AlpacaEval 2", (12.58, 11.37, 10.74), 2, "Mistral-7B",
-     "arXiv:2502.08922's baseline, second-hand (the same summary)"),
+    (
+        "scir",
+        "LC win rate, AlpacaEval 2",
+        (14.51, 18.49, 24.92),
+        2,
+        "Mistral-7B",
+        "arXiv:2502.08922, second-hand (one third-party summary)",
+    ),
+    (
+        "srlm",
+        "LC win rate, AlpacaEval 2",
+        (12.58, 11.37, 10.74),
+        2,
+        "Mistral-7B",
+        "arXiv:2502.08922's baseline, second-hand (the same summary)",
+    ),
     ("srlm", "win rate, AlpacaEval 2", (9.94, 15.38, 20.44), 1, "Llama-2-70B", "arXiv:2401.10020, from notes on it"),
     ("srlm", "MT-Bench, of 10", (6.78, 7.01, 7.25), 1, "Llama-2-70B", "arXiv:2401.10020, from notes on it"),
     ("dice", "LC win rate, AlpacaEval 2", (18.20, 25.08, 27.55), 1, "Llama-3-8B", "arXiv:2406.09760, from notes on it"),
 ]
 
-def reported_table()->pd.DataFrame:
+
+def reported_table() -> pd.DataFrame:
     "Numbers from other papers."
     columns = ["arm", "metric", "values", "of", "model", "source"]
     of = lambda first: f"M_{first} to M_{first + 2}"
     rows = [(a, m, ", ".join(map(str, v)), of(first), model, s) for a, m, v, first, model, s in REPORTED]
     return pd.DataFrame(rows, columns=columns)
 
-def reported(arm:str, t:int)->str:
+# %% ../../nbs/report/04_tables.ipynb #1269bace
+def reported(arm: str, t: int) -> str:
     "What others report of an arm's M_t; at M_1, of every arm that starts there."
     of = lambda a, first: (a == arm or arm == "sft" and t == 1) and 0 <= t - first < 3
-    return "; ".join(f"{v[t - first]}{'' if a == arm else f' as {a} M_1'} ({metric}, {model})"
-                     for a, metric, v, first, model, _ in REPORTED if of(a, first)) or "-"
+    return (
+        "; ".join(
+            f"{v[t - first]}{'' if a == arm else f' as {a} M_1'} ({metric}, {model})"
+            for a, metric, v, first, model, _ in REPORTED
+            if of(a, first)
+        )
+        or "-"
+    )
+
 
 def _over_seeds(m, key):
     "Mean over seeds, with the mean of their intervals' ends (wider than the mean's own interval), and their range."
     v = pd.to_numeric(m[key]).dropna() if key in m else ()
-    if not len(v): return "-"
+    if not len(v):
+        return "-"
     ends = [100 * pd.to_numeric(m[f"{key}_{e}"]).mean() for e in ("low", "high")] if f"{key}_low" in m else [np.nan]
     interval = "" if np.isnan(ends).any() else f" [{ends[0]:.0f}, {ends[1]:.0f}]"
     return f"{v.mean():.0%}{interval}" + (f" ({v.min():.0%}-{v.max():.0%})" if len(m) > 1 else "")
 
-def alignment_table(g:Gathered)->pd.DataFrame:
+# %% ../../nbs/report/04_tables.ipynb #5ce3ebc3
+def alignment_table(g: Gathered) -> pd.DataFrame:
     "Win rates against the reference, where a judge was named, beside what others report of the same arm."
     rows, several = [], g.models.run.nunique() > 1
     for (run, arm, t), m in g.models[g.models.win_rate.notna()].groupby(["run", "arm", "iteration"], sort=False):
@@ -154,17 +198,23 @@ def alignment_table(g:Gathered)->pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/04_tables.ipynb #9cc784e8
-UNIT = {"inconsistency": "inconsistency, points", "entropy": "mean entropy, nats",
-        "wrong labels": "wrong labels among those trained on, points"}
+UNIT = {
+    "inconsistency": "inconsistency, points",
+    "entropy": "mean entropy, nats",
+    "wrong labels": "wrong labels among those trained on, points",
+}
 
-def ablation_table(g:Gathered)->pd.DataFrame:
+
+def ablation_table(g: Gathered) -> pd.DataFrame:
     "Each ablation of one run against scir: what it lacks, and what that changed."
     rows = []
     for arm, (_, lacks, what) in ABLATIONS.items():
-        if arm not in others(g): continue
+        if arm not in others(g):
+            continue
         d = last(g, ("scir", arm))
         for name in set_order(d.set.unique()):
-            if not (found := moved(d, arm, what, name)): continue
+            if not (found := moved(d, arm, what, name)):
+                continue
             gap = found[2]
             said, seeds = gap_shown(gap, 1 if what == "entropy" else 100), f"{gap['same_way']} of {gap['seeds']}"
             where = {"arm": arm, "as": f"M_{d.iteration.max()}", "without": lacks, "set": name, "measure": UNIT[what]}
@@ -172,7 +222,7 @@ def ablation_table(g:Gathered)->pd.DataFrame:
     return with_holm(pd.DataFrame(rows), ["arm"])
 
 # %% ../../nbs/report/04_tables.ipynb #6a920a37
-def strongest(t:pd.DataFrame)->list: # of lines
+def strongest(t: pd.DataFrame) -> list:  # of lines
     "The strongest competitor of scir in every quantity of a table of comparisons."
     out = []
     if "run" in t:
@@ -181,7 +231,7 @@ def strongest(t:pd.DataFrame)->list: # of lines
     for (name, what), d in t[t.quantity != "tokens"].groupby(["set", "quantity"], sort=False):
         r = d.loc[(d.difference * (-1 if what == "inconsistency" else 1)).idxmin()]
         unit, scale = ("", 1) if what == "score" else (" points", 100)
-        said = "significant" if r.p_holm < .05 and r.same_way == r.seeds else "not significant"
+        said = "significant" if r.p_holm < 0.05 and r.same_way == r.seeds else "not significant"
         found = f"{r.arms.removeprefix('scir - ')} ({r.arms} = {gap_shown(dict(r), scale)}{unit}, {said})"
         out.append(f"{what}, {name}: strongest competitor: {found}")
     return out

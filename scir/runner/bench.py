@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'SMALL', 'LARGE', 'GROUPS', 'met', 'figure', 'alternate', 
            'in_child', 'child', 'growth_figures', 'machine', 'plot', 'table', 'bench', 'main']
 
 # %% ../../nbs/runner/14_bench.ipynb #7d189168
-import gc, json, os, platform, statistics, subprocess, sys, tempfile, time
+import gc, json, platform, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,56 +20,95 @@ from ..data.chat import as_text
 from ..data.load import load_pairs, merged, prompt_pool
 from ..method.judge import judge_ids, verdict_margins
 from ..model.logprobs import batches, encode_chat, encode_prompt, trees
-from ..model.weights import body, compute_dtype, device, for_sampling, load_base, load_tokenizer, lora_config, model_path, new_adapter
+from scir.model.weights import (
+    body,
+    compute_dtype,
+    device,
+    for_sampling,
+    load_base,
+    load_tokenizer,
+    lora_config,
+    model_path,
+    new_adapter,
+)
 from ..stages.optimise import pair_loss
 from ..recipe import Recipe, SamplingSpec, load_recipe
 from ..method.rewards import View
 from ..model.decoding import generate
 from ..stages.sample import sample
 from ..method.scores import candidate_pairs, labelled_pairs, score, set_reference
-from ..store import Prompt, Response, peak_bytes, read_rows, row_seed, write_json
+from ..store import Response, peak_bytes, read_rows, row_seed, write_json
 
 # %% ../../nbs/runner/14_bench.ipynb #80d4f729
 TARGETS = {
-    "judge_vs_generated_votes": (">=", 20, "pairs/s: verdicts read from the logits, both orders, over three sampled 5-point votes per response"),
-    "judge_vs_forward_limit": (">=", .8, "tokens/s of judging over a bare forward of as many tokens, no padding, no head; what orders share is counted once"),
-    "judge_grad_vs_full_logits": ("<=", .8, "seconds of the judge's forward and backward over the same through full logits"),
-    "judge_grad_vs_full_logits_memory": ("<=", .8, "peak memory of the same"),
+    "judge_vs_generated_votes": (
+        ">=",
+        20,
+        "pairs/s: verdicts read from the logits, both orders, over three sampled 5-point votes per response",
+    ),
+    "judge_vs_forward_limit": (
+        ">=",
+        0.8,
+        "tokens/s of judging over a bare forward of as many tokens, no padding, no head; what orders share is counted once",
+    ),
+    "judge_grad_vs_full_logits": (
+        "<=",
+        0.8,
+        "seconds of the judge's forward and backward over the same through full logits",
+    ),
+    "judge_grad_vs_full_logits_memory": ("<=", 0.8, "peak memory of the same"),
     "dpo_vs_trl": (">=", 1.3, "DPO steps/s over trl's DPOTrainer, which asks the reference at every step"),
     "dpo_vs_trl_precomputed": (">=", 1.05, "DPO steps/s over trl's DPOTrainer with precomputed reference log-probs"),
-    "scir_seconds_per_token_vs_trl": ("<=", 1.05, "seconds per token: a SCIR step (what sequences share counted once) over trl's precomputed DPO step"),
-    "train_peak_memory_vs_trl": ("<=", 1.0, "peak memory of a process that makes DPO steps over one that makes trl's, nothing recomputed"),
-    "train_peak_memory_vs_trl_low": ("<=", .6, "the same, ours with gradient_checkpointing: sequences"),
+    "scir_seconds_per_token_vs_trl": (
+        "<=",
+        1.05,
+        "seconds per token: a SCIR step (what sequences share counted once) over trl's precomputed DPO step",
+    ),
+    "train_peak_memory_vs_trl": (
+        "<=",
+        1.0,
+        "peak memory of a process that makes DPO steps over one that makes trl's, nothing recomputed",
+    ),
+    "train_peak_memory_vs_trl_low": ("<=", 0.6, "the same, ours with gradient_checkpointing: sequences"),
     "sample_vs_loop": (">=", 8, "tokens/s of sampling over generate, one prompt at a time"),
     "sample_vs_batched": (">=", 1.3, "tokens/s of sampling over generate on batches in arrival order"),
     "sample_vs_continuous": (">=", 1.0, "tokens/s of sampling over transformers' continuous batching"),
-    "sample_vs_limit": (">=", .3, "seconds of the larger floor (weights over bandwidth, operations over matmul rate) over seconds of sampling"),
+    "sample_vs_limit": (
+        ">=",
+        0.3,
+        "seconds of the larger floor (weights over bandwidth, operations over matmul rate) over seconds of sampling",
+    ),
     "growth_time": ("10 +-", 1, "seconds of sampling and judging for ten times the prompts"),
     "growth_memory": ("<=", 1.1, "peak memory for ten times the prompts"),
 }
 
-def met(key:str, ratio:float)->bool:
+
+def met(key: str, ratio: float) -> bool:
     "Whether a figure reaches its target."
     sign, goal, _ = TARGETS[key]
     return ratio >= goal if sign == ">=" else ratio <= goal if sign == "<=" else abs(ratio - 10) <= goal
 
-def figure(key:str, ratio:float, **raw)->dict:
+# %% ../../nbs/runner/14_bench.ipynb #c472991b
+def figure(key: str, ratio: float, **raw) -> dict:
     "One figure, with its raw seconds or bytes."
     sign, goal, what = TARGETS[key]
     print(f"{key:34} {ratio:8.3g}   target {sign} {goal}{'' if met(key, ratio) else '   missed'}", flush=True)
     return {key: {"ratio": ratio, "target": f"{sign} {goal}", "met": met(key, ratio), "what": what} | raw}
 
-def alternate(contestants:dict, repeats:int)->dict: # name -> list of seconds
+# %% ../../nbs/runner/14_bench.ipynb #c42b0f65
+def alternate(contestants: dict, repeats: int) -> dict:  # name -> list of seconds
     "Let contestants (name -> () -> None) take turns after one warm-up each; the order is reversed every other round."
     seconds = {name: [] for name in contestants}
-    for run in contestants.values(): run()
+    for run in contestants.values():
+        run()
     for i in range(repeats):
-        for name in list(contestants)[::-1 if i % 2 else 1]:
+        for name in list(contestants)[:: -1 if i % 2 else 1]:
             gc.collect()
             seconds[name].append(timed(contestants[name]))
     return seconds
 
-def timed(run)->float:
+# %% ../../nbs/runner/14_bench.ipynb #e341d831
+def timed(run) -> float:
     "Seconds of a call, a GPU's queue emptied before and after."
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
@@ -78,159 +117,318 @@ def timed(run)->float:
     wait()
     return time.perf_counter() - started
 
-def median_ratio(a:list, b:list)->float: return statistics.median(a) / statistics.median(b)
+# %% ../../nbs/runner/14_bench.ipynb #ae148899
+def median_ratio(a: list, b: list) -> float:
+    return statistics.median(a) / statistics.median(b)
 
 # %% ../../nbs/runner/14_bench.ipynb #7e1dbdfd
 @dataclass
 class Work:
     "Models and rows that the figures share; loaded when first asked for."
+
     recipe: Recipe
     repeats: int = 5
-    tokens: int = 32 # of a sampled response, at most
+    tokens: int = 32  # of a sampled response, at most
 
     @cached_property
-    def tokenizer(self): return load_tokenizer(self.recipe.model)
+    def tokenizer(self):
+        return load_tokenizer(self.recipe.model)
 
     @property
-    def named(self)->dict:
+    def named(self) -> dict:
         "The model, for the library."
         spec = self.recipe.model
-        return {"pretrained_model_name_or_path": model_path(spec), "revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        return {
+            "pretrained_model_name_or_path": model_path(spec),
+            "revision": spec.revision,
+            "trust_remote_code": spec.trust_remote_code,
+        }
 
     @cached_property
-    def width(self)->int:
+    def width(self) -> int:
         from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(**self.named).get_text_config().hidden_size
 
     @cached_property
-    def spec(self)->SamplingSpec: return self.recipe.sampling.model_copy(update={"temperature": .7, "top_p": .9, "candidates": 2, "max_new_tokens": self.tokens, "batch_size": 64})
+    def spec(self) -> SamplingSpec:
+        return self.recipe.sampling.model_copy(
+            update={"temperature": 0.7, "top_p": 0.9, "candidates": 2, "max_new_tokens": self.tokens, "batch_size": 64}
+        )
 
     @cached_property
-    def prompts(self)->list: return prompt_pool(self.recipe.data.model_copy(update={"prompt_limit": None}))[0]
+    def prompts(self) -> list:
+        return prompt_pool(self.recipe.data.model_copy(update={"prompt_limit": None}))[0]
 
     @cached_property
-    def pairs(self)->list:
+    def pairs(self) -> list:
         d = self.recipe.data
-        pairs, _ = labelled_pairs(self.tokenizer, merged(load_pairs, d.pairs)[0], d.max_prompt_tokens, d.max_response_tokens, 48)
+        pairs, _ = labelled_pairs(
+            self.tokenizer, merged(load_pairs, d.pairs)[0], d.max_prompt_tokens, d.max_response_tokens, 48
+        )
         return pairs
 
     def theirs(self):
         "The model as the library loads it."
         from transformers import AutoModelForCausalLM
-        return AutoModelForCausalLM.from_pretrained(**self.named, dtype=compute_dtype(self.recipe.model), device_map={"": device()}).eval().requires_grad_(False)
+
+        return (
+            AutoModelForCausalLM.from_pretrained(
+                **self.named, dtype=compute_dtype(self.recipe.model), device_map={"": device()}
+            )
+            .eval()
+            .requires_grad_(False)
+        )
 
     def policy(self, base):
         "`base` with an adapter that is not the identity."
         return moved(new_adapter(base, self.recipe.lora)).train()
 
-    def presentations(self, pairs)->list:
-        return [judge_ids(self.tokenizer, self.recipe.judge, p.prompt, *sides) for p in pairs for sides in ((p.response_a, p.response_b), (p.response_b, p.response_a))]
+    def presentations(self, pairs) -> list:
+        return [
+            judge_ids(self.tokenizer, self.recipe.judge, p.prompt, *sides)
+            for p in pairs
+            for sides in ((p.response_a, p.response_b), (p.response_b, p.response_a))
+        ]
 
+# %% ../../nbs/runner/14_bench.ipynb #8367b894
 @torch.no_grad()
 def moved(model):
     "Its adapter made something else than the identity."
     for i, (name, p) in enumerate(model.named_parameters()):
-        if "lora_B" in name: p.copy_(.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        if "lora_B" in name:
+            p.copy_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return model
 
-def library_generate(model, tokenizer, prompts:list, spec:SamplingSpec)->list: # response ids
+# %% ../../nbs/runner/14_bench.ipynb #b74eb0e5
+def library_generate(model, tokenizer, prompts: list, spec: SamplingSpec) -> list:  # response ids
     "What a user would run: one left-padded batch through `generate`."
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width, pad = (
+        max(map(len, prompts)),
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=spec.temperature, top_p=spec.top_p, top_k=0, max_new_tokens=spec.max_new_tokens, pad_token_id=pad)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=0,
+        max_new_tokens=spec.max_new_tokens,
+        pad_token_id=pad,
+    )
     return [_until_end(row, tokenizer.eos_token_id) for row in out[:, width:].tolist()]
 
-def _until_end(ids, end): return ids[:ids.index(end) + 1] if end in ids else ids
+
+def _until_end(ids, end):
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 # %% ../../nbs/runner/14_bench.ipynb #cc2d438a
 @torch.no_grad()
-def judge_figures(w:Work)->dict:
+def judge_figures(w: Work) -> dict:
     "Verdicts from logits against sampled votes, and against a bare forward."
     base, theirs, few, many = load_base(w.recipe.model), w.theirs(), w.pairs[:4], w.pairs[:32]
     seqs = w.presentations(many)
-    votes = [encode_chat(w.tokenizer, w.recipe.labels.vote_template, {"prompt": as_text(p.prompt), "response": r}, None) for p in few for r in (p.response_a, p.response_b) for _ in range(3)]
-    sampled = SamplingSpec(temperature=.7, top_p=.9, max_new_tokens=w.recipe.labels.vote_tokens)
+    votes = [
+        encode_chat(w.tokenizer, w.recipe.labels.vote_template, {"prompt": as_text(p.prompt), "response": r}, None)
+        for p in few
+        for r in (p.response_a, p.response_b)
+        for _ in range(3)
+    ]
+    sampled = SamplingSpec(temperature=0.7, top_p=0.9, max_new_tokens=w.recipe.labels.vote_tokens)
+
     def read(pairs):
         orders = w.presentations(pairs)
-        for batch in batches([len(s) for s in orders], w.recipe.judge.batch_tokens): verdict_margins(base, [orders[i] for i in batch], View(base, w.tokenizer, [], w.recipe).verdicts)
-    voting = alternate({"ours": lambda: read(few), "theirs": lambda: library_generate(theirs, w.tokenizer, votes, sampled)}, w.repeats)
-    presented, computed = sum(map(len, seqs)), sum(len(t.ids) for b in batches([len(s) for s in seqs], w.recipe.judge.batch_tokens) for t in trees([seqs[i] for i in b], w.width))
+        for batch in batches([len(s) for s in orders], w.recipe.judge.batch_tokens):
+            verdict_margins(base, [orders[i] for i in batch], View(base, w.tokenizer, [], w.recipe).verdicts)
+
+    voting = alternate(
+        {"ours": lambda: read(few), "theirs": lambda: library_generate(theirs, w.tokenizer, votes, sampled)}, w.repeats
+    )
+    presented, computed = (
+        sum(map(len, seqs)),
+        sum(
+            len(t.ids)
+            for b in batches([len(s) for s in seqs], w.recipe.judge.batch_tokens)
+            for t in trees([seqs[i] for i in b], w.width)
+        ),
+    )
     length = round(presented / len(seqs))
+
     def forward(tokens):
         rows = torch.randint(5, 200, (max(1, round(tokens / length)), length), device=base.device)
-        for part in rows.split(max(1, w.recipe.judge.batch_tokens // length)): body(base)[1](input_ids=part, use_cache=False)
-    reading = alternate({"ours": lambda: read(many), "presented": lambda: forward(presented), "computed": lambda: forward(computed)}, w.repeats)
-    return figure("judge_vs_generated_votes", median_ratio(voting["theirs"], voting["ours"]), pairs=len(few), seconds=voting) | figure(
-        "judge_vs_forward_limit", median_ratio(reading["computed"], reading["ours"]), all_orders_counted=median_ratio(reading["presented"], reading["ours"]),
-        tokens={"presented": presented, "computed": computed}, pairs=len(many), seconds=reading)
+        for part in rows.split(max(1, w.recipe.judge.batch_tokens // length)):
+            body(base)[1](input_ids=part, use_cache=False)
 
-def judge_steps(w:Work, full:bool, pairs:list):
+    reading = alternate(
+        {"ours": lambda: read(many), "presented": lambda: forward(presented), "computed": lambda: forward(computed)},
+        w.repeats,
+    )
+    return figure(
+        "judge_vs_generated_votes", median_ratio(voting["theirs"], voting["ours"]), pairs=len(few), seconds=voting
+    ) | figure(
+        "judge_vs_forward_limit",
+        median_ratio(reading["computed"], reading["ours"]),
+        all_orders_counted=median_ratio(reading["presented"], reading["ours"]),
+        tokens={"presented": presented, "computed": computed},
+        pairs=len(many),
+        seconds=reading,
+    )
+
+# %% ../../nbs/runner/14_bench.ipynb #3065b97e
+def judge_steps(w: Work, full: bool, pairs: list):
     "() -> None: the judge's margin of `pairs`, forward and backward; `full`: through the logits of every position and token."
     model = w.policy(w.theirs() if full else load_base(w.recipe.model))
-    def ours(): View(model, w.tokenizer, pairs, w.recipe).orders[0].square().sum().backward()
+
+    def ours():
+        View(model, w.tokenizer, pairs, w.recipe).orders[0].square().sum().backward()
+
     def theirs():
         from scir.model.logprobs import pad_right
+
         ids, lengths = pad_right(w.presentations(pairs), device=model.device)
-        logits = model(input_ids=ids, attention_mask=(torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()).logits.float()
+        logits = model(
+            input_ids=ids, attention_mask=(torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        ).logits.float()
         last, v = logits[torch.arange(len(ids)), lengths - 1], View(model, w.tokenizer, [], w.recipe).verdicts
         (last[:, list(v.first)].logsumexp(-1) - last[:, list(v.second)].logsumexp(-1)).square().sum().backward()
+
     return theirs if full else ours
 
-def judge_gradient_figures(w:Work)->dict:
+# %% ../../nbs/runner/14_bench.ipynb #c8c6dbf7
+def judge_gradient_figures(w: Work) -> dict:
     "The judge's gradient, time and memory."
-    seconds = alternate({"ours": judge_steps(w, False, w.pairs[:8]), "theirs": judge_steps(w, True, w.pairs[:8])}, w.repeats)
+    seconds = alternate(
+        {"ours": judge_steps(w, False, w.pairs[:8]), "theirs": judge_steps(w, True, w.pairs[:8])}, w.repeats
+    )
     memory = {name: child(w, f"judge-{name}") for name in ("ours", "theirs")}
-    return figure("judge_grad_vs_full_logits", median_ratio(seconds["ours"], seconds["theirs"]), seconds=seconds) | figure(
-        "judge_grad_vs_full_logits_memory", memory["ours"]["bytes"] / memory["theirs"]["bytes"], bytes={k: v["bytes"] for k, v in memory.items()})
+    return figure(
+        "judge_grad_vs_full_logits", median_ratio(seconds["ours"], seconds["theirs"]), seconds=seconds
+    ) | figure(
+        "judge_grad_vs_full_logits_memory",
+        memory["ours"]["bytes"] / memory["theirs"]["bytes"],
+        bytes={k: v["bytes"] for k, v in memory.items()},
+    )
 
 # %% ../../nbs/runner/14_bench.ipynb #314ab43c
-def trl_step(w:Work, pairs:list, precomputed:bool, checkpointing:bool=False):
+def trl_step(w: Work, pairs: list, precomputed: bool, checkpointing: bool = False):
     "() -> None: DPO steps of trl over `pairs`, in batches of eight. Its default, `checkpointing`, computes layers again in backward."
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+
     sides = [("response_a", "response_b") if p.target else ("response_b", "response_a") for p in pairs]
-    rows = [{"prompt": w.tokenizer.decode(p.prompt_ids), "chosen": getattr(p, c), "rejected": getattr(p, r)} for p, (c, r) in zip(pairs, sides)]
-    args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=w.recipe.train.beta, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", max_length=None, gradient_checkpointing=checkpointing,
-                     disable_tqdm=True, precompute_ref_log_probs=precomputed, average_tokens_across_devices=False)
-    trainer = DPOTrainer(model=(base := w.theirs()), args=args, train_dataset=Dataset.from_list(rows), processing_class=w.tokenizer, peft_config=lora_config(base, w.recipe.lora))
+    rows = [
+        {"prompt": w.tokenizer.decode(p.prompt_ids), "chosen": getattr(p, c), "rejected": getattr(p, r)}
+        for p, (c, r) in zip(pairs, sides)
+    ]
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        beta=w.recipe.train.beta,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        report_to="none",
+        max_length=None,
+        gradient_checkpointing=checkpointing,
+        disable_tqdm=True,
+        precompute_ref_log_probs=precomputed,
+        average_tokens_across_devices=False,
+    )
+    trainer = DPOTrainer(
+        model=(base := w.theirs()),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=w.tokenizer,
+        peft_config=lora_config(base, w.recipe.lora),
+    )
     moved(trainer.model).train()
     data = list(trainer.train_dataset)
     for p, row in zip(pairs, data, strict=True):
-        if (row["prompt_ids"], {*map(tuple, (row["chosen_ids"], row["rejected_ids"]))}) != (p.prompt_ids, {tuple(p.ids_a), tuple(p.ids_b)}): raise ValueError(f"trl reads pair {p.id} as other tokens")
-    made = [trainer.data_collator(data[i:i + 8]) for i in range(0, len(data), 8)]
-    return _steps(trainer.model, [lambda b=b: trainer.compute_loss(trainer.model, {k: v.to(trainer.model.device) for k, v in b.items()}) for b in made])
+        if (row["prompt_ids"], {*map(tuple, (row["chosen_ids"], row["rejected_ids"]))}) != (
+            p.prompt_ids,
+            {tuple(p.ids_a), tuple(p.ids_b)},
+        ):
+            raise ValueError(f"trl reads pair {p.id} as other tokens")
+    made = [trainer.data_collator(data[i : i + 8]) for i in range(0, len(data), 8)]
+    return _steps(
+        trainer.model,
+        [
+            lambda b=b: trainer.compute_loss(trainer.model, {k: v.to(trainer.model.device) for k, v in b.items()})
+            for b in made
+        ],
+    )
 
-def our_step(w:Work, pairs:list, arm:str, recompute=False):
+# %% ../../nbs/runner/14_bench.ipynb #bc7a6147
+def our_step(w: Work, pairs: list, arm: str, recompute=False):
     "() -> None: the same with our loss."
-    recipe = w.recipe.model_copy(update={"train": w.recipe.arm(arm), "model": w.recipe.model.model_copy(update={"gradient_checkpointing": recompute})})
+    recipe = w.recipe.model_copy(
+        update={
+            "train": w.recipe.arm(arm),
+            "model": w.recipe.model.model_copy(update={"gradient_checkpointing": recompute}),
+        }
+    )
     model = w.policy(load_base(w.recipe.model))
-    return _steps(model, [lambda b=pairs[i:i + 8]: pair_loss(View(model, w.tokenizer, b, recipe), recipe.train)[0] for i in range(0, len(pairs), 8)])
+    return _steps(
+        model,
+        [
+            lambda b=pairs[i : i + 8]: pair_loss(View(model, w.tokenizer, b, recipe), recipe.train)[0]
+            for i in range(0, len(pairs), 8)
+        ],
+    )
+
 
 def _steps(model, losses):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
     def run():
         for loss in losses:
             loss().backward()
             optimizer.step()
             optimizer.zero_grad()
+
     return run
 
-def training_figures(w:Work)->dict:
+# %% ../../nbs/runner/14_bench.ipynb #f5177e94
+def training_figures(w: Work) -> dict:
     "Steps per second and peak memory against trl."
     pairs = w.pairs[:16]
     set_reference(load_base(w.recipe.model), pairs, w.recipe.judge.batch_tokens)
-    s = alternate({"dpo": our_step(w, pairs, "srlm"), "scir": our_step(w, pairs, "scir"), "trl": trl_step(w, pairs, False), "trl precomputed": trl_step(w, pairs, True)}, w.repeats)
+    s = alternate(
+        {
+            "dpo": our_step(w, pairs, "srlm"),
+            "scir": our_step(w, pairs, "scir"),
+            "trl": trl_step(w, pairs, False),
+            "trl precomputed": trl_step(w, pairs, True),
+        },
+        w.repeats,
+    )
     responses = sum(2 * len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b) for p in pairs)
-    tokens = {"trl precomputed": responses, "scir": sum(_computed(w, pairs[i:i + 8]) for i in range(0, len(pairs), 8)), "scir, nothing shared": responses + sum(map(len, w.presentations(pairs)))}
+    tokens = {
+        "trl precomputed": responses,
+        "scir": sum(_computed(w, pairs[i : i + 8]) for i in range(0, len(pairs), 8)),
+        "scir, nothing shared": responses + sum(map(len, w.presentations(pairs))),
+    }
     per_token = {k: [x / tokens[k] for x in s[k]] for k in ("trl precomputed", "scir")}
     memory = {name: child(w, name) for name in ("dpo", "dpo-low", "scir", "scir-low", "trl", "trl-low")}
     share = {k: v["bytes"] / memory["trl"]["bytes"] for k, v in memory.items()}
-    return figure("dpo_vs_trl", median_ratio(s["trl"], s["dpo"]), seconds=s, pairs=len(pairs)) | figure(
-        "dpo_vs_trl_precomputed", median_ratio(s["trl precomputed"], s["dpo"])) | figure(
-        "scir_seconds_per_token_vs_trl", median_ratio(per_token["scir"], per_token["trl precomputed"]), tokens=tokens) | figure(
-        "train_peak_memory_vs_trl", share["dpo"], bytes=memory, scir_share=share["scir"]) | figure(
-        "train_peak_memory_vs_trl_low", share["dpo-low"], scir_share=share["scir-low"], trl_checkpointing_share=share["trl-low"])
+    return (
+        figure("dpo_vs_trl", median_ratio(s["trl"], s["dpo"]), seconds=s, pairs=len(pairs))
+        | figure("dpo_vs_trl_precomputed", median_ratio(s["trl precomputed"], s["dpo"]))
+        | figure(
+            "scir_seconds_per_token_vs_trl",
+            median_ratio(per_token["scir"], per_token["trl precomputed"]),
+            tokens=tokens,
+        )
+        | figure("train_peak_memory_vs_trl", share["dpo"], bytes=memory, scir_share=share["scir"])
+        | figure(
+            "train_peak_memory_vs_trl_low",
+            share["dpo-low"],
+            scir_share=share["scir-low"],
+            trl_checkpointing_share=share["trl-low"],
+        )
+    )
+
 
 def _computed(w, pairs):
     "Tokens that a SCIR step on `pairs` runs through the model."
@@ -238,143 +436,324 @@ def _computed(w, pairs):
     return sum(len(t.ids) for some in (seqs, w.presentations(pairs)) for t in trees(some, width))
 
 # %% ../../nbs/runner/14_bench.ipynb #843abc0e
-def machine_limits(dtype:torch.dtype, device)->dict: # bytes/s, operations/s
+def machine_limits(dtype: torch.dtype, device) -> dict:  # bytes/s, operations/s
     "Best of several: reading a large array, multiplying two large matrices."
     x, (a, b) = torch.ones(2**26, device=device), torch.randn(2, 2048, 2048, device=device).to(dtype)
+
     def best(f):
         f()
         return min(timed(f) for _ in range(7))
-    return {"bandwidth": x.numel() * 4 / best(lambda: float(x.sum())), "matmul": 2 * 2048**3 / best(lambda: float((a @ b)[0, 0]))}
 
-def floor_seconds(model, limits:dict, prompt_tokens:int, tokens:int, batch:int)->dict: # floor -> seconds
+    return {
+        "bandwidth": x.numel() * 4 / best(lambda: float(x.sum())),
+        "matmul": 2 * 2048**3 / best(lambda: float((a @ b)[0, 0])),
+    }
+
+# %% ../../nbs/runner/14_bench.ipynb #543fc852
+def floor_seconds(model, limits: dict, prompt_tokens: int, tokens: int, batch: int) -> dict:  # floor -> seconds
     "What sampling `tokens` tokens after reading `prompt_tokens` takes at least."
     head = model.get_output_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters()) - (0 if model.config.get_text_config().tie_word_embeddings else head.numel())
+    weights = sum(p.numel() for p in model.parameters()) - (
+        0 if model.config.get_text_config().tie_word_embeddings else head.numel()
+    )
     inner = weights - head.numel()
-    return {"bandwidth": weights * head.element_size() * tokens / batch / limits["bandwidth"],
-            "matmul": 2 * (inner * (prompt_tokens + tokens) + head.numel() * tokens) / limits["matmul"]}
+    return {
+        "bandwidth": weights * head.element_size() * tokens / batch / limits["bandwidth"],
+        "matmul": 2 * (inner * (prompt_tokens + tokens) + head.numel() * tokens) / limits["matmul"],
+    }
 
-def continuous(model, tokenizer, prompts:list, spec:SamplingSpec)->list: # response ids
+# %% ../../nbs/runner/14_bench.ipynb #eae57839
+def continuous(model, tokenizer, prompts: list, spec: SamplingSpec) -> list:  # response ids
     "transformers' continuous batching, with a cache of the size that is needed (by default it takes most of the memory and clears it)."
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
     pages = -(-(max(map(len, prompts)) + spec.max_new_tokens) // 8)
-    how = GenerationConfig(max_new_tokens=spec.max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=spec.temperature, top_p=spec.top_p, top_k=0)
-    batching = ContinuousBatchingConfig(page_size=8, num_blocks=pages * spec.batch_size + 8, max_batch_tokens=256, max_requests_per_batch=spec.batch_size, max_blocks_per_request=0,
-                                        use_cuda_graph=False, use_async_batching=False, default_compile_level=0, auto_switch_to_flash=False)
-    done = model.generate_batch([list(p) for p in prompts], generation_config=how, continuous_batching_config=batching, warmup=False)
+    how = GenerationConfig(
+        max_new_tokens=spec.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=0,
+    )
+    batching = ContinuousBatchingConfig(
+        page_size=8,
+        num_blocks=pages * spec.batch_size + 8,
+        max_batch_tokens=256,
+        max_requests_per_batch=spec.batch_size,
+        max_blocks_per_request=0,
+        use_cuda_graph=False,
+        use_async_batching=False,
+        default_compile_level=0,
+        auto_switch_to_flash=False,
+    )
+    done = model.generate_batch(
+        [list(p) for p in prompts], generation_config=how, continuous_batching_config=batching, warmup=False
+    )
     out = [list(o.generated_tokens) for o in done.values()]
-    if len(out) != len(prompts): raise RuntimeError(f"continuous batching gave {len(out)} of {len(prompts)} responses")
+    if len(out) != len(prompts):
+        raise RuntimeError(f"continuous batching gave {len(out)} of {len(prompts)} responses")
     return out
 
-def sampling_figures(w:Work)->dict:
+# %% ../../nbs/runner/14_bench.ipynb #3bed51c3
+def sampling_figures(w: Work) -> dict:
     "Tokens per second against three ways of the library, and against the machine."
-    model, theirs, encoded = for_sampling(w.recipe.model), w.theirs(), [encode_prompt(w.tokenizer, p.prompt) for p in w.prompts[:64]]
+    model, theirs, encoded = (
+        for_sampling(w.recipe.model),
+        w.theirs(),
+        [encode_prompt(w.tokenizer, p.prompt) for p in w.prompts[:64]],
+    )
     rows, made = [ids for ids in encoded for _ in range(w.spec.candidates)], {}
-    def note(name, out): made.setdefault(name, []).append(sum(map(len, out)))
-    def ours(): note("ours", [ids for _, ids, _ in generate(model, w.tokenizer, [(i, ids, row_seed(0, i)) for i, ids in enumerate(rows)], w.spec)])
-    def loop(): note("loop", [r for ids in rows[::len(rows) // 6] for r in library_generate(theirs, w.tokenizer, [ids], w.spec)])
-    def batched(): note("batched", [r for i in range(0, len(rows), w.spec.batch_size) for r in library_generate(theirs, w.tokenizer, rows[i:i + w.spec.batch_size], w.spec)])
-    def packed(): note("continuous", continuous(theirs, w.tokenizer, rows, w.spec))
+
+    def note(name, out):
+        made.setdefault(name, []).append(sum(map(len, out)))
+
+    def ours():
+        note(
+            "ours",
+            [
+                ids
+                for _, ids, _ in generate(
+                    model, w.tokenizer, [(i, ids, row_seed(0, i)) for i, ids in enumerate(rows)], w.spec
+                )
+            ],
+        )
+
+    def loop():
+        note(
+            "loop", [r for ids in rows[:: len(rows) // 6] for r in library_generate(theirs, w.tokenizer, [ids], w.spec)]
+        )
+
+    def batched():
+        note(
+            "batched",
+            [
+                r
+                for i in range(0, len(rows), w.spec.batch_size)
+                for r in library_generate(theirs, w.tokenizer, rows[i : i + w.spec.batch_size], w.spec)
+            ],
+        )
+
+    def packed():
+        note("continuous", continuous(theirs, w.tokenizer, rows, w.spec))
+
     s = alternate({"ours": ours, "loop": loop, "batched": batched, "continuous": packed}, w.repeats)
     per_token = {name: [x / n for x, n in zip(s[name], made[name][1:])] for name in s}
     limits, tokens = machine_limits(compute_dtype(w.recipe.model), model.device), statistics.median(made["ours"])
     floors = floor_seconds(model, limits, sum(map(len, encoded)), tokens, w.spec.batch_size)
     speed = {name: 1 / statistics.median(x) for name, x in per_token.items()}
-    against = {name: figure(f"sample_vs_{name}", speed["ours"] / speed[name]) for name in ("loop", "batched", "continuous")}
-    return against["loop"] | against["batched"] | against["continuous"] | figure(
-        "sample_vs_limit", max(floors.values()) / statistics.median(s["ours"]), floors=floors, limits=limits, tokens_per_second=speed, seconds=s, tokens=made, rows=len(rows))
+    against = {
+        name: figure(f"sample_vs_{name}", speed["ours"] / speed[name]) for name in ("loop", "batched", "continuous")
+    }
+    return (
+        against["loop"]
+        | against["batched"]
+        | against["continuous"]
+        | figure(
+            "sample_vs_limit",
+            max(floors.values()) / statistics.median(s["ours"]),
+            floors=floors,
+            limits=limits,
+            tokens_per_second=speed,
+            seconds=s,
+            tokens=made,
+            rows=len(rows),
+        )
+    )
 
 # %% ../../nbs/runner/14_bench.ipynb #727bd064
 SMALL, LARGE = 14, 140
 
-def growth(w:Work, n:int)->list: # seconds
+
+def growth(w: Work, n: int) -> list:  # seconds
     "Sample and judge `n` prompts, as the stages do, files and all."
-    model, spec = for_sampling(w.recipe.model), w.spec.model_copy(update={"batch_size": 8, "max_new_tokens": w.tokens // 4})
-    prompts = sorted(w.prompts, key=lambda p: len(as_text(p.prompt)))[::-1][:LARGE:LARGE // n]  # few or many, the same lengths
-    if len(prompts) != n: raise ValueError(f"bench: {len(w.prompts)} prompts, {LARGE} are needed")
+    model, spec = (
+        for_sampling(w.recipe.model),
+        w.spec.model_copy(update={"batch_size": 8, "max_new_tokens": w.tokens // 4}),
+    )
+    prompts = sorted(w.prompts, key=lambda p: len(as_text(p.prompt)))[::-1][
+        : LARGE : LARGE // n
+    ]  # few or many, the same lengths
+    if len(prompts) != n:
+        raise ValueError(f"bench: {len(w.prompts)} prompts, {LARGE} are needed")
+
     def run():
         with tempfile.TemporaryDirectory() as d:
-            sample(partial(generate, model, w.tokenizer), w.tokenizer, prompts, spec, Path(d)/"responses.jsonl")
-            pairs, _ = candidate_pairs(w.tokenizer, read_rows(Path(d)/"responses.jsonl", Response))
+            sample(partial(generate, model, w.tokenizer), w.tokenizer, prompts, spec, Path(d) / "responses.jsonl")
+            pairs, _ = candidate_pairs(w.tokenizer, read_rows(Path(d) / "responses.jsonl", Response))
             set_reference(model, pairs, 1024)
-            score(model, w.tokenizer, pairs, w.recipe.model_copy(update={"judge": w.recipe.judge.model_copy(update={"batch_tokens": 1024})}), Path(d)/"scores.jsonl")
+            score(
+                model,
+                w.tokenizer,
+                pairs,
+                w.recipe.model_copy(update={"judge": w.recipe.judge.model_copy(update={"batch_tokens": 1024})}),
+                Path(d) / "scores.jsonl",
+            )
+
     return alternate({"run": run}, w.repeats)["run"]
 
-def in_child(w:Work, name:str)->dict: # what a child process prints
+# %% ../../nbs/runner/14_bench.ipynb #8f9ec7ce
+def in_child(w: Work, name: str) -> dict:  # what a child process prints
     "Do one thing and say how much memory it took."
     kind, _, n = name.partition("=")
-    if kind == "growth": return {"seconds": growth(w, int(n)), "bytes": peak_bytes()}
+    if kind == "growth":
+        return {"seconds": growth(w, int(n)), "bytes": peak_bytes()}
     pairs = w.pairs[:16]
-    for p in pairs: p.reference_logps = (-50.0, -50.0)
-    run = {"judge-ours": lambda: judge_steps(w, False, w.pairs[:8]), "judge-theirs": lambda: judge_steps(w, True, w.pairs[:8]), "trl": lambda: trl_step(w, pairs, False), "trl-low": lambda: trl_step(w, pairs, False, True),
-           "dpo": lambda: our_step(w, pairs, "srlm"), "dpo-low": lambda: our_step(w, pairs, "srlm", "sequences"), "scir": lambda: our_step(w, pairs, "scir"), "scir-low": lambda: our_step(w, pairs, "scir", "sequences")}[kind]()
+    for p in pairs:
+        p.reference_logps = (-50.0, -50.0)
+    run = {
+        "judge-ours": lambda: judge_steps(w, False, w.pairs[:8]),
+        "judge-theirs": lambda: judge_steps(w, True, w.pairs[:8]),
+        "trl": lambda: trl_step(w, pairs, False),
+        "trl-low": lambda: trl_step(w, pairs, False, True),
+        "dpo": lambda: our_step(w, pairs, "srlm"),
+        "dpo-low": lambda: our_step(w, pairs, "srlm", "sequences"),
+        "scir": lambda: our_step(w, pairs, "scir"),
+        "scir-low": lambda: our_step(w, pairs, "scir", "sequences"),
+    }[kind]()
     before = peak_bytes()
-    for _ in range(2): run()
+    for _ in range(2):
+        run()
     return {"bytes": peak_bytes(), "before_the_steps": before}
 
-def child(w:Work, name:str)->dict:
+# %% ../../nbs/runner/14_bench.ipynb #6cabbd90
+def child(w: Work, name: str) -> dict:
     "The same, from outside."
     with tempfile.TemporaryDirectory() as d:
-        (Path(d)/"recipe.json").write_text(w.recipe.model_dump_json())  # JSON is YAML
-        command = [sys.executable, "-m", "scir.runner.bench", f"{d}/recipe.json", name, str(w.repeats), str(w.tokens), f"{d}/out.json"]
+        (Path(d) / "recipe.json").write_text(w.recipe.model_dump_json())  # JSON is YAML
+        command = [
+            sys.executable,
+            "-m",
+            "scir.runner.bench",
+            f"{d}/recipe.json",
+            name,
+            str(w.repeats),
+            str(w.tokens),
+            f"{d}/out.json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f"bench, {name}: {done.stderr.strip().splitlines()[-1]}")
-        return json.loads((Path(d)/"out.json").read_text())
+        if done.returncode:
+            raise RuntimeError(f"bench, {name}: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads((Path(d) / "out.json").read_text())
 
-def growth_figures(w:Work)->dict:
+# %% ../../nbs/runner/14_bench.ipynb #cf759769
+def growth_figures(w: Work) -> dict:
     "Ten times the prompts."
     small, large = (child(w, f"growth={n}") for n in (SMALL, LARGE))
-    return figure("growth_time", median_ratio(large["seconds"], small["seconds"]), seconds={f"{SMALL} prompts": small["seconds"], f"{LARGE} prompts": large["seconds"]}) | figure(
-        "growth_memory", large["bytes"] / small["bytes"], bytes={f"{SMALL} prompts": small["bytes"], f"{LARGE} prompts": large["bytes"]})
+    return figure(
+        "growth_time",
+        median_ratio(large["seconds"], small["seconds"]),
+        seconds={f"{SMALL} prompts": small["seconds"], f"{LARGE} prompts": large["seconds"]},
+    ) | figure(
+        "growth_memory",
+        large["bytes"] / small["bytes"],
+        bytes={f"{SMALL} prompts": small["bytes"], f"{LARGE} prompts": large["bytes"]},
+    )
 
 # %% ../../nbs/runner/14_bench.ipynb #886994d4
-def machine()->dict:
+def machine() -> dict:
     "What the figures were measured on."
     from importlib.metadata import version
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else platform.processor()
-    return {"date": time.strftime("%Y-%m-%d"), "gpu": gpu, "cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-            "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")}}
 
-def plot(found:dict, path)->None:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = (
+        torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else platform.processor()
+    )
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "gpu": gpu,
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")},
+    }
+
+# %% ../../nbs/runner/14_bench.ipynb #4ee3230f
+def plot(found: dict, path) -> None:
     "Every figure over its target, so that 1 is the target and more is better."
     import matplotlib.pyplot as plt
+
     keys = list(found["figures"])[::-1]
+
     def reached(key):
         sign, goal, _ = TARGETS[key]
         ratio = found["figures"][key]["ratio"]
-        return ratio / goal if sign == ">=" else goal / ratio if sign == "<=" else min(ratio / (10 - goal), (10 + goal) / ratio)
+        return (
+            ratio / goal
+            if sign == ">="
+            else goal / ratio
+            if sign == "<="
+            else min(ratio / (10 - goal), (10 + goal) / ratio)
+        )
+
     values = [reached(k) for k in keys]
-    fig, ax = plt.subplots(figsize=(9, .38 * len(keys) + 1))
+    fig, ax = plt.subplots(figsize=(9, 0.38 * len(keys) + 1))
     ax.barh(keys, values, color=["#0072B2" if found["figures"][k]["met"] else "#D55E00" for k in keys])
     ax.axvline(1, color="black", lw=1)
     ax.set_xscale("log")
-    for y, (k, v) in enumerate(zip(keys, values)): ax.text(v, y, f" {found['figures'][k]['ratio']:.3g} ({found['figures'][k]['target']})", va="center", fontsize=8)
-    ax.set(xlabel="figure over target (log scale); right of the line is met", xlim=(min(.4, *values) * .9, max(values) * 4), title=f"{found['model']}, {found['dtype']}, {found['machine']['gpu'] or found['machine']['cpu']}, {found['machine']['date']}")
+    for y, (k, v) in enumerate(zip(keys, values)):
+        ax.text(v, y, f" {found['figures'][k]['ratio']:.3g} ({found['figures'][k]['target']})", va="center", fontsize=8)
+    ax.set(
+        xlabel="figure over target (log scale); right of the line is met",
+        xlim=(min(0.4, *values) * 0.9, max(values) * 4),
+        title=f"{found['model']}, {found['dtype']}, {found['machine']['gpu'] or found['machine']['cpu']}, {found['machine']['date']}",
+    )
     fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
 
-def table(found:dict)->str:
+# %% ../../nbs/runner/14_bench.ipynb #339e990d
+def table(found: dict) -> str:
     "The figures as Markdown."
     sign = lambda f: "met" if f["met"] else "**missed**"
-    return "\n".join(["| figure | ratio | target | | what |", "|---|---|---|---|---|"] + [f"| `{k}` | {f['ratio']:.3g} | {f['target']} | {sign(f)} | {f['what']} |" for k, f in found["figures"].items()])
+    return "\n".join(
+        ["| figure | ratio | target | | what |", "|---|---|---|---|---|"]
+        + [
+            f"| `{k}` | {f['ratio']:.3g} | {f['target']} | {sign(f)} | {f['what']} |"
+            for k, f in found["figures"].items()
+        ]
+    )
 
-GROUPS = {"judge": judge_figures, "judge-gradient": judge_gradient_figures, "training": training_figures, "sampling": sampling_figures, "growth": growth_figures}
+# %% ../../nbs/runner/14_bench.ipynb #87c51cb4
+GROUPS = {
+    "judge": judge_figures,
+    "judge-gradient": judge_gradient_figures,
+    "training": training_figures,
+    "sampling": sampling_figures,
+    "growth": growth_figures,
+}
 
-def bench(recipe:Recipe, repeats:int=5, tokens:int=32, only:str|None=None)->dict: # figures, raw times, machine
+
+def bench(
+    recipe: Recipe, repeats: int = 5, tokens: int = 32, only: str | None = None
+) -> dict:  # figures, raw times, machine
     "Measure all groups, or one."
     from scir.runner.work import quiet
+
     quiet()
     w, started, figures = Work(recipe, repeats, tokens), time.time(), {}
     for name, group in GROUPS.items():
-        if only in (None, name): figures |= group(w)
+        if only in (None, name):
+            figures |= group(w)
         gc.collect()
-    return {"model": recipe.model.name, "dtype": str(compute_dtype(recipe.model)).removeprefix("torch."), "repeats": repeats, "seconds": round(time.time() - started), "machine": machine(), "figures": figures}
+    return {
+        "model": recipe.model.name,
+        "dtype": str(compute_dtype(recipe.model)).removeprefix("torch."),
+        "repeats": repeats,
+        "seconds": round(time.time() - started),
+        "machine": machine(),
+        "figures": figures,
+    }
 
-def main(out:Path, # JSON; a plot goes beside it
-         recipe:Recipe, # model, adapter, judge and data
-         repeats:int=5, tokens:int=32, only:str|None=None)->str: # how it went, in a line
+# %% ../../nbs/runner/14_bench.ipynb #88e6f9d9
+def main(
+    out: Path,  # JSON; a plot goes beside it
+    recipe: Recipe,  # model, adapter, judge and data
+    repeats: int = 5,
+    tokens: int = 32,
+    only: str | None = None,
+) -> str:  # how it went, in a line
     "Measure, write, plot."
     found = bench(recipe, repeats, tokens, only)
     write_json(out, found)

@@ -18,50 +18,84 @@ from ..stages.files import STAGES
 from ..store import hide_secrets, read_json, write_text
 
 # %% ../../nbs/runner/08_execute.ipynb #3c5a190e
-def notebook_of(run:Path, step:Step)->Path:
+def notebook_of(run: Path, step: Step) -> Path:
     "Where a step's executed notebook is."
-    return run/"notebooks"/f"{file_name(step)}.ipynb"
+    return run / "notebooks" / f"{file_name(step)}.ipynb"
 
-def shown(run:Path, step:Step)->bool:
+# %% ../../nbs/runner/08_execute.ipynb #7eebbc61
+def shown(run: Path, step: Step) -> bool:
     "Whether a step's notebook was executed to its end, since the step was done."
-    try: book = read_json(notebook_of(run, step), {"cells": []})
-    except ValueError: return False
-    cells, ended = [c for c in book["cells"] if c["cell_type"] == "code"], book.get("metadata", {}).get("papermill", {}).get("end_time") or ""
+    try:
+        book = read_json(notebook_of(run, step), {"cells": []})
+    except ValueError:
+        return False
+    cells, ended = (
+        [c for c in book["cells"] if c["cell_type"] == "code"],
+        book.get("metadata", {}).get("papermill", {}).get("end_time") or "",
+    )
     whole = all(c["execution_count"] and not any(o["output_type"] == "error" for o in c["outputs"]) for c in cells)
-    return whole and ended[:19] >= read_json(run/"manifest.json")["steps"][step.key]["finished"][:19]
+    return whole and ended[:19] >= read_json(run / "manifest.json")["steps"][step.key]["finished"][:19]
 
-def in_a_kernel(*args, **kw)->None:
+# %% ../../nbs/runner/08_execute.ipynb #66aeb354
+def in_a_kernel(*args, **kw) -> None:
     "papermill's `execute_notebook`, the kernel on socket files; up to three times where the kernel ends before it can be asked anything, as when another process takes its TCP port."
     import papermill
     from scir.runner.kernels import SocketManager
-    for left in (2, 1, 0):
-        try: return papermill.execute_notebook(*args, kernel_manager_class=SocketManager, **kw)
-        except RuntimeError as e:
-            if not left or "Kernel died before replying" not in str(e): raise
 
-def asked(run:Path, step:Step, notebooks:Path)->tuple: # notebook, its parameters
+    for left in (2, 1, 0):
+        try:
+            return papermill.execute_notebook(*args, kernel_manager_class=SocketManager, **kw)
+        except RuntimeError as e:
+            if not left or "Kernel died before replying" not in str(e):
+                raise
+
+# %% ../../nbs/runner/08_execute.ipynb #00430329
+def asked(run: Path, step: Step, notebooks: Path) -> tuple:  # notebook, its parameters
     "A step's run notebook and what it is given. Raises FileNotFoundError or ValueError for one that is not there, or takes something else."
     import papermill
-    source, parameters = notebooks/f"{STAGES[step.stage].notebook}.ipynb", {"recipe": None, "run": str(run)} | ({"node": step.node} if step.node else {})
-    if not source.exists(): raise FileNotFoundError(f"{source}: no such notebook; install scir again, or run it inside a checkout")
+
+    source, parameters = (
+        notebooks / f"{STAGES[step.stage].notebook}.ipynb",
+        {"recipe": None, "run": str(run)} | ({"node": step.node} if step.node else {}),
+    )
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such notebook; install scir again, or run it inside a checkout")
     unknown = set(parameters) - set(papermill.inspect_notebook(str(source)))
-    if unknown: raise ValueError(f"{source}: its parameters cell lacks {sorted(unknown)}")
+    if unknown:
+        raise ValueError(f"{source}: its parameters cell lacks {sorted(unknown)}")
     return source, parameters
 
-def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
+# %% ../../nbs/runner/08_execute.ipynb #26ac1a39
+def execute(run: Path, step: Step, notebooks: Path) -> Path:  # the executed notebook
     "Execute a step's run notebook in a fresh kernel, its output streamed to the terminal."
     from nbclient.exceptions import DeadKernelError
     from scir.runner.kernels import use_warm_kernels
+
     use_warm_kernels()
     (source, parameters), target = asked(run, step, notebooks), notebook_of(run, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     literal = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill fills parameters into paths
     try:
-        with by_itself(): in_a_kernel(literal(source), literal(target), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), stdout_file=sys.stdout, stderr_file=sys.stderr, coalesce_streams=True)
+        with by_itself():
+            in_a_kernel(
+                literal(source),
+                literal(target),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(root()),
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                coalesce_streams=True,
+            )
     except (DeadKernelError, RuntimeError) as e:
-        if not isinstance(e, DeadKernelError) and "Kernel died" not in str(e): raise
-        why = f"{step.key}: its kernel was killed, most often for want of memory; run again, it goes on where it stopped"
-        if step.key in read_json(run/"manifest.json")["begun"]: note_failure(run, step, why)
+        if not isinstance(e, DeadKernelError) and "Kernel died" not in str(e):
+            raise
+        why = (
+            f"{step.key}: its kernel was killed, most often for want of memory; run again, it goes on where it stopped"
+        )
+        if step.key in read_json(run / "manifest.json")["begun"]:
+            note_failure(run, step, why)
         _say_in(target, why)
         print(file=sys.stderr)
         raise RuntimeError(why) from None
@@ -69,13 +103,17 @@ def execute(run:Path, step:Step, notebooks:Path)->Path: # the executed notebook
         print(file=sys.stderr)  # ends the line of a progress bar
         raise
     finally:
-        if target.exists(): write_text(target, hide_secrets(target.read_text(encoding="utf-8")))
+        if target.exists():
+            write_text(target, hide_secrets(target.read_text(encoding="utf-8")))
     return target
+
 
 def _say_in(notebook, why):
     "An error as the last output of the cell that was running."
     import nbformat
-    if not notebook.exists(): return
+
+    if not notebook.exists():
+        return
     nb = nbformat.read(notebook, 4)
     cells = [c for c in nb.cells if c.cell_type == "code"]
     cell = ([c for c in cells if c.execution_count] or cells)[-1]
@@ -83,11 +121,16 @@ def _say_in(notebook, why):
     write_text(notebook, nbformat.writes(nb))
 
 # %% ../../nbs/runner/08_execute.ipynb #8ab55d0f
-def seen(recipe:Recipe, run:Path, step:Step)->State:
+def seen(recipe: Recipe, run: Path, step: Step) -> State:
     "A step's state, where also its executed notebook counts."
     found = state(recipe, run, step)
-    return State("done", "but its notebook is missing or was cut short; executed again") if found.name == "done" and not shown(run, step) else found
+    return (
+        State("done", "but its notebook is missing or was cut short; executed again")
+        if found.name == "done" and not shown(run, step)
+        else found
+    )
 
-def told(found:State)->str:
+
+def told(found: State) -> str:
     "A step's state in words."
     return f"{found.name}: {found.why}" if found.why else "unchanged" if found.name == "done" else "to do"

@@ -17,77 +17,114 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 # %% ../../nbs/runner/10_kernels.ipynb #4950ea0e
-LONGEST_PATH = 100 # bytes of a socket file's path; Linux allows 107, macOS 103
+LONGEST_PATH = 100  # bytes of a socket file's path; Linux allows 107, macOS 103
+
 
 class SocketManager(AsyncKernelManager):
     "A kernel manager whose kernel listens on socket files, where their path is short enough."
+
     def __init__(self, **kw):
         folder = Path(mkdtemp(prefix="scir-"))
         finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        short = zmq.has("ipc") and len(os.fsencode(folder/"kernel-5")) <= LONGEST_PATH
-        where = {"transport": "ipc", "ip": str(folder/"kernel")} if short else {}
-        super().__init__(connection_file=str(folder/"kernel.json"), **where, **kw)
+        short = zmq.has("ipc") and len(os.fsencode(folder / "kernel-5")) <= LONGEST_PATH
+        where = {"transport": "ipc", "ip": str(folder / "kernel")} if short else {}
+        super().__init__(connection_file=str(folder / "kernel.json"), **where, **kw)
 
 # %% ../../nbs/runner/10_kernels.ipynb #63478b4e
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package of faster kernels for 4 bits on a CPU
 
-PRELOAD = ["scir.runner.kernels", "scir.runner.work", "scir.method.trainer", "scir.stages.consistency", "matplotlib.pyplot", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+PRELOAD = [
+    "scir.runner.kernels",
+    "scir.runner.work",
+    "scir.method.trainer",
+    "scir.stages.consistency",
+    "matplotlib.pyplot",
+    "ipykernel.kernelapp",
+    "matplotlib_inline.backend_inline",
+]
+
 
 def _die_with(owner, server):
     "End this kernel, and the fork server, when the process that started them is gone, even by kill -9."
     while True:
         time.sleep(1)
-        try: os.kill(owner, 0)
+        try:
+            os.kill(owner, 0)
         except ProcessLookupError:
             os.kill(server, signal.SIGKILL)
             os._exit(1)
 
+
 def _serve(connection_file, cwd, owner):
     "The forked process: become an ordinary IPython kernel."
     from ipykernel.kernelapp import IPKernelApp
+
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     server = os.getppid()
     threading.Thread(target=_die_with, args=(owner, server), daemon=True).start()
     os.setsid()
     os.chdir(cwd)
-    try: IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.log_level=50", f"--IPKernelApp.parent_handle={server}"])
-    finally: atexit._run_exitfuncs()  # a forked process leaves without them, and a tracker writes its last lines there
+    try:
+        IPKernelApp.launch_instance(
+            argv=["-f", connection_file, "--IPKernelApp.log_level=50", f"--IPKernelApp.parent_handle={server}"]
+        )
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves without them, and a tracker writes its last lines there
 
+# %% ../../nbs/runner/10_kernels.ipynb #31eb5877
 class Forked:
     "A forked process with the part of Popen's interface that a provisioner uses."
+
     stdin = stdout = stderr = None
 
-    def __init__(self, process): self.process, self.pid = process, process.pid
+    def __init__(self, process):
+        self.process, self.pid = process, process.pid
 
-    def poll(self): return self.process.exitcode
+    def poll(self):
+        return self.process.exitcode
 
     def wait(self):
         self.process.join()
         return self.process.exitcode
 
     def send_signal(self, signum):
-        if self.process.is_alive(): os.kill(self.pid, signum)
+        if self.process.is_alive():
+            os.kill(self.pid, signum)
 
-    def kill(self): self.send_signal(signal.SIGKILL)
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
-    def terminate(self): self.send_signal(signal.SIGTERM)
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
 
+# %% ../../nbs/runner/10_kernels.ipynb #ead1a84a
 class WarmProvisioner(LocalProvisioner):
     "Start kernels by forking a process in which the heavy imports are already done."
-    async def launch_kernel(self, cmd:list, **kwargs)->dict: # connection info
+
+    async def launch_kernel(self, cmd: list, **kwargs) -> dict:  # connection info
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         resource_tracker.ensure_running()  # first, since it takes the mask off
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process, not for the server in the midst of its imports
-        try: forkserver.ensure_running()
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        process = context.Process(target=_serve, args=(self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), os.getpid()), daemon=True)
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # Ctrl-C is for this process, not for the server in the midst of its imports
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        process = context.Process(
+            target=_serve,
+            args=(self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), os.getpid()),
+            daemon=True,
+        )
         process.start()
         self.process, self.pid, self.pgid, self.cwd = Forked(process), process.pid, None, kwargs.get("cwd")
         return self.connection_info
 
-def use_warm_kernels()->bool: # whether they can be had here
+# %% ../../nbs/runner/10_kernels.ipynb #d27111be
+def use_warm_kernels() -> bool:  # whether they can be had here
     "Make warm kernels the default of this process: on Linux without an NVIDIA driver, since CUDA does not survive a fork."
-    if sys.platform != "linux" or os.path.exists("/dev/nvidiactl"): return False
+    if sys.platform != "linux" or os.path.exists("/dev/nvidiactl"):
+        return False
     KernelProvisionerFactory.instance().default_provisioner_name = "scir-warm"
     return True

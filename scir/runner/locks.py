@@ -13,24 +13,37 @@ from pathlib import Path
 # %% ../../nbs/runner/03_locks.ipynb #f170280a
 LOCKS = ".locks"  # in the run directory
 
+
 @contextmanager
-def alone(run:Path, what:str, wait:float, busy:str):
+def alone(run: Path, what: str, wait: float, busy: str):
     "Hold a lock of the run directory (the system frees it when this process ends, however it ends). Raises RuntimeError when another process keeps it longer than `wait` seconds (-1: waits for ever)."
     from filelock import FileLock, Timeout
-    (run/LOCKS).mkdir(parents=True, exist_ok=True)
-    lock, owner, here = FileLock(run/LOCKS/f"{what}.lock"), run/LOCKS/f"{what}.owner", f" on {platform.node()}"
-    try: lock.acquire(timeout=wait)
-    except Timeout: raise RuntimeError(f"{run}: {busy} (process {owner.read_text().removesuffix(here) if owner.exists() else 'unknown'}); wait for it, or end it") from None
+
+    (run / LOCKS).mkdir(parents=True, exist_ok=True)
+    lock, owner, here = FileLock(run / LOCKS / f"{what}.lock"), run / LOCKS / f"{what}.owner", f" on {platform.node()}"
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise RuntimeError(
+            f"{run}: {busy} (process {owner.read_text().removesuffix(here) if owner.exists() else 'unknown'}); wait for it, or end it"
+        ) from None
     try:
         owner.write_text(f"{os.getpid()}{here}")
         yield
-    finally: lock.release()
+    finally:
+        lock.release()
 
-def busy(run:Path, what:str)->bool:
+# %% ../../nbs/runner/03_locks.ipynb #c752fa97
+def busy(run: Path, what: str) -> bool:
     "Whether a process holds a lock of the run directory."
-    if not (run/LOCKS).is_dir(): return False
+    if not (run / LOCKS).is_dir():
+        return False
     from filelock import FileLock, Timeout
+
     try:
-        with FileLock(run/LOCKS/f"{what}.lock").acquire(timeout=0): return False
-    except Timeout: return True
-    except OSError: return False  # nobody works where nobody may write
+        with FileLock(run / LOCKS / f"{what}.lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False  # nobody works where nobody may write

@@ -22,67 +22,117 @@ from ..store import digest, hash_path, hide_secrets, peak_bytes, read_json, remo
 # %% ../../nbs/runner/05_manifest.ipynb #be3feda3
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets papermill vllm scir".split()
 
+
 def _commit():
-    if not (CODE.parent/".git").exists(): return None  # installed: a repository around it is somebody else's
+    if not (CODE.parent / ".git").exists():
+        return None  # installed: a repository around it is somebody else's
     done = subprocess.run(["git", "-C", str(CODE), "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or None
 
-def _version(package):
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return None
 
-def provenance()->dict:
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+# %% ../../nbs/runner/05_manifest.ipynb #8a9e8e24
+def provenance() -> dict:
     "Versions, commit, machine and most memory of this process, kept with every step it makes."
-    gpu = sys.modules["torch"].cuda.get_device_name() if "torch" in sys.modules and sys.modules["torch"].cuda.is_available() else None
-    return {"versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}, "commit": _commit(), "peak_bytes": peak_bytes(),
-            "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}}
+    gpu = (
+        sys.modules["torch"].cuda.get_device_name()
+        if "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
+        else None
+    )
+    return {
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        "commit": _commit(),
+        "peak_bytes": peak_bytes(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu},
+    }
 
 # %% ../../nbs/runner/05_manifest.ipynb #a9c962a7
-def start_manifest(recipe:Recipe, run:Path)->None:
+def start_manifest(recipe: Recipe, run: Path) -> None:
     "Create or refresh the run's manifest; steps already recorded stay."
     with manifest_of(run) as manifest:
         known = {"model_hash": None, "begun": {}, "failed": {}, "steps": {}} | manifest
         manifest.clear()
-        manifest |= {"recipe": digest(recipe.model_dump(mode="json")), "seeds": recipe.seeds, "reference": recipe.train.reference, "model": recipe.model.model_dump(mode="json"), "template_clock": CLOCK.isoformat(),
-                     **{k: known[k] for k in ("model_hash", "begun", "failed", "steps")}}
-        write_text(run/"recipe.yaml", dump_recipe(recipe))
+        manifest |= {
+            "recipe": digest(recipe.model_dump(mode="json")),
+            "seeds": recipe.seeds,
+            "reference": recipe.train.reference,
+            "model": recipe.model.model_dump(mode="json"),
+            "template_clock": CLOCK.isoformat(),
+            **{k: known[k] for k in ("model_hash", "begun", "failed", "steps")},
+        }
+        write_text(run / "recipe.yaml", dump_recipe(recipe))
 
+# %% ../../nbs/runner/05_manifest.ipynb #556eb5d9
 @contextmanager
-def manifest_of(run:Path): # the manifest, to be changed inside
+def manifest_of(run: Path):  # the manifest, to be changed inside
     "Read a run's manifest, and write it again at the end of the block, while no other process may; what a kill cut short is removed."
     with alone(run, "manifest", 60, "another process keeps its manifest"):
         remove(f for name in ("manifest.json", "recipe.yaml") for f in run.glob(f".{name}.*.tmp"))
-        manifest = read_json(run/"manifest.json", {})
+        manifest = read_json(run / "manifest.json", {})
         yield manifest
         write_manifest(run, manifest)
 
-def write_manifest(run:Path, manifest:dict)->None:
+# %% ../../nbs/runner/05_manifest.ipynb #24dc225f
+def write_manifest(run: Path, manifest: dict) -> None:
     "Write a manifest, whole or not at all, without the secrets of this process."
-    write_text(run/"manifest.json", hide_secrets(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)) + "\n")
+    write_text(
+        run / "manifest.json", hide_secrets(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
+    )
 
-def record(recipe:Recipe, run:Path, step:Step, read:dict, seconds:float, summary)->None:
+# %% ../../nbs/runner/05_manifest.ipynb #1d644560
+def record(recipe: Recipe, run: Path, step: Step, read: dict, seconds: float, summary) -> None:
     "Write a finished step into the manifest: what it read (`inputs`) and the hashes of what it wrote (a model's adapter is among them)."
-    outputs = {f: hash_path(run/f) for f in STAGES[step.stage].writes(recipe, step.node)}
-    lacking = {"incomplete": f"{summary['unanswered']} questions without an answer; they are asked again"} if isinstance(summary, dict) and summary.get("unanswered") else {}
-    done = {"fingerprint": digest(read), "seconds": round(seconds, 1), "finished": now(), "summary": summary, "outputs": outputs, "inputs": read} | lacking | provenance()
-    for f in outputs: remove(unfinished_parts(run/f).values())
+    outputs = {f: hash_path(run / f) for f in STAGES[step.stage].writes(recipe, step.node)}
+    lacking = (
+        {"incomplete": f"{summary['unanswered']} questions without an answer; they are asked again"}
+        if isinstance(summary, dict) and summary.get("unanswered")
+        else {}
+    )
+    done = (
+        {
+            "fingerprint": digest(read),
+            "seconds": round(seconds, 1),
+            "finished": now(),
+            "summary": summary,
+            "outputs": outputs,
+            "inputs": read,
+        }
+        | lacking
+        | provenance()
+    )
+    for f in outputs:
+        remove(unfinished_parts(run / f).values())
     with manifest_of(run) as manifest:
         manifest["steps"][step.key] = done
         manifest["begun"].pop(step.key, None)
         manifest["model_hash"] = manifest.get("model_hash") or _model_hash(recipe)
 
-def note_failure(run:Path, step:Step, why:str)->None:
+# %% ../../nbs/runner/05_manifest.ipynb #851e1a81
+def note_failure(run: Path, step: Step, why: str) -> None:
     "Write into the manifest why a step failed, if that can be written."
-    with suppress(OSError, ValueError), manifest_of(run) as manifest: manifest.setdefault("failed", {})[step.key] = {"reason": why, "when": now()}
+    with suppress(OSError, ValueError), manifest_of(run) as manifest:
+        manifest.setdefault("failed", {})[step.key] = {"reason": why, "when": now()}
 
-def now()->str:
+# %% ../../nbs/runner/05_manifest.ipynb #ace1819d
+def now() -> str:
     "The time, UTC."
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
 
 def _model_hash(recipe):
     "Hash of the base's weights, or the commit of a hub model."
     from scir.model.weights import model_path
+
     path = model_path(recipe.model)
-    if Path(path).is_dir(): return digest([hash_path(f) for f in sorted(Path(path).glob("*.safetensors"))])
+    if Path(path).is_dir():
+        return digest([hash_path(f) for f in sorted(Path(path).glob("*.safetensors"))])
     from transformers import AutoConfig
-    return AutoConfig.from_pretrained(path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)._commit_hash
+
+    return AutoConfig.from_pretrained(
+        path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )._commit_hash

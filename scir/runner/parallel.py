@@ -22,61 +22,82 @@ from .work import reason
 # %% ../../nbs/runner/09_parallel.ipynb #876940c7
 def _job(devices, taken, owner):
     "A worker's first act: take the next GPU, and be ready to end with the process that started it."
-    with taken.get_lock(): mine, taken.value = taken.value, taken.value + 1
-    if devices: os.environ["CUDA_VISIBLE_DEVICES"] = devices[mine % len(devices)]
+    with taken.get_lock():
+        mine, taken.value = taken.value, taken.value + 1
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[mine % len(devices)]
     end_with(owner)
 
-def gpus()->list:
+# %% ../../nbs/runner/09_parallel.ipynb #e2ceb30b
+def gpus() -> list:
     "The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
     import torch
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [d for d in named.split(",") if d] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
 
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        [d for d in named.split(",") if d] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
+    )
+
+# %% ../../nbs/runner/09_parallel.ipynb #ceb1bad4
 class Pool:
     "Processes of this machine, which take jobs; new ones when one was killed, since the others end with it."
-    def __init__(self, jobs:int):
+
+    def __init__(self, jobs: int):
         context, devices = multiprocessing.get_context("spawn"), gpus()
         self.make = lambda: ProcessPoolExecutor(jobs, context, _job, (devices, context.Value("i", 0), os.getpid()))
         self.pool, self.jobs = self.make(), []
 
     def submit(self, *job):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that is started here hears Ctrl-C when it has a job, not in the midst of its imports
-        try: self.jobs.append(self.pool.submit(*job))
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # a process that is started here hears Ctrl-C when it has a job, not in the midst of its imports
+        try:
+            self.jobs.append(self.pool.submit(*job))
         except BrokenExecutor:
             self.pool = self.make()
             self.jobs.append(self.pool.submit(*job))
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self.jobs[-1]
 
     def interrupt(self):
         "Ctrl-C for the jobs that did not hear it with this process, as in a terminal they do."
         wait(self.jobs, 5)
-        for worker in multiprocessing.active_children(): os.kill(worker.pid, signal.SIGINT)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
 
+# %% ../../nbs/runner/09_parallel.ipynb #2dddcf0a
 @contextmanager
-def executor(run:Path, jobs:int, cluster:dict|None=None): # has submit(function, ...) -> something with done() and result()
+def executor(
+    run: Path, jobs: int, cluster: dict | None = None
+):  # has submit(function, ...) -> something with done() and result()
     "Where steps are done side by side: processes of this machine, or jobs of a cluster."
     if cluster is not None:
         import submitit
-        at = submitit.AutoExecutor(run/".jobs", cluster=cluster.get("cluster"))
+
+        at = submitit.AutoExecutor(run / ".jobs", cluster=cluster.get("cluster"))
         at.update_parameters(name=f"scir-{run.name}", **{k: v for k, v in cluster.items() if k != "cluster"})
         yield at
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     pool = Pool(jobs)
-    try: yield pool
+    try:
+        yield pool
     except KeyboardInterrupt:
         pool.interrupt()
         raise
-    finally: pool.pool.shutdown()
+    finally:
+        pool.pool.shutdown()
 
 # %% ../../nbs/runner/09_parallel.ipynb #354fa874
-def in_turn(run:Path, step:Step, notebooks:Path)->None:
+def in_turn(run: Path, step: Step, notebooks: Path) -> None:
     "What a job does: execute a step's notebook, unless the job of an earlier command is at it, which is waited for, and does it."
     waits = busy(run, lock := f"{file_name(step)}.job")
     with hearing_ctrl_c(), alone(run, lock, -1, ""):
-        if not waits or seen(load_recipe(run/"recipe.yaml"), run, step) != State("done"): execute(run, step, notebooks)
+        if not waits or seen(load_recipe(run / "recipe.yaml"), run, step) != State("done"):
+            execute(run, step, notebooks)
 
+# %% ../../nbs/runner/09_parallel.ipynb #e7bca126
 @contextmanager
 def hearing_ctrl_c():
     "Ctrl-C counts inside, also one from before. It ends the jobs that this process would do afterwards too."
@@ -87,22 +108,32 @@ def hearing_ctrl_c():
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         signal.raise_signal(signal.SIGINT)
         raise
-    finally: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
-def side_by_side(recipe:Recipe, run:Path, steps:list, at, jobs:int)->None:
+# %% ../../nbs/runner/09_parallel.ipynb #24508943
+def side_by_side(recipe: Recipe, run: Path, steps: list, at, jobs: int) -> None:
     "Do `steps`, at most `jobs` at once, each as soon as those that it needs are done. What a failed one is needed for is left out, the rest is done; then raises RuntimeError."
     left, running, failed = {s: set(needed(recipe, s)) for s in steps}, {}, {}
     say = lambda step, what: print(f"[{steps.index(step) + 1}/{len(steps)}] {step.key}: {what}", flush=True)
     while left or running:
-        for step in [s for s, on in left.items() if not on & (left.keys() | running.keys())][:jobs - len(running)]:
+        for step in [s for s, on in left.items() if not on & (left.keys() | running.keys())][: jobs - len(running)]:
             needs = left.pop(step) & failed.keys()
             found = State("failed", f"needs {min(needs).key}") if needs else seen(recipe, run, step)
             say(step, told(found))
-            if needs: failed[step] = found.why
-            elif found != State("done"): running[step] = at.submit(in_turn, run, step, notebook_folder())
+            if needs:
+                failed[step] = found.why
+            elif found != State("done"):
+                running[step] = at.submit(in_turn, run, step, notebook_folder())
         for step in [s for s, job in running.items() if job.done()]:
-            try: running.pop(step).result()
-            except Exception as e: failed[step] = reason(e)
+            try:
+                running.pop(step).result()
+            except Exception as e:
+                failed[step] = reason(e)
             say(step, f"failed: {failed[step]}" if step in failed else "done")
-        time.sleep(.05)
-    if failed: raise RuntimeError(f"{len(failed)} of {len(steps)} steps not done; " + "; ".join(f"{s.key}: {why}" for s, why in failed.items() if not why.startswith("needs ")))
+        time.sleep(0.05)
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(steps)} steps not done; "
+            + "; ".join(f"{s.key}: {why}" for s, why in failed.items() if not why.startswith("needs "))
+        )

@@ -14,50 +14,62 @@ from ..stages.files import STAGES, has_duels
 # %% ../../nbs/runner/02_plan.ipynb #e42f7745
 class Step(NamedTuple):
     "A stage on a model; the report is of the whole run."
+
     stage: str
     node: str = ""
 
     @property
-    def key(self)->str: return f"{self.stage}:{self.node}" if self.node else self.stage
+    def key(self) -> str:
+        return f"{self.stage}:{self.node}" if self.node else self.stage
 
-def file_name(step:Step)->str:
+# %% ../../nbs/runner/02_plan.ipynb #71451a3a
+def file_name(step: Step) -> str:
     "A step's key as part of a file's name."
     return step.key.replace(":", "-").replace("/", "-")
 
-def plan(recipe:Recipe)->list: # of Step, in an order that respects what needs what
+# %% ../../nbs/runner/02_plan.ipynb #fb4a16b0
+def plan(recipe: Recipe) -> list:  # of Step, in an order that respects what needs what
     "All steps of a recipe."
     steps = []
     for seed in recipe.seeds:
         m1 = node_name(seed, 1)
         steps += [Step("sft", sft_node(seed)), Step("warm_start", m1), *compared(recipe, m1)]
-        if seed == recipe.seeds[0]: steps += compared(recipe, node_name(seed, 0))
-        for t in range(1, recipe.iterations + 1): steps += round_of(recipe, seed, t)
+        if seed == recipe.seeds[0]:
+            steps += compared(recipe, node_name(seed, 0))
+        for t in range(1, recipe.iterations + 1):
+            steps += round_of(recipe, seed, t)
     return steps + [Step("report")]
 
-def compared(recipe:Recipe, node:str)->list: # of Step
+# %% ../../nbs/runner/02_plan.ipynb #0435031c
+def compared(recipe: Recipe, node: str) -> list:  # of Step
     "The evaluation of a model, and its win rate where it has one."
     return [Step("evaluate", node)] + ([Step("align", node)] if has_duels(recipe, node) else [])
 
-def round_of(recipe:Recipe, seed:int, t:int)->list: # of Step
+# %% ../../nbs/runner/02_plan.ipynb #333ee9c1
+def round_of(recipe: Recipe, seed: int, t: int) -> list:  # of Step
     "From M_t to M_{t+1}, of every arm that goes on so far."
     from scir.method.labels import needed_rewards
+
     steps, trained = [], [a for a in recipe.arms if recipe.rounds(a) >= t]
     for parent in dict.fromkeys(node_name(seed, t, a) for a in trained):
         outside = ["label"] if needed_rewards(recipe, node_parts(parent)[1]) else []
         steps += [Step(s, parent) for s in ("sample", "judge", *outside, "consistency")]
-    for node in (node_name(seed, t + 1, a) for a in trained): steps += [Step("optimise", node), *compared(recipe, node)]
+    for node in (node_name(seed, t + 1, a) for a in trained):
+        steps += [Step("optimise", node), *compared(recipe, node)]
     return steps
 
 # %% ../../nbs/runner/02_plan.ipynb #f4e30040
-def needed(recipe:Recipe, step:Step)->list: # of Step
+def needed(recipe: Recipe, step: Step) -> list:  # of Step
     "The steps that `step` cannot do without, in order."
     writers = {f: s for s in plan(recipe) for f in STAGES[s.stage].writes(recipe, s.node)}
     found = []
+
     def visit(s):
         for f in STAGES[s.stage].reads(recipe, s.node):
             before = writers[f]
             if before not in found:
                 visit(before)
                 found.append(before)
+
     visit(step)
     return found

@@ -28,7 +28,19 @@ from ..model import logprobs
 from .bench import timed
 from ..method.judge import judge_ids
 from ..model.logprobs import batches, encode_prompt
-from ..model.weights import body, compute_dtype, device, for_sampling, for_scoring, for_training, load_base, load_tokenizer, model_folder, new_adapter, tiny_tokenizer, use_grouped_attention
+from scir.model.weights import (
+    body,
+    compute_dtype,
+    for_sampling,
+    for_scoring,
+    for_training,
+    load_base,
+    load_tokenizer,
+    model_folder,
+    new_adapter,
+    tiny_tokenizer,
+    use_grouped_attention,
+)
 from ..stages.optimise import pair_loss
 from ..recipe import JudgeSpec, ModelSpec, Recipe, SamplingSpec, node_parts
 from ..method.rewards import View, margins, text_pair
@@ -40,25 +52,34 @@ from ..stages.sft import sft_loss
 from ..stages.warm_start import warm_start_loss
 
 # %% ../../nbs/runner/13_planner.ipynb #2c22a175
-ASSUMED = {"prompt": 150, "seeds": 1400, "frame": 40, "answer": .5} # tokens of a prompt; labelled pairs; tokens of the judge's frame; share of the longest answer
+ASSUMED = {
+    "prompt": 150,
+    "seeds": 1400,
+    "frame": 40,
+    "answer": 0.5,
+}  # tokens of a prompt; labelled pairs; tokens of the judge's frame; share of the longest answer
+
 
 class Sizes(NamedTuple):
     "Lengths in tokens."
-    prompts: list # of the training prompts, with their frame
-    held: list # of the held-out prompts
-    seed_prompts: list # of the prompts that the SFT model answers for the warm start
-    answers: list # (prompt, answer) of the good answers that SFT learns from
-    seeds: list # (prompt, response, response) of the written pairs that the warm start learns from
-    labelled: list # the same of those that are evaluated
-    frame: int # of the judge's question, without prompt and answers
-    answer: float # mean of sampled answers
-    counted: bool # in the data; else assumed
 
-def counted_sizes(recipe:Recipe)->Sizes:
+    prompts: list  # of the training prompts, with their frame
+    held: list  # of the held-out prompts
+    seed_prompts: list  # of the prompts that the SFT model answers for the warm start
+    answers: list  # (prompt, answer) of the good answers that SFT learns from
+    seeds: list  # (prompt, response, response) of the written pairs that the warm start learns from
+    labelled: list  # the same of those that are evaluated
+    frame: int  # of the judge's question, without prompt and answers
+    answer: float  # mean of sampled answers
+    counted: bool  # in the data; else assumed
+
+# %% ../../nbs/runner/13_planner.ipynb #4cc2da52
+def counted_sizes(recipe: Recipe) -> Sizes:
     "Lengths of the rows that are here; reads them all."
     from scir.data.load import prompt_pool, seed_prompts
     from scir.stages.evaluate import labelled_sets
     from scir.stages.sft import good_answers, seed_pairs
+
     tokenizer, d = load_tokenizer(recipe.model), recipe.data
     train, held, _ = prompt_pool(d)
     tokens = lambda rows: [n for r in rows if (n := len(encode_prompt(tokenizer, r.prompt))) <= d.max_prompt_tokens]
@@ -68,14 +89,15 @@ def counted_sizes(recipe:Recipe)->Sizes:
         held=tokens(held),
         seed_prompts=tokens(seed_prompts(d)),
         answers=[(len(p.prompt_ids), len(p.ids_a)) for p in good_answers(tokenizer, recipe)[0]],
-        seeds=triple(seed_pairs(tokenizer, recipe)[0][:d.pair_limit]),
+        seeds=triple(seed_pairs(tokenizer, recipe)[0][: d.pair_limit]),
         labelled=triple(p for pairs, _ in labelled_sets(tokenizer, recipe).values() for p in pairs),
         frame=len(judge_ids(tokenizer, recipe.judge, "", "", "")),
         answer=answer_tokens(recipe),
         counted=True,
     )
 
-def assumed_sizes(recipe:Recipe)->Sizes:
+# %% ../../nbs/runner/13_planner.ipynb #93f2ed4e
+def assumed_sizes(recipe: Recipe) -> Sizes:
     "Lengths where there is nothing to count."
     d, answer = recipe.data, round(ASSUMED["answer"] * recipe.data.max_response_tokens)
     prompt, sets = min(ASSUMED["prompt"], d.max_prompt_tokens), 1 + len(d.labelled_sets)
@@ -92,60 +114,105 @@ def assumed_sizes(recipe:Recipe)->Sizes:
         counted=False,
     )
 
-def answer_tokens(recipe:Recipe)->float:
+# %% ../../nbs/runner/13_planner.ipynb #44b0b798
+def answer_tokens(recipe: Recipe) -> float:
     "Mean tokens of an answer: of a run of that name, if there is one, else a share of the longest."
     from scir.recipe import root
     from scir.store import Response, read_rows
-    made = sorted((root()/"data/runs"/recipe.name).glob("seed*/**/m*/responses.jsonl"))
+
+    made = sorted((root() / "data/runs" / recipe.name).glob("seed*/**/m*/responses.jsonl"))
     rows = [r for f in made[:4] for r in read_rows(f, Response)]
-    return min(mean(len(r.response_ids) for r in rows), recipe.sampling.max_new_tokens) if rows else ASSUMED["answer"] * recipe.sampling.max_new_tokens
+    return (
+        min(mean(len(r.response_ids) for r in rows), recipe.sampling.max_new_tokens)
+        if rows
+        else ASSUMED["answer"] * recipe.sampling.max_new_tokens
+    )
 
 # %% ../../nbs/runner/13_planner.ipynb #02ee0268
-def letter_pairs(lengths:list, # (prompt, response, response) tokens
-                )->list: # of Pair
+def letter_pairs(
+    lengths: list,  # (prompt, response, response) tokens
+) -> list:  # of Pair
     "Pairs of these lengths, of random letters."
     tokenizer, rng = tiny_tokenizer(), random.Random(0)
     frame = len(encode_prompt(tokenizer, ""))
     letters = lambda n: "".join(rng.choices(string.ascii_lowercase, k=max(n, 1)))
-    return [text_pair(tokenizer, str(i), letters(round(p) - frame), letters(round(a) - 1), letters(round(b) - 1), target=float(i % 2), reference_logps=(-50.0, -50.0)) for i, (p, a, b) in enumerate(lengths)]
+    return [
+        text_pair(
+            tokenizer,
+            str(i),
+            letters(round(p) - frame),
+            letters(round(a) - 1),
+            letters(round(b) - 1),
+            target=float(i % 2),
+            reference_logps=(-50.0, -50.0),
+        )
+        for i, (p, a, b) in enumerate(lengths)
+    ]
 
-def pairs_each(spec:SamplingSpec)->int:
+# %% ../../nbs/runner/13_planner.ipynb #18d7b092
+def pairs_each(spec: SamplingSpec) -> int:
     "Pairs of a prompt's answers."
     return min(comb(spec.candidates, 2), spec.pairs_per_prompt or comb(spec.candidates, 2))
 
-def graded_each(recipe:Recipe)->int:
+# %% ../../nbs/runner/13_planner.ipynb #250321d0
+def graded_each(recipe: Recipe) -> int:
     "Pairs of the SFT model's answers to a seed prompt, if the grader decides enough of them."
     return min(comb(recipe.sampling.candidates, 2), recipe.warm_start.pairs_per_prompt)
 
-def lengths_met(spec:SamplingSpec, sizes:Sizes, n:int)->list: # (prompt, response, response) tokens
+# %% ../../nbs/runner/13_planner.ipynb #8fc1b6e7
+def lengths_met(spec: SamplingSpec, sizes: Sizes, n: int) -> list:  # (prompt, response, response) tokens
     "Lengths as a run meets them: of prompts that are there, and of answers spread evenly around their mean."
     rng, width = random.Random(0), max(0, min(sizes.answer - 1, spec.max_new_tokens - sizes.answer))
     answer = lambda: max(4, rng.uniform(sizes.answer - width, sizes.answer + width))  # equal ones would be no pair
     return [(p, answer(), answer()) for p in rng.choices(sizes.prompts, k=n)]
 
-def judged_pairs(recipe:Recipe, sizes:Sizes, n:int)->list: # of Pair
+# %% ../../nbs/runner/13_planner.ipynb #49088ae3
+def judged_pairs(recipe: Recipe, sizes: Sizes, n: int) -> list:  # of Pair
     "Pairs of letters as a run judges them: a prompt's answers against each other."
     s = recipe.sampling
     drawn = letter_pairs(lengths_met(s, sizes, s.candidates * ceil(n / pairs_each(s))))
-    rows = [Response(id=p.id, prompt_id=str(i // s.candidates), prompt=drawn[i - i % s.candidates].prompt, candidate=i % s.candidates, response=p.response_a, response_ids=p.ids_a, finished=True, seed=0) for i, p in enumerate(drawn)]
+    rows = [
+        Response(
+            id=p.id,
+            prompt_id=str(i // s.candidates),
+            prompt=drawn[i - i % s.candidates].prompt,
+            candidate=i % s.candidates,
+            response=p.response_a,
+            response_ids=p.ids_a,
+            finished=True,
+            seed=0,
+        )
+        for i, p in enumerate(drawn)
+    ]
     return candidate_pairs(tiny_tokenizer(), rows, s.pairs_per_prompt)[0][:n]
 
-def letter_judge(judge:JudgeSpec, frame:int)->JudgeSpec:
+# %% ../../nbs/runner/13_planner.ipynb #5291af48
+def letter_judge(judge: JudgeSpec, frame: int) -> JudgeSpec:
     "A question to the judge whose frame has that many of the tiny tokenizer's tokens, or as few as it can."
     plain = judge.model_copy(update={"template": "{prompt}{first}{second}", "system": None})
-    return plain.model_copy(update={"template": "x" * max(0, frame - len(judge_ids(tiny_tokenizer(), plain, "", "", ""))) + plain.template})
+    return plain.model_copy(
+        update={"template": "x" * max(0, frame - len(judge_ids(tiny_tokenizer(), plain, "", "", ""))) + plain.template}
+    )
 
-def lettered(recipe:Recipe, sizes:Sizes)->Recipe:
+# %% ../../nbs/runner/13_planner.ipynb #9a1e5d3f
+def lettered(recipe: Recipe, sizes: Sizes) -> Recipe:
     "The recipe for rows of letters."
-    return recipe.model_copy(update={"judge": letter_judge(recipe.judge, sizes.frame), "rewards": tuple(r for r in recipe.rewards if r in ("generative", "implicit"))})
+    return recipe.model_copy(
+        update={
+            "judge": letter_judge(recipe.judge, sizes.frame),
+            "rewards": tuple(r for r in recipe.rewards if r in ("generative", "implicit")),
+        }
+    )
 
 # %% ../../nbs/runner/13_planner.ipynb #527c3cc1
 class Live(TorchDispatchMode):
     "Bytes of the tensors that live on the meta device, now and at most."
-    def __init__(self, tensors:list):
+
+    def __init__(self, tensors: list):
         super().__init__()
         self.sizes, self.now, self.peak = {}, 0, 0
-        for t in tensors: self._note(t)
+        for t in tensors:
+            self._note(t)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -154,216 +221,330 @@ class Live(TorchDispatchMode):
 
     def _note(self, tensor):
         memory = tensor.untyped_storage()
-        if tensor.device.type != "meta" or memory._cdata in self.sizes: return
+        if tensor.device.type != "meta" or memory._cdata in self.sizes:
+            return
         self.sizes[memory._cdata] = memory.nbytes()
         self.now += memory.nbytes()
         self.peak = max(self.peak, self.now)
         weakref.finalize(memory, self._forget, memory._cdata)
 
-    def _forget(self, key): self.now -= self.sizes.pop(key)
+    def _forget(self, key):
+        self.now -= self.sizes.pop(key)
 
 # %% ../../nbs/runner/13_planner.ipynb #b96846b6
-def attention_of(kind:str, # cuda or cpu
-                ):
+def attention_of(
+    kind: str,  # cuda or cpu
+):
     "`scaled_dot_product_attention` as that device has it: its fused kernel, by name."
     aten = torch.ops.aten
+
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if kind == "cuda" and attn_mask is None and query.dtype != torch.float32: return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        if enable_gqa: key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        if kind == "cpu": return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        if kind == "cuda" and attn_mask is None and query.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        if kind == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
         mask = None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
-        return aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, dropout_p, is_causal, scale=scale
+        )[0]
+
     return attention
 
+# %% ../../nbs/runner/13_planner.ipynb #572c4a6a
 @contextmanager
-def as_on(kind:str, model):
+def as_on(kind: str, model):
     "Inside, a model on the meta device computes as on `kind`."
     base, by_device = body(model)[0], logprobs.similar
     use_grouped_attention(base)
-    if base.config._attn_implementation in ("sdpa", "grouped"): base.set_attn_implementation("grouped" if kind == "cpu" else "sdpa")  # the machine that plans may be of the other kind
+    if base.config._attn_implementation in ("sdpa", "grouped"):
+        base.set_attn_implementation(
+            "grouped" if kind == "cpu" else "sdpa"
+        )  # the machine that plans may be of the other kind
     base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
-    with patch("torch.nn.functional.scaled_dot_product_attention", attention_of(kind)), patch("scir.model.logprobs.similar", lambda rows, _: by_device(rows, kind)), \
-         patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None), patch("transformers.masking_utils.fast_all", lambda x: False), \
-         patch("transformers.integrations.moe._can_use_grouped_mm", lambda *a: False), patch("torch.autocast", lambda *a, **k: nullcontext()):  # torch's own know no meta device
+    with (
+        patch("torch.nn.functional.scaled_dot_product_attention", attention_of(kind)),
+        patch("scir.model.logprobs.similar", lambda rows, _: by_device(rows, kind)),
+        patch("transformers.masking_utils.find_packed_sequence_indices", lambda *a, **k: None),
+        patch("transformers.masking_utils.fast_all", lambda x: False),
+        patch("transformers.integrations.moe._can_use_grouped_mm", lambda *a: False),
+        patch("torch.autocast", lambda *a, **k: nullcontext()),
+    ):  # torch's own know no meta device
         yield
 
 # %% ../../nbs/runner/13_planner.ipynb #4af9755e
 KNOWN = {
     "mistralai/Mistral-7B-v0.1": {"model_type": "mistral"},
     "smollm2-135m-instruct": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
     },
     "qwen2.5-coder-0.5b-instruct": {
-        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": False,
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
     },
 }
 
-def config_of(spec:ModelSpec):
+
+def config_of(spec: ModelSpec):
     "The model's configuration, or None where it is neither here nor known by name."
     from transformers import AutoConfig
-    if folder := model_folder(spec.name, spec.revision): return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    if spec.name == "tiny-random": return tiny_config()
+
+    if folder := model_folder(spec.name, spec.revision):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    if spec.name == "tiny-random":
+        return tiny_config()
     return AutoConfig.for_model(**KNOWN[spec.name]) if spec.name in KNOWN else None
 
+# %% ../../nbs/runner/13_planner.ipynb #b562f7cf
 def tiny_config():
     from scir.model.weights import tiny_model
+
     return tiny_model()[0].config
 
-def dtype_on(spec:ModelSpec, kind:str)->torch.dtype: return torch.bfloat16 if kind == "cuda" and spec.dtype == "auto" else compute_dtype(spec)
+# %% ../../nbs/runner/13_planner.ipynb #5e0ddd15
+def dtype_on(spec: ModelSpec, kind: str) -> torch.dtype:
+    return torch.bfloat16 if kind == "cuda" and spec.dtype == "auto" else compute_dtype(spec)
 
-def skeleton(recipe:Recipe, kind:str, adapted:bool=True):
+# %% ../../nbs/runner/13_planner.ipynb #789b774a
+def skeleton(recipe: Recipe, kind: str, adapted: bool = True):
     "The policy, or M_0, on the meta device."
     from transformers import AutoModelForCausalLM
+
     spec = recipe.model
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config_of(spec), dtype=dtype_on(spec, kind), trust_remote_code=spec.trust_remote_code).eval().requires_grad_(False)
+        base = (
+            AutoModelForCausalLM.from_config(
+                config_of(spec), dtype=dtype_on(spec, kind), trust_remote_code=spec.trust_remote_code
+            )
+            .eval()
+            .requires_grad_(False)
+        )
         return new_adapter(base, recipe.lora) if adapted else base
 
 # %% ../../nbs/runner/13_planner.ipynb #b38ad1c9
-NF4 = .5 + 1 / 64 + 4 / (64 * 256) # bytes of a weight
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight
 
-def saved_by_nf4(model)->float:
+
+def saved_by_nf4(model) -> float:
     "Bytes that 4-bit weights take less than those of `model`, one matrix unpacked."
-    linear = [m.weight for n, m in body(model)[1].named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+    linear = [
+        m.weight for n, m in body(model)[1].named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n
+    ]
     return sum(w.numel() * (w.element_size() - NF4) for w in linear) - max(w.numel() * w.element_size() for w in linear)
 
-GAPS = {"cpu": .6, "cuda": .1} # in training, of what is not the model's own: memory between tensors that their allocator cannot use; else a tenth
+# %% ../../nbs/runner/13_planner.ipynb #b641526e
+GAPS = {
+    "cpu": 0.6,
+    "cuda": 0.1,
+}  # in training, of what is not the model's own: memory between tensors that their allocator cannot use; else a tenth
 
-def peak_of(recipe:Recipe, kind:str, model, run, # () -> None
-           )->int: # bytes
+
+def peak_of(
+    recipe: Recipe,
+    kind: str,
+    model,
+    run,  # () -> None
+) -> int:  # bytes
     "Most bytes that are taken at once, the model's own among them."
     with as_on(kind, model), Live([*model.parameters(), *model.buffers()]) as live:
         own = live.now
         run()
     packed = recipe.model.quantize and (kind == "cuda" or torch.is_grad_enabled())
-    gaps = GAPS[kind] if torch.is_grad_enabled() else .1
+    gaps = GAPS[kind] if torch.is_grad_enabled() else 0.1
     return round(live.peak + gaps * (live.peak - own) - (saved_by_nf4(model) if packed else 0))
 
-def training_peak(recipe:Recipe, kind:str, loss, # View -> scalar
-                  lengths:list, accumulated:bool=False, # whether gradients of the step's earlier batches are there
-                 )->int: # bytes
+# %% ../../nbs/runner/13_planner.ipynb #809ff1fe
+def training_peak(
+    recipe: Recipe,
+    kind: str,
+    loss,  # View -> scalar
+    lengths: list,
+    accumulated: bool = False,  # whether gradients of the step's earlier batches are there
+) -> int:  # bytes
     "Of one optimizer step, AdamW's moments there from the step before."
     model, pairs = for_training(skeleton(recipe, kind), recipe.model).train(), letter_pairs(lengths)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
+
     def run():
-        for p in trained: p.grad = torch.zeros_like(p)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
         optimizer.step()
-        if not accumulated: optimizer.zero_grad()
+        if not accumulated:
+            optimizer.zero_grad()
         before = [p.grad.clone() for p in trained if p.grad is not None]  # which the trainer keeps to begin again
         loss(View(model, tiny_tokenizer(), pairs, recipe)).backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
+
     return peak_of(recipe, kind, model, run)
 
+# %% ../../nbs/runner/13_planner.ipynb #3f1c0947
 @torch.no_grad()
-def reading_peak(recipe:Recipe, kind:str, lengths:list)->int: # bytes
+def reading_peak(recipe: Recipe, kind: str, lengths: list) -> int:  # bytes
     "Of all reward models on one batch of pairs."
     model = skeleton(recipe, kind)
     if recipe.train.reference != "initial":
-        with torch.device("meta"): model.add_adapter("reference", model.peft_config["default"])
+        with torch.device("meta"):
+            model.add_adapter("reference", model.peft_config["default"])
     model.eval()
     return peak_of(recipe, kind, model, lambda: margins(View(model, tiny_tokenizer(), letter_pairs(lengths), recipe)))
 
 # %% ../../nbs/runner/13_planner.ipynb #e893fd3a
-def sampled_rows(recipe:Recipe, prompts:list)->list: # prompt ids of each row
+def sampled_rows(recipe: Recipe, prompts: list) -> list:  # prompt ids of each row
     "The first rows that are decoded together."
     s = recipe.sampling
-    return [p.prompt_ids for p in letter_pairs([(n, 2, 2) for n in prompts[:s.batch_size]]) for _ in range(s.candidates)][:s.batch_size]
+    return [
+        p.prompt_ids for p in letter_pairs([(n, 2, 2) for n in prompts[: s.batch_size]]) for _ in range(s.candidates)
+    ][: s.batch_size]
 
+# %% ../../nbs/runner/13_planner.ipynb #241a6894
 @torch.no_grad()
-def sampling_peak(recipe:Recipe, kind:str, prompts:list, # tokens of each, the longest first
-                 )->int: # bytes
+def sampling_peak(
+    recipe: Recipe,
+    kind: str,
+    prompts: list,  # tokens of each, the longest first
+) -> int:  # bytes
     "Of reading the prompts of one batch and of its last token."
-    model, spec, rows = skeleton(recipe, kind, dtype_on(recipe.model, kind) != torch.float32).eval(), recipe.sampling, sampled_rows(recipe, prompts)
+    model, spec, rows = (
+        skeleton(recipe, kind, dtype_on(recipe.model, kind) != torch.float32).eval(),
+        recipe.sampling,
+        sampled_rows(recipe, prompts),
+    )
     pool = Pool(model, spec, set())
+
     def run():
         pool.join([(i, ids, 0) for i, ids in enumerate(rows)])
         pool.logits = None
         for layer in pool.cache.layers:
-            layer.hold([(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32)  # full once more, and it grows for the last time
+            layer.hold(
+                [(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32
+            )  # full once more, and it grows for the last time
             layer.length = layer.keys.shape[2]
             layer.reserve(1)
         mask = torch.ones(len(rows), pool.cache.layers[0].length + 1, dtype=torch.long, device="meta")
         logits = pool._forward(mask[:, :1], mask, mask.sum(-1, keepdim=True) - 1, pool.cache)
         p = (logits.float() / spec.temperature).softmax(-1)
         p / torch.empty_like(p)
+
     return peak_of(recipe, kind, model, run)
 
 # %% ../../nbs/runner/13_planner.ipynb #1cb0f5a5
-def longest_rows(recipe:Recipe, sizes:Sizes)->tuple: # labelled, sampled pairs, prompts: the longest first
+def longest_rows(recipe: Recipe, sizes: Sizes) -> tuple:  # labelled, sampled pairs, prompts: the longest first
     "The longest rows that the stages can meet; where nothing was counted, as long as the recipe lets them be."
     d, answer = recipe.data, recipe.sampling.max_new_tokens
     prompt, longest = d.max_prompt_tokens, (d.max_prompt_tokens, *[d.max_response_tokens] * 2)
     if not sizes.counted:
         asked = [prompt] * len(sizes.seed_prompts)
-        sizes = sizes._replace(prompts=[prompt] * len(sizes.prompts), seed_prompts=asked, seeds=[longest] * len(sizes.seeds))
+        sizes = sizes._replace(
+            prompts=[prompt] * len(sizes.prompts), seed_prompts=asked, seeds=[longest] * len(sizes.seeds)
+        )
     pairs_of = lambda prompts, n: [(p, answer, answer) for p in prompts for _ in range(n)]
     known = sorted(sizes.seeds + pairs_of(sizes.seed_prompts, graded_each(recipe)), key=sum, reverse=True)
     prompts = sorted(sizes.prompts + sizes.held, reverse=True)
     return known, pairs_of(prompts, pairs_each(recipe.sampling)), sorted(prompts + sizes.seed_prompts, reverse=True)
 
-def longest_answers(recipe:Recipe, sizes:Sizes)->list: # (prompt, answer, 1): the longest first
+# %% ../../nbs/runner/13_planner.ipynb #24aca899
+def longest_answers(recipe: Recipe, sizes: Sizes) -> list:  # (prompt, answer, 1): the longest first
     "The good answers of SFT as pairs whose second side is empty."
     d = recipe.data
     rows = sizes.answers if sizes.counted else [(d.max_prompt_tokens, d.max_response_tokens)] * len(sizes.answers)
     return [(p, answer, 1) for p, answer in sorted(rows, key=sum, reverse=True)]
 
-def largest_batch(recipe:Recipe, rows:list)->list:
+# %% ../../nbs/runner/13_planner.ipynb #d06d34b7
+def largest_batch(recipe: Recipe, rows: list) -> list:
     "The pairs of the judge's batch with most tokens."
     rows = sorted(rows, reverse=True)
     found = batches([2 * sum(r) for r in rows], recipe.judge.batch_tokens)
     return [rows[i] for i in max(found, key=lambda b: sum(sum(rows[i]) for i in b))]
 
-MEASURED = ("sft", "warm_start", "sample", "judge", "optimise") # evaluation samples and judges too; votes, of label, have no plan of their own
+# %% ../../nbs/runner/13_planner.ipynb #9a34dfd8
+MEASURED = (
+    "sft",
+    "warm_start",
+    "sample",
+    "judge",
+    "optimise",
+)  # evaluation samples and judges too; votes, of label, have no plan of their own
 
-def peak(stage:str, recipe:Recipe, sizes:Sizes, kind:str)->int: # bytes of tensors
+
+def peak(stage: str, recipe: Recipe, sizes: Sizes, kind: str) -> int:  # bytes of tensors
     "What a stage has in memory at most; the SFT model's answers in the warm start take what `sample` does."
     known, sampled, prompts = longest_rows(recipe, sizes)
     letters = lettered(recipe, sizes)
     arms = sorted((a for a in recipe.arms if a != "sft"), key=lambda a: not recipe.arm(a).label.startswith("agreement"))
-    if stage == "sft": return training_peak(letters, kind, lambda v: sft_loss(v)[0], longest_answers(recipe, sizes)[:recipe.sft.batch_size])
+    if stage == "sft":
+        return training_peak(
+            letters, kind, lambda v: sft_loss(v)[0], longest_answers(recipe, sizes)[: recipe.sft.batch_size]
+        )
     if stage == "warm_start":
-        return training_peak(letters, kind, lambda v: warm_start_loss(v, recipe.warm_start)[0], known[:recipe.warm_start.batch_size])
-    if stage == "sample": return sampling_peak(letters, kind, prompts)
-    if stage == "judge": return reading_peak(letters, kind, largest_batch(recipe, sampled + known))
+        return training_peak(
+            letters, kind, lambda v: warm_start_loss(v, recipe.warm_start)[0], known[: recipe.warm_start.batch_size]
+        )
+    if stage == "sample":
+        return sampling_peak(letters, kind, prompts)
+    if stage == "judge":
+        return reading_peak(letters, kind, largest_batch(recipe, sampled + known))
     arm = recipe.arm(arms[0] if arms else "scir")
-    rows = sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[:recipe.train.batch_size]
+    rows = sorted(sampled + (known if arm.replay else []), key=sum, reverse=True)[: recipe.train.batch_size]
     return training_peak(letters, kind, lambda v: pair_loss(v, arm)[0], rows, recipe.train.accumulation > 1)
 
 # %% ../../nbs/runner/13_planner.ipynb #260a9ffe
 class Task(NamedTuple):
     "What one stage does in a whole run."
-    stage: str
-    kind: str # trained, read or decoded
-    rows: float # pairs or answers
-    tokens: float # of all rows
 
-def pair_tokens(lengths:tuple, frame:int, judged:bool)->float:
+    stage: str
+    kind: str  # trained, read or decoded
+    rows: float  # pairs or answers
+    tokens: float  # of all rows
+
+# %% ../../nbs/runner/13_planner.ipynb #d39f8d85
+def pair_tokens(lengths: tuple, frame: int, judged: bool) -> float:
     "Tokens that are asked of a pair: two sequences, and with the judge both orders."
     p, a, b = lengths
     return 2 * p + a + b + (2 * (frame + p + a + b) if judged else 0)
 
-def middle(rows:list)->tuple:
+# %% ../../nbs/runner/13_planner.ipynb #9abfc087
+def middle(rows: list) -> tuple:
     "Mean lengths."
     return tuple(map(mean, zip(*rows)))
 
-def rows_of(stage:str, kind:str, rows:float, lengths:tuple, frame:int, judged:bool)->Task:
+# %% ../../nbs/runner/13_planner.ipynb #5c26959c
+def rows_of(stage: str, kind: str, rows: float, lengths: tuple, frame: int, judged: bool) -> Task:
     "So many pairs of these mean lengths."
     return Task(stage, kind, rows, rows * pair_tokens(lengths, frame, judged))
 
-def answered(stage:str, recipe:Recipe, sizes:Sizes, times:int, prompts:int)->list: # of Task
+# %% ../../nbs/runner/13_planner.ipynb #147d9f34
+def answered(stage: str, recipe: Recipe, sizes: Sizes, times: int, prompts: int) -> list:  # of Task
     "Answers to so many prompts, sampled `times` times."
     n, each = times * prompts, recipe.sampling.candidates
     return [Task(stage, "decoded", n * each, n * each * sizes.answer), Task(stage, "read", n, n * mean(sizes.prompts))]
 
-def seed_lengths(recipe:Recipe, sizes:Sizes)->list: # (prompt, response, response) tokens
+# %% ../../nbs/runner/13_planner.ipynb #b251d079
+def seed_lengths(recipe: Recipe, sizes: Sizes) -> list:  # (prompt, response, response) tokens
     "The pairs of the warm start: the written ones, and those of the SFT model's own answers."
-    return sizes.seeds + [(p, sizes.answer, sizes.answer) for p in sizes.seed_prompts for _ in range(graded_each(recipe))]
+    return sizes.seeds + [
+        (p, sizes.answer, sizes.answer) for p in sizes.seed_prompts for _ in range(graded_each(recipe))
+    ]
 
-def warm_up(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+# %% ../../nbs/runner/13_planner.ipynb #09d763e4
+def warm_up(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
     "SFT and the warm start."
     times, seeds = sum(x.stage == "warm_start" for x in steps), seed_lengths(recipe, sizes)
     passes, each = times * len(sizes.answers) * recipe.sft.epochs, middle(sizes.answers)
@@ -376,11 +557,12 @@ def warm_up(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
     ]
 
 # %% ../../nbs/runner/13_planner.ipynb #6b997a55
-def own_lengths(sizes:Sizes)->tuple:
+def own_lengths(sizes: Sizes) -> tuple:
     "Mean lengths of a pair of sampled answers."
     return mean(sizes.prompts), sizes.answer, sizes.answer
 
-def trained_rounds(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+# %% ../../nbs/runner/13_planner.ipynb #5d09847c
+def trained_rounds(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
     "Training in every round of every arm; replayed seed pairs have their reference read anew."
     seeds, pairs, out = seed_lengths(recipe, sizes), len(sizes.prompts) * pairs_each(recipe.sampling), []
     for step in (x for x in steps if x.stage == "optimise"):
@@ -396,36 +578,56 @@ def trained_rounds(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
     return out
 
 # %% ../../nbs/runner/13_planner.ipynb #53e61aaa
-def evaluated(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+def evaluated(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
     """Every model answers and judges every set; M_0 and M_1 read their reference, and the others too where it is their predecessor.
     All but M_1, whose answers are the panel, judge their own answers and read the reference on them."""
     found = [node_parts(x.node)[2] for x in steps if x.stage == "evaluate"]
     asking = sum(t <= 1 or recipe.train.reference == "previous" for t in found)
     pairs, others, out = len(sizes.held) * pairs_each(recipe.sampling), sum(t != 1 for t in found), []
     for lengths, n in ((own_lengths(sizes), pairs), (middle(sizes.labelled), len(sizes.labelled))):
-        out += [rows_of("evaluate", "read", len(found) * n, lengths, sizes.frame, True), rows_of("evaluate", "read", asking * n, lengths, sizes.frame, False)]
-    own = [rows_of("evaluate", "read", others * pairs, own_lengths(sizes), sizes.frame, judged) for judged in (True, False)]
+        out += [
+            rows_of("evaluate", "read", len(found) * n, lengths, sizes.frame, True),
+            rows_of("evaluate", "read", asking * n, lengths, sizes.frame, False),
+        ]
+    own = [
+        rows_of("evaluate", "read", others * pairs, own_lengths(sizes), sizes.frame, judged) for judged in (True, False)
+    ]
     return answered("evaluate", recipe, sizes, len(found), len(sizes.held)) + out + own
 
-def work(recipe:Recipe, sizes:Sizes)->list: # of Task, stage by stage
+# %% ../../nbs/runner/13_planner.ipynb #52ba69ef
+def work(recipe: Recipe, sizes: Sizes) -> list:  # of Task, stage by stage
     "All that the stages of a run do with the model."
     from scir.runner.plan import plan
+
     steps = plan(recipe)
     rounds = sum(x.stage == "sample" for x in steps)
     pairs = rounds * len(sizes.prompts) * pairs_each(recipe.sampling)
     judge = [rows_of("judge", "read", pairs, own_lengths(sizes), sizes.frame, judged) for judged in (True, False)]
     sampled = answered("sample", recipe, sizes, rounds, len(sizes.prompts))
-    return summed(warm_up(recipe, sizes, steps) + sampled + judge + trained_rounds(recipe, sizes, steps) + evaluated(recipe, sizes, steps) + voting(recipe, sizes, steps))
+    return summed(
+        warm_up(recipe, sizes, steps)
+        + sampled
+        + judge
+        + trained_rounds(recipe, sizes, steps)
+        + evaluated(recipe, sizes, steps)
+        + voting(recipe, sizes, steps)
+    )
 
-def voting(recipe:Recipe, sizes:Sizes, steps:list)->list: # of Task
+# %% ../../nbs/runner/13_planner.ipynb #e8893ac8
+def voting(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
     "The additive judge's votes on every answer, each as long as it may be."
     from scir.method.labels import needed_rewards
+
     rounds = sum(x.stage == "label" and "votes" in needed_rewards(recipe, node_parts(x.node)[1]) for x in steps)
     asked = rounds * len(sizes.prompts) * recipe.sampling.candidates
     votes = asked * recipe.labels.votes
-    return [Task("label", "decoded", votes, votes * recipe.labels.vote_tokens), Task("label", "read", asked, asked * (sizes.frame + mean(sizes.prompts) + sizes.answer))]
+    return [
+        Task("label", "decoded", votes, votes * recipe.labels.vote_tokens),
+        Task("label", "read", asked, asked * (sizes.frame + mean(sizes.prompts) + sizes.answer)),
+    ]
 
-def summed(parts:list)->list: # of Task
+# %% ../../nbs/runner/13_planner.ipynb #5092d7fc
+def summed(parts: list) -> list:  # of Task
     "One line for each stage and kind."
     keys = dict.fromkeys((w.stage, w.kind) for w in parts if w.rows)
     same = lambda k: [w for w in parts if (w.stage, w.kind) == k]
@@ -434,19 +636,30 @@ def summed(parts:list)->list: # of Task
 # %% ../../nbs/runner/13_planner.ipynb #59facecf
 KINDS, DEPTHS = ("trained", "read", "decoded"), (2, 4)
 
-def shallow(recipe:Recipe, layers:int, folder)->Recipe:
+
+def shallow(recipe: Recipe, layers: int, folder) -> Recipe:
     "The recipe with a model of few layers and random weights, written to `folder`; as large a part of the layers has an adapter."
     from transformers import AutoModelForCausalLM
+
     config, spec, lora = config_of(recipe.model), recipe.model, recipe.lora
     text = config.get_text_config()
-    if lora.last_layers: lora = lora.model_copy(update={"last_layers": max(1, round(lora.last_layers * layers / text.num_hidden_layers))})
+    if lora.last_layers:
+        lora = lora.model_copy(
+            update={"last_layers": max(1, round(lora.last_layers * layers / text.num_hidden_layers))}
+        )
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None): text.layer_types = text.layer_types[:layers]
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
     with torch.random.fork_rng(devices=[]):
-        AutoModelForCausalLM.from_config(config, dtype=compute_dtype(spec), trust_remote_code=spec.trust_remote_code).save_pretrained(folder)
-    return recipe.model_copy(update={"lora": lora, "model": spec.model_copy(update={"name": str(Path(folder).resolve()), "revision": None})})
+        AutoModelForCausalLM.from_config(
+            config, dtype=compute_dtype(spec), trust_remote_code=spec.trust_remote_code
+        ).save_pretrained(folder)
+    return recipe.model_copy(
+        update={"lora": lora, "model": spec.model_copy(update={"name": str(Path(folder).resolve()), "revision": None})}
+    )
 
-def seconds_of(run, rows:int, limit:float)->tuple: # seconds, rows
+# %% ../../nbs/runner/13_planner.ipynb #b232ec4c
+def seconds_of(run, rows: int, limit: float) -> tuple:  # seconds, rows
     "Time `run(n)` for 1, 2, 4, ... up to `rows` rows while they fit the limit; the last one counts."
     n, run_time = 1, _timed(run, 1)
     while n < rows and 4 * run_time < limit:
@@ -454,35 +667,68 @@ def seconds_of(run, rows:int, limit:float)->tuple: # seconds, rows
         run_time = _timed(run, n)
     return min(run_time, _timed(run, n)), n
 
-def _timed(run, n): return timed(lambda: run(n))
+
+def _timed(run, n):
+    return timed(lambda: run(n))
 
 # %% ../../nbs/runner/13_planner.ipynb #6abda6fb
-def per_token(recipe:Recipe, sizes:Sizes, kind:str, limit:float)->float: # seconds
+def per_token(recipe: Recipe, sizes: Sizes, kind: str, limit: float) -> float:  # seconds
     "Of one kind of work, with the recipe's own model."
     own, t, s = (mean(sizes.prompts), sizes.answer, sizes.answer), recipe.train, recipe.sampling
-    tokenizer, asked = tiny_tokenizer(), lambda pairs: sum(pair_tokens((len(p.prompt_ids), len(p.ids_a), len(p.ids_b)), sizes.frame, True) for p in pairs)
+    tokenizer, asked = (
+        tiny_tokenizer(),
+        lambda pairs: sum(
+            pair_tokens((len(p.prompt_ids), len(p.ids_a), len(p.ids_b)), sizes.frame, True) for p in pairs
+        ),
+    )
     whole = max(1, int(recipe.judge.batch_tokens / (2 * sum(own))))  # pairs that are judged together
     each = min(pairs_each(s), whole) if kind == "read" else 1
     rows = {"trained": t.batch_size, "read": whole // each, "decoded": s.batch_size}[kind]
     if kind == "decoded":
         model, more = for_sampling(recipe.model), 8
-        if model.dtype != torch.float32: model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
-        def run(n, tokens): return list(generate(model, tokenizer, [(i, p.prompt_ids, i) for i, p in enumerate(letter_pairs([(p + sizes.answer / 2, 2, 2) for p, *_ in lengths_met(s, sizes, n)]))], s.model_copy(update={"max_new_tokens": tokens})))
+        if model.dtype != torch.float32:
+            model = new_adapter(model, recipe.lora).eval()  # in float32 it is folded in
+
+        def run(n, tokens):
+            return list(
+                generate(
+                    model,
+                    tokenizer,
+                    [
+                        (i, p.prompt_ids, i)
+                        for i, p in enumerate(
+                            letter_pairs([(p + sizes.answer / 2, 2, 2) for p, *_ in lengths_met(s, sizes, n)])
+                        )
+                    ],
+                    s.model_copy(update={"max_new_tokens": tokens}),
+                )
+            )
+
         spent, n = seconds_of(lambda n: run(n, 1 + more), rows, limit)
         return max(spent - _timed(lambda n: run(n, 1), n), 0) / (more * n)
     if kind == "read":
         model = new_adapter(for_scoring(recipe.model), recipe.lora).eval()
-        def pairs(n): return judged_pairs(recipe, sizes, n * each)
+
+        def pairs(n):
+            return judged_pairs(recipe, sizes, n * each)
+
         @torch.no_grad()
-        def run(n): margins(View(model, tokenizer, pairs(n), recipe))
+        def run(n):
+            margins(View(model, tokenizer, pairs(n), recipe))
     else:
         model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model).train()
-        def pairs(n): return letter_pairs(lengths_met(s, sizes, n))
-        def run(n): pair_loss(View(model, tokenizer, pairs(n), recipe), recipe.arm("scir"))[0].backward()
+
+        def pairs(n):
+            return letter_pairs(lengths_met(s, sizes, n))
+
+        def run(n):
+            pair_loss(View(model, tokenizer, pairs(n), recipe), recipe.arm("scir"))[0].backward()
+
     spent, n = seconds_of(run, rows, limit)
     return spent / asked(pairs(n))
 
-def probe(recipe:Recipe, sizes:Sizes, seconds:float=30)->dict: # kind -> seconds a token, at full depth
+# %% ../../nbs/runner/13_planner.ipynb #77c9a2b6
+def probe(recipe: Recipe, sizes: Sizes, seconds: float = 30) -> dict:  # kind -> seconds a token, at full depth
     "Time training, reading and decoding on this machine, in about so many seconds."
     depth, recipe = config_of(recipe.model).get_text_config().num_hidden_layers, lettered(recipe, sizes)
     measured = []
@@ -492,23 +738,37 @@ def probe(recipe:Recipe, sizes:Sizes, seconds:float=30)->dict: # kind -> seconds
             measured.append({kind: per_token(few, sizes, kind, seconds / 12) for kind in KINDS})
     return {kind: line([m[kind] for m in measured], depth) for kind in KINDS}
 
-def line(found:list, # seconds a token at each of DEPTHS, or at the model's own depth
-         depth:int)->float:
+# %% ../../nbs/runner/13_planner.ipynb #7a60c3ed
+def line(
+    found: list,  # seconds a token at each of DEPTHS, or at the model's own depth
+    depth: int,
+) -> float:
     "Seconds a token at full depth, for a time that grows with every layer by the same amount."
-    if len(found) == 1: return found[0]
+    if len(found) == 1:
+        return found[0]
     (few, many), (a, b) = DEPTHS, found
     return b + max(b - a, 0) / (many - few) * (depth - many)
 
-def hours(todo:list, rates:dict)->dict: # stage -> hours
+# %% ../../nbs/runner/13_planner.ipynb #85b057bd
+def hours(todo: list, rates: dict) -> dict:  # stage -> hours
     "Task at these rates (seconds a token)."
     stages = dict.fromkeys(w.stage for w in todo)
     return {s: sum(w.tokens * rates[w.kind] for w in todo if w.stage == s) / 3600 for s in stages}
 
 # %% ../../nbs/runner/13_planner.ipynb #7a123d6b
-def hours_on(gpus:int, recipe:Recipe, todo:list, rates:dict, start:float=0, # seconds of a step before its first row
-            )->float:
+def hours_on(
+    gpus: int,
+    recipe: Recipe,
+    todo: list,
+    rates: dict,
+    start: float = 0,  # seconds of a step before its first row
+) -> float:
     "Hours on so many GPUs that are each as fast as the rates say; what they send each other is not counted."
     from scir.runner.plan import plan
+
     sections = {"sft": recipe.sft, "warm_start": recipe.warm_start, "optimise": recipe.train}
     parts = {stage: min(gpus, section.batch_size) for stage, section in sections.items()}
-    return sum(w.tokens * rates[w.kind] / (parts[w.stage] if w.kind == "trained" else gpus) for w in todo) / 3600 + len(plan(recipe)) * start / 3600
+    return (
+        sum(w.tokens * rates[w.kind] / (parts[w.stage] if w.kind == "trained" else gpus) for w in todo) / 3600
+        + len(plan(recipe)) * start / 3600
+    )

@@ -16,64 +16,125 @@ from ..stages.files import STAGES
 from ..store import exchange, processes
 
 # %% ../../nbs/runner/07_processes.ipynb #1c552c86
-TOGETHER = ("sft", "warm_start", "sample", "judge", "label", "optimise", "evaluate")  # stages that several processes share; the others are the first one's
+TOGETHER = (
+    "sft",
+    "warm_start",
+    "sample",
+    "judge",
+    "label",
+    "optimise",
+    "evaluate",
+)  # stages that several processes share; the others are the first one's
+
 
 @contextmanager
 def by_itself():
     "Inside, this process is no longer one of several: kernels that it starts must not wait for the others."
-    kept = {k: os.environ.pop(k) for k in list(os.environ) if k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") or k.startswith(("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "ACCELERATE_"))}
-    try: yield
-    finally: os.environ.update(kept)
+    kept = {
+        k: os.environ.pop(k)
+        for k in list(os.environ)
+        if k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        or k.startswith(("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "ACCELERATE_"))
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
-def launch_line(words:list, processes:int, machines:int=1)->list: # words of a command
+# %% ../../nbs/runner/07_processes.ipynb #4273f134
+def launch_line(words: list, processes: int, machines: int = 1) -> list:  # words of a command
     "What starts `scir WORDS` as several processes on each of several machines, which share the folder that it is started in."
-    where = ["--nnodes", str(machines), "--node_rank", "$RANK_OF_THIS_MACHINE", "--master_addr", "$FIRST_MACHINE"] if machines > 1 else ["--standalone"]
+    where = (
+        ["--nnodes", str(machines), "--node_rank", "$RANK_OF_THIS_MACHINE", "--master_addr", "$FIRST_MACHINE"]
+        if machines > 1
+        else ["--standalone"]
+    )
     return ["torchrun", *where, "--nproc_per_node", str(processes), "--no-python", "scir", *words]
 
-def check_shards(recipe:Recipe)->None:
+# %% ../../nbs/runner/07_processes.ipynb #c96eb70d
+def check_shards(recipe: Recipe) -> None:
     "Raise RecipeError for what cannot be sharded."
     import torch
-    if torch.__version__ < (2, 7): raise RecipeError(f"--shard needs torch 2.7 or newer, and {torch.__version__} is installed; pip install -U torch, or leave out --shard")
-    if recipe.model.quantize: raise RecipeError("model.quantize: 4-bit weights are not sharded; leave out --shard, or set model.quantize to null")
-    if replay := [a for a in recipe.arms if a != "sft" and recipe.arm(a).replay]:
-        raise RecipeError(f"train.replay: with replayed pairs ({', '.join(replay)}) the processes would read different numbers of batches; leave out --shard, or set train.replay to 0 and leave out dice")
-    if recipe.model.gradient_checkpointing == "sequences": raise RecipeError("model.gradient_checkpointing: with sequences all layers would be gathered at once in backward; set it to true, or leave out --shard")
 
-def join_others(shard:bool=False)->None:
+    if torch.__version__ < (2, 7):
+        raise RecipeError(
+            f"--shard needs torch 2.7 or newer, and {torch.__version__} is installed; pip install -U torch, or leave out --shard"
+        )
+    if recipe.model.quantize:
+        raise RecipeError(
+            "model.quantize: 4-bit weights are not sharded; leave out --shard, or set model.quantize to null"
+        )
+    if replay := [a for a in recipe.arms if a != "sft" and recipe.arm(a).replay]:
+        raise RecipeError(
+            f"train.replay: with replayed pairs ({', '.join(replay)}) the processes would read different numbers of batches; leave out --shard, or set train.replay to 0 and leave out dice"
+        )
+    if recipe.model.gradient_checkpointing == "sequences":
+        raise RecipeError(
+            "model.gradient_checkpointing: with sequences all layers would be gathered at once in backward; set it to true, or leave out --shard"
+        )
+
+# %% ../../nbs/runner/07_processes.ipynb #808fff4a
+def join_others(shard: bool = False) -> None:
     "Meet the other processes of the launcher, if there are any; with `shard`, or where the launcher says FSDP2, each will keep a part of every layer. Raises RuntimeError for one that shards what we cannot shard."
-    if processes() == 1: return
-    if "MASTER_ADDR" not in os.environ: raise RuntimeError(f"WORLD_SIZE={processes()} in the environment makes this one of several processes, but no launcher says where the others are; unset WORLD_SIZE, or start with --processes or torchrun")
+    if processes() == 1:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise RuntimeError(
+            f"WORLD_SIZE={processes()} in the environment makes this one of several processes, but no launcher says where the others are; unset WORLD_SIZE, or start with --processes or torchrun"
+        )
     end_with(os.getppid())
     if os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true":  # gone, so that accelerate does not do it too
-        if os.environ.get("FSDP_VERSION") != "2": raise RuntimeError("FSDP1 is not supported: it lays the weights of a layer into one, and an adapter is of another dtype than its base; launch with FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)")
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise RuntimeError(
+                "FSDP1 is not supported: it lays the weights of a layer into one, and an adapter is of another dtype than its base; launch with FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+            )
         shard = True
-    if shard: os.environ["SCIR_SHARD"] = "1"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true": raise RuntimeError("DeepSpeed is not supported: ZeRO-3 takes the weights apart, and our judge reads single rows of the output head; launch with plain DDP (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)")
+    if shard:
+        os.environ["SCIR_SHARD"] = "1"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise RuntimeError(
+            "DeepSpeed is not supported: ZeRO-3 takes the weights apart, and our judge reads single rows of the output head; launch with plain DDP (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)"
+        )
     import torch
     from accelerate import PartialState
     from datetime import timedelta
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))  # a process may wait for a report, or a server's answers, for long
+
+    PartialState(
+        cpu=not torch.cuda.is_available(), timeout=timedelta(days=2)
+    )  # a process may wait for a report, or a server's answers, for long
     atexit.register(leave_others)
     quiet()
 
-def leave_others()->None:
+# %% ../../nbs/runner/07_processes.ipynb #50d68170
+def leave_others() -> None:
     "Take gloo's threads down; where another process went first, the end of this one would else find them at work, and be an abort."
     import torch.distributed as dist
-    if dist.is_initialized() and dist.get_backend() == "gloo": dist.destroy_process_group()
 
-def assist(run:Path)->Path:
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+# %% ../../nbs/runner/07_processes.ipynb #ee8b08e1
+def assist(run: Path) -> Path:
     "What every process but the first does: its share of each step that the first one announces."
+
     def announced():
-        try: return exchange(None)[0]
-        except RuntimeError: sys.exit(1)  # the first one ended, and says why
+        try:
+            return exchange(None)[0]
+        except RuntimeError:
+            sys.exit(1)  # the first one ended, and says why
+
     while (step := announced()) is not None:
-        with noted(run, step), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere): STAGES[step.stage].run(load_recipe(run/"recipe.yaml"), run, step.node)
+        with noted(run, step), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            STAGES[step.stage].run(load_recipe(run / "recipe.yaml"), run, step.node)
     return run
 
 # %% ../../nbs/runner/07_processes.ipynb #114c2ae5
-def end_with(owner:int)->None:
+def end_with(owner: int) -> None:
     "End this process when the one that started it does, however that ends."
+
     def watch():
-        while os.getppid() == owner: time.sleep(1)
+        while os.getppid() == owner:
+            time.sleep(1)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()

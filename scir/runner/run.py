@@ -21,51 +21,72 @@ from .work import check_owner, make_models, quiet, say_shipped, settled, work
 from ..store import exchange, processes, rank, remove, sharded
 
 # %% ../../nbs/runner/11_run.ipynb #aa632e63
-def check_words(tokenizer, recipe:Recipe)->None:
+def check_words(tokenizer, recipe: Recipe) -> None:
     "Raise RecipeError for words that are not single tokens of this tokenizer, and for a chat template that cannot ask the judge."
     from scir.method.judge import check_template, find_verdicts
     from scir.method.rewards import YES_NO
-    try: check_template(tokenizer, recipe.judge)
-    except ValueError as e: raise RecipeError(str(e)) from None
-    asked = {recipe.judge.verdicts: "name others in judge.verdicts"} | ({YES_NO: "leave pointwise out of rewards"} if "pointwise" in recipe.rewards else {})
-    for words, way_out in asked.items():
-        try: find_verdicts(tokenizer, words)
-        except ValueError as e: raise RecipeError(f"{e}; {way_out}") from None
 
-def check_recipe(recipe:Recipe)->None:
+    try:
+        check_template(tokenizer, recipe.judge)
+    except ValueError as e:
+        raise RecipeError(str(e)) from None
+    asked = {recipe.judge.verdicts: "name others in judge.verdicts"} | (
+        {YES_NO: "leave pointwise out of rewards"} if "pointwise" in recipe.rewards else {}
+    )
+    for words, way_out in asked.items():
+        try:
+            find_verdicts(tokenizer, words)
+        except ValueError as e:
+            raise RecipeError(f"{e}; {way_out}") from None
+
+# %% ../../nbs/runner/11_run.ipynb #31479130
+def check_recipe(recipe: Recipe) -> None:
     "Raise RecipeError for what would otherwise fail after hours: unknown reward models, engines, graders and trackers that are not there, arms that need a model that is not named."
     from scir.data.load import find_grader
     from scir.model.engines import check_engine
     from scir.method.rewards import REWARDS, check_rewards
+
     check_engine(recipe)
     check_rewards(recipe)
-    if recipe.data.grader: find_grader(recipe.data.grader)
-    if "external" in recipe.arms and not recipe.labels.external: raise RecipeError("arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder")
+    if recipe.data.grader:
+        find_grader(recipe.data.grader)
+    if "external" in recipe.arms and not recipe.labels.external:
+        raise RecipeError(
+            "arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder"
+        )
     if recipe.report_to:
         quiet()
         from scir.method.trainer import check_trackers
+
         check_trackers(recipe.report_to)
     for arm in recipe.arms:
         label = recipe.arm(arm).label if arm != "sft" else None
-        if label in REWARDS and label not in recipe.rewards: raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not among rewards")
+        if label in REWARDS and label not in recipe.rewards:
+            raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not among rewards")
 
 # %% ../../nbs/runner/11_run.ipynb #56259b76
-def look_ahead(recipe:Recipe, say:bool=True)->None:
+def look_ahead(recipe: Recipe, say: bool = True) -> None:
     "Ask what the doctor asks of a run's data and model, and print the warnings and what the adapter reaches. Raises RecipeError, a line for each fault."
     from scir.doctor import RUN_CHECKS, ask
+
     found = [f for check in RUN_CHECKS for f in ask(check, recipe, True)]
     line = lambda f: f.finding + (f"; {f.mend}" if f.mend else "")
-    if faults := [line(f) for f in found if f.state == "fault"]: raise RecipeError("\n".join(faults))
+    if faults := [line(f) for f in found if f.state == "fault"]:
+        raise RecipeError("\n".join(faults))
     for f in found:
-        if say and (f.state == "warn" or f.what == "adapter"): print(f"{f.what}: {line(f)}", flush=True)
+        if say and (f.state == "warn" or f.what == "adapter"):
+            print(f"{f.what}: {line(f)}", flush=True)
 
-def ready(recipe:Recipe, run:Path, shard:bool=False, say:bool=True)->Recipe:
+# %% ../../nbs/runner/11_run.ipynb #7f5240e6
+def ready(recipe: Recipe, run: Path, shard: bool = False, say: bool = True) -> Recipe:
     "A recipe as it will be run, with its built-in models made; raises RecipeError for what would fail later."
     from scir.model.weights import load_tokenizer
+
     quiet()
     check_recipe(recipe)
     check_owner(recipe, run)
-    if shard or sharded(): check_shards(recipe)
+    if shard or sharded():
+        check_shards(recipe)
     recipe = settled(recipe, run)
     make_models(recipe)
     check_words(load_tokenizer(recipe.model), recipe)
@@ -73,42 +94,55 @@ def ready(recipe:Recipe, run:Path, shard:bool=False, say:bool=True)->Recipe:
     return recipe
 
 # %% ../../nbs/runner/11_run.ipynb #6a59011a
-def one_by_one(recipe:Recipe, run:Path, steps:list)->None:
+def one_by_one(recipe: Recipe, run: Path, steps: list) -> None:
     "Do `steps` in their order; of several processes all share those in `TOGETHER`."
     for i, step in enumerate(steps, 1):
         found = seen(recipe, run, step)
         print(f"[{i}/{len(steps)}] {step.key}: {told(found)}", flush=True)
-        if found.name != "done" and processes() > 1 and step.stage in TOGETHER: work(recipe, run, step)
-        if found != State("done"): execute(run, step, notebook_folder())
+        if found.name != "done" and processes() > 1 and step.stage in TOGETHER:
+            work(recipe, run, step)
+        if found != State("done"):
+            execute(run, step, notebook_folder())
 
-def place(recipe:Recipe, run:Path|None)->Path: # the run directory
+# %% ../../nbs/runner/11_run.ipynb #89e5db4b
+def place(recipe: Recipe, run: Path | None) -> Path:  # the run directory
     "Go to the project's folder, and say where in it a recipe's run is, unless it is somewhere else."
     run = run.resolve() if run else None
     os.chdir(root())
-    return run or Path("data/runs")/recipe.name
+    return run or Path("data/runs") / recipe.name
 
 # %% ../../nbs/runner/11_run.ipynb #2c76e6aa
-def run_recipe(recipe:Recipe,
-               run:Path|None=None, # default: data/runs/NAME
-               jobs:int=1, # steps done at once, each with a process of its own
-               cluster:dict|None=None, # settings of a submitit executor (https://github.com/facebookincubator/submitit): steps become jobs of a cluster
-               shard:bool=False, # each of several processes keeps a part of every layer's weights
-              )->Path: # the run directory
+def run_recipe(
+    recipe: Recipe,
+    run: Path | None = None,  # default: data/runs/NAME
+    jobs: int = 1,  # steps done at once, each with a process of its own
+    cluster: dict
+    | None = None,  # settings of a submitit executor (https://github.com/facebookincubator/submitit): steps become jobs of a cluster
+    shard: bool = False,  # each of several processes keeps a part of every layer's weights
+) -> Path:  # the run directory
     "Do every step of a recipe that is not finished."
     run = place(recipe, run)
     join_others(shard)
-    if rank(): return assist(run)
-    if (jobs > 1 or cluster is not None) and processes() > 1: raise ValueError(f"{jobs} jobs in {processes()} processes: take one of them; steps side by side need no processes that share them")
+    if rank():
+        return assist(run)
+    if (jobs > 1 or cluster is not None) and processes() > 1:
+        raise ValueError(
+            f"{jobs} jobs in {processes()} processes: take one of them; steps side by side need no processes that share them"
+        )
     recipe, steps = ready(recipe, run), plan(recipe)
     with alone(run, "run", 0, "another `scir run` works on it"):
         say_shipped(recipe_sources(recipe))
         start_manifest(recipe, run)
         for step in steps:  # of writes that a kill cut short
-            if not busy(run, f"{file_name(step)}.job"): remove((run/"notebooks").glob(f".{file_name(step)}.ipynb.*.tmp"))
+            if not busy(run, f"{file_name(step)}.job"):
+                remove((run / "notebooks").glob(f".{file_name(step)}.ipynb.*.tmp"))
         if jobs > 1 or cluster is not None:
-            with executor(run, jobs, cluster) as at: side_by_side(recipe, run, steps, at, jobs)
-        else: one_by_one(recipe, run, steps)
+            with executor(run, jobs, cluster) as at:
+                side_by_side(recipe, run, steps, at, jobs)
+        else:
+            one_by_one(recipe, run, steps)
         for step in steps:
-            if (found := state(recipe, run, step)).name != "done": print(f"{step.key} is {found.name}: {found.why}", flush=True)
+            if (found := state(recipe, run, step)).name != "done":
+                print(f"{step.key} is {found.name}: {found.why}", flush=True)
         exchange(None)
     return run

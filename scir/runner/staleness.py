@@ -19,123 +19,161 @@ from ..store import digest
 @dataclass(frozen=True, eq=False)
 class Definition:
     "What a module says of one name; read when it is asked for."
-    nodes: list # statements
-    home: str = "" # the module that says it
+
+    nodes: list  # statements
+    home: str = ""  # the module that says it
 
     @cached_property
-    def source(self)->str: return "\n".join(ast.unparse(without_docstrings(n)) for n in self.nodes)
+    def source(self) -> str:
+        return "\n".join(ast.unparse(without_docstrings(n)) for n in self.nodes)
 
     @cached_property
-    def mentions(self)->set: # names that are not local to it
+    def mentions(self) -> set:  # names that are not local to it
         return globals_of(symtable.symtable(self.source, "", "exec"))
 
     @cached_property
-    def imports(self)->dict: # local name -> (module or folder of the package, name there)
+    def imports(self) -> dict:  # local name -> (module or folder of the package, name there)
         return {k: v for n in self.nodes for k, v in imports_of(n, self.home).items()}
 
     @property
-    def decorators(self)->set:
-        return {m.id for n in self.nodes for d in getattr(n, "decorator_list", []) for m in ast.walk(d) if isinstance(m, ast.Name)}
+    def decorators(self) -> set:
+        return {
+            m.id
+            for n in self.nodes
+            for d in getattr(n, "decorator_list", [])
+            for m in ast.walk(d)
+            if isinstance(m, ast.Name)
+        }
 
-def globals_of(table:symtable.SymbolTable)->set:
+# %% ../../nbs/runner/01_staleness.ipynb #49a99425
+def globals_of(table: symtable.SymbolTable) -> set:
     "Names that a piece of source takes from outside: all it refers to at its top level, and what its functions don't bind themselves."
     top = table.get_type() == "module"
     found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
     return found.union(*map(globals_of, table.get_children()))
 
-def without_docstrings(node:ast.AST)->ast.AST:
+# %% ../../nbs/runner/01_staleness.ipynb #bb32bc16
+def without_docstrings(node: ast.AST) -> ast.AST:
     "The same tree; a docstring in it is emptied."
     for n in ast.walk(node):
-        if not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): continue
+        if not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            continue
         first = n.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str): first.value.value = ""
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            first.value.value = ""
     return node
 
-def imports_of(node:ast.AST, home:str="")->dict: # local name -> (module or folder of the package, name there)
+# %% ../../nbs/runner/01_staleness.ipynb #67ec2586
+def imports_of(node: ast.AST, home: str = "") -> dict:  # local name -> (module or folder of the package, name there)
     "What a statement of module `home`, or anything inside it, imports from the package."
     out = {}
     for n in ast.walk(node):
-        if not isinstance(n, ast.ImportFrom): continue
-        above = home.split(".")[:-n.level] if n.level else []
+        if not isinstance(n, ast.ImportFrom):
+            continue
+        above = home.split(".")[: -n.level] if n.level else []
         path = [*above, *(n.module or "").split(".")]
-        if not n.level and path.pop(0) != "scir": continue
+        if not n.level and path.pop(0) != "scir":
+            continue
         out |= {a.asname or a.name: (".".join(filter(None, path)), a.name) for a in n.names}
     return out
 
-def names_bound(node:ast.stmt)->list:
+# %% ../../nbs/runner/01_staleness.ipynb #b7b5470b
+def names_bound(node: ast.stmt) -> list:
     "The names that a statement at the top level defines; `X[...] = ...` adds to the definition of X."
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return [node.name]
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     found = [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
     return found[:1] if targets and isinstance(targets[0], ast.Subscript) else found
 
-def definitions(source:str, home:str="")->tuple: # name -> Definition, imports of the module
+# %% ../../nbs/runner/01_staleness.ipynb #41e4513d
+def definitions(source: str, home: str = "") -> tuple:  # name -> Definition, imports of the module
     "What the source of module `home` defines."
     parts, imports = {}, {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)): imports |= imports_of(node, home)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports |= imports_of(node, home)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
         else:
-            for name in names_bound(node) or [""]: parts.setdefault(name, []).append(node)
+            for name in names_bound(node) or [""]:
+                parts.setdefault(name, []).append(node)
     return {name: Definition(nodes, home) for name, nodes in parts.items() if name != "__all__"}, imports
 
 # %% ../../nbs/runner/01_staleness.ipynb #06dcced7
 class Package(NamedTuple):
     "Every module of the package, as source once read."
-    defined: dict # module -> name -> Definition
-    imports: dict # module -> local name -> (module, name)
 
+    defined: dict  # module -> name -> Definition
+    imports: dict  # module -> local name -> (module, name)
+
+# %% ../../nbs/runner/01_staleness.ipynb #a1c85814
 LEFT_OUT = {"recipe"}
 
-def modules_in(folder:Path)->dict: # dotted name -> file
+
+def modules_in(folder: Path) -> dict:  # dotted name -> file
     "The modules below a folder."
     files = {f.relative_to(folder).with_suffix(""): f for f in sorted(Path(folder).glob("**/*.py"))}
     return {".".join(name.parts): f for name, f in files.items()}
 
-def read_package(folder:Path)->Package:
+# %% ../../nbs/runner/01_staleness.ipynb #d1d23888
+def read_package(folder: Path) -> Package:
     "Parse every module in a folder."
     found = {m: definitions(f.read_text(encoding="utf-8"), m) for m, f in modules_in(folder).items()}
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
-def imported(p:Package, path:str, name:str)->tuple: # module, name there, or None for the whole module
+# %% ../../nbs/runner/01_staleness.ipynb #cc5a0cde
+def imported(p: Package, path: str, name: str) -> tuple:  # module, name there, or None for the whole module
     "What `from PATH import NAME` names: a definition, or a module."
     whole = ".".join(filter(None, (path, name)))
     return (whole, None) if whole in p.defined else (path, name)
 
-def followed(p:Package, module:str, name:str)->list: # of (module, name)
+# %% ../../nbs/runner/01_staleness.ipynb #368dbb2b
+def followed(p: Package, module: str, name: str) -> list:  # of (module, name)
     "Where the names lead that a definition mentions."
     d = p.defined[module][name]
     out = [(module, n) for n in d.mentions if n in p.defined[module]]
     named = [*d.imports.values(), *(p.imports[module][n] for n in d.mentions & p.imports[module].keys())]
     for target, there in (imported(p, *n) for n in named):
-        if target not in p.defined or target in LEFT_OUT: continue
+        if target not in p.defined or target in LEFT_OUT:
+            continue
         out += [(target, n) for n in p.defined[target] if there is None or n in (there, "")]
     return out
 
-def registered(p:Package)->dict: # registry (module, name) -> definitions that a decorator puts there
+# %% ../../nbs/runner/01_staleness.ipynb #e654b191
+def registered(p: Package) -> dict:  # registry (module, name) -> definitions that a decorator puts there
     "Assignments that a decorator's body mentions, with the functions it decorates."
     out = {}
     for module, defined in p.defined.items():
         for name, d in defined.items():
             for decorator in d.decorators:
-                home, there = (module, decorator) if decorator in defined else p.imports[module].get(decorator, ("", ""))
-                if there not in p.defined.get(home, {}): continue
-                for registry in p.defined[home][there].mentions & p.defined[home].keys(): out.setdefault((home, registry), set()).add((module, name))
+                home, there = (
+                    (module, decorator) if decorator in defined else p.imports[module].get(decorator, ("", ""))
+                )
+                if there not in p.defined.get(home, {}):
+                    continue
+                for registry in p.defined[home][there].mentions & p.defined[home].keys():
+                    out.setdefault((home, registry), set()).add((module, name))
     return out
 
-def reached(p:Package, module:str, name:str)->set: # of (module, name)
+# %% ../../nbs/runner/01_staleness.ipynb #47738464
+def reached(p: Package, module: str, name: str) -> set:  # of (module, name)
     "A definition and everything it depends on in the package."
     seen, waiting, registries = set(), [(module, name)], registered(p)
     while waiting:
         at = waiting.pop()
-        if at in seen or at[1] not in p.defined.get(at[0], {}): continue
+        if at in seen or at[1] not in p.defined.get(at[0], {}):
+            continue
         seen.add(at)
         waiting += [*followed(p, *at), *registries.get(at, ())]
-        if "" in p.defined[at[0]]: waiting.append((at[0], ""))
+        if "" in p.defined[at[0]]:
+            waiting.append((at[0], ""))
     return seen
 
-def code_of(p:Package, module:str, name:str)->dict: # module -> hash
+# %% ../../nbs/runner/01_staleness.ipynb #147f7e7b
+def code_of(p: Package, module: str, name: str) -> dict:  # module -> hash
     "The code that a function depends on: for each module, one hash of the definitions it reaches there."
     by = {}
-    for m, n in sorted(reached(p, module, name)): by.setdefault(m, []).append((n, p.defined[m][n].source))
+    for m, n in sorted(reached(p, module, name)):
+        by.setdefault(m, []).append((n, p.defined[m][n].source))
     return {m: digest(found) for m, found in by.items()}

@@ -26,25 +26,32 @@ from ..store import digest, hash_path, read_json, unfinished_parts
 # %% ../../nbs/runner/04_state.ipynb #568485e2
 CODE = Path(scir.__file__).parent
 
-def files_of(folder:Path)->dict: # module -> hash of its file
+
+def files_of(folder: Path) -> dict:  # module -> hash of its file
     return {m: hash_path(f) for m, f in modules_in(folder).items()}
 
+# %% ../../nbs/runner/04_state.ipynb #db7986b6
 LOADED, FILES = read_package(CODE), files_of(CODE)  # the code that this process runs, whatever is written over it later
 
-def code_hashes(stage:str, package:Package=LOADED)->dict: # module -> hash
+
+def code_hashes(stage: str, package: Package = LOADED) -> dict:  # module -> hash
     "The code that a stage depends on: everything that its function here calls, in this package."
     return code_of(package, f"stages.{stage}", "run")
 
-def check_code(stage:str)->None:
+# %% ../../nbs/runner/04_state.ipynb #07e43965
+def check_code(stage: str) -> None:
     "Raise RuntimeError when code that a stage needs was changed under this process: the old code would run and be recorded as the new."
     needed = code_hashes(stage)
-    for m in needed: import_module(f"scir.{m}")  # not later, when its file may be another
-    if files_of(CODE) == FILES: return
+    for m in needed:
+        import_module(f"scir.{m}")  # not later, when its file may be another
+    if files_of(CODE) == FILES:
+        return
     now = code_hashes(stage, read_package(CODE))
-    if changed := [f"scir.{m}" for m in needed if now.get(m) != needed[m]]: raise RuntimeError(f"the code of {'; '.join(changed)} changed since this process started; start it again")
+    if changed := [f"scir.{m}" for m in needed if now.get(m) != needed[m]]:
+        raise RuntimeError(f"the code of {'; '.join(changed)} changed since this process started; start it again")
 
 # %% ../../nbs/runner/04_state.ipynb #e2849a5e
-def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
+def read_fields(recipe: Recipe, names: tuple) -> dict:  # dotted name -> plain value
     "The values of `names` (sections or section.field) in a recipe."
     out, whole = {}, recipe.model_dump(mode="json")
     for name in names:
@@ -52,80 +59,162 @@ def read_fields(recipe:Recipe, names:tuple)->dict: # dotted name -> plain value
         out[name] = whole[section][leaf] if leaf else whole[section]
     return out
 
-SECTIONS = tuple(k for k, f in Recipe.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel))
+# %% ../../nbs/runner/04_state.ipynb #375c7ec0
+SECTIONS = tuple(
+    k for k, f in Recipe.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel)
+)
 
-def sources_of(fields:dict)->list:
+
+def sources_of(fields: dict) -> list:
     "Data files and hub names that `fields` name."
     reference = fields.get("alignment", {}).get("reference")
     own_grader = (fields.get("data.grader") or "").rpartition(":")[0]
-    named = [own_grader, *fields.get("data.prompts", ()), *fields.get("data.pairs", ()), fields.get("data.instructions"), reference if reference != "m1" else None, *chain(*fields.get("data.labelled_sets", {}).values())]
+    named = [
+        own_grader,
+        *fields.get("data.prompts", ()),
+        *fields.get("data.pairs", ()),
+        fields.get("data.instructions"),
+        reference if reference != "m1" else None,
+        *chain(*fields.get("data.labelled_sets", {}).values()),
+    ]
     return [s for s in named if s]
 
-def source_hashes(fields:dict)->dict: # source -> hash; 'absent' for a hub name
+# %% ../../nbs/runner/04_state.ipynb #347935e3
+def source_hashes(fields: dict) -> dict:  # source -> hash; 'absent' for a hub name
     "Hashes of the data files and the model folders that `fields` name."
-    return {s: hash_path(locate(s)) for s in sources_of(fields)} | {m: hash_path(folder) for m in models_of(fields) if (folder := Path(m) if Path(m).is_dir() else MODELS/m).is_dir()}
+    return {s: hash_path(locate(s)) for s in sources_of(fields)} | {
+        m: hash_path(folder)
+        for m in models_of(fields)
+        if (folder := Path(m) if Path(m).is_dir() else MODELS / m).is_dir()
+    }
 
-def models_of(fields:dict)->list:
+# %% ../../nbs/runner/04_state.ipynb #68339a72
+def models_of(fields: dict) -> list:
     "Folders, hub ids and built-in names of the models that `fields` name."
-    named = fields.get("model", {}).get("name"), fields.get("labels", {}).get("external"), (fields.get("alignment", {}).get("judge") or "").removeprefix("reward:")
+    named = (
+        fields.get("model", {}).get("name"),
+        fields.get("labels", {}).get("external"),
+        (fields.get("alignment", {}).get("judge") or "").removeprefix("reward:"),
+    )
     return [m for m in named if m]
 
-def notebook_hash(path:Path)->str:
+# %% ../../nbs/runner/04_state.ipynb #f18beaa2
+def notebook_hash(path: Path) -> str:
     "Hash of a notebook's code, whatever its prose and its stored outputs say; 'absent' when it is not there."
-    return digest(["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "code"]) if path.exists() else "absent"
+    return (
+        digest(["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "code"])
+        if path.exists()
+        else "absent"
+    )
 
-def inputs(recipe:Recipe, run:Path, step:Step)->dict: # "field train.beta" -> value; "data", "file", "code", "notebook" and a name -> hash
+# %% ../../nbs/runner/04_state.ipynb #ff180c25
+def inputs(
+    recipe: Recipe, run: Path, step: Step
+) -> dict:  # "field train.beta" -> value; "data", "file", "code", "notebook" and a name -> hash
     "All that decides whether a step must be done again."
     stage = STAGES[step.stage]
-    if step.stage == "optimise": recipe = recipe.model_copy(update={"train": recipe.arm(node_parts(step.node)[1])})
+    if step.stage == "optimise":
+        recipe = recipe.model_copy(update={"train": recipe.arm(node_parts(step.node)[1])})
     fields = read_fields(recipe, stage.fields)
-    flat = {f"{k}.{leaf}" if leaf else k: v for k, whole in fields.items() for leaf, v in (whole.items() if k in SECTIONS else [("", whole)])}
-    found = {"field": {k: v if len(str(v)) < 60 else digest(v) for k, v in flat.items()}, "data": source_hashes(fields), "file": {f: hash_path(run/f) for f in stage.reads(recipe, step.node)},
-             "code": code_hashes(step.stage), "notebook": {stage.notebook: notebook_hash(notebook_folder()/f"{stage.notebook}.ipynb")}}
+    flat = {
+        f"{k}.{leaf}" if leaf else k: v
+        for k, whole in fields.items()
+        for leaf, v in (whole.items() if k in SECTIONS else [("", whole)])
+    }
+    found = {
+        "field": {k: v if len(str(v)) < 60 else digest(v) for k, v in flat.items()},
+        "data": source_hashes(fields),
+        "file": {f: hash_path(run / f) for f in stage.reads(recipe, step.node)},
+        "code": code_hashes(step.stage),
+        "notebook": {stage.notebook: notebook_hash(notebook_folder() / f"{stage.notebook}.ipynb")},
+    }
     return {f"{kind} {name}": v for kind, named in found.items() for name, v in named.items()}
 
-def fingerprint(recipe:Recipe, run:Path, step:Step)->str:
+# %% ../../nbs/runner/04_state.ipynb #cc356073
+def fingerprint(recipe: Recipe, run: Path, step: Step) -> str:
     "`inputs` as one hash."
     return digest(inputs(recipe, run, step))
 
-def recipe_sources(recipe:Recipe)->list:
+# %% ../../nbs/runner/04_state.ipynb #0b7a1471
+def recipe_sources(recipe: Recipe) -> list:
     "Every data file and hub name of a recipe."
-    return list(dict.fromkeys(sources_of(read_fields(recipe, ("data.prompts", "data.pairs", "data.instructions", "data.labelled_sets", "alignment")))))
+    return list(
+        dict.fromkeys(
+            sources_of(
+                read_fields(
+                    recipe, ("data.prompts", "data.pairs", "data.instructions", "data.labelled_sets", "alignment")
+                )
+            )
+        )
+    )
 
 # %% ../../nbs/runner/04_state.ipynb #59068852
 class State(NamedTuple):
     "Where a step stands, and why it is not done."
-    name: str # done, incomplete, stale, failed, missing
+
+    name: str  # done, incomplete, stale, failed, missing
     why: str = ""
 
-def state(recipe:Recipe, run:Path, step:Step)->State:
+# %% ../../nbs/runner/04_state.ipynb #1967eabb
+def state(recipe: Recipe, run: Path, step: Step) -> State:
     "A step's state by the run's manifest and files."
-    manifest = read_json(run/"manifest.json", {})
-    if failed := manifest.get("failed", {}).get(step.key): return State("failed", f"{failed['reason']} ({failed['when']})")
-    if not (record := manifest.get("steps", {}).get(step.key)): return State("missing", _interrupted(recipe, run, step, begun) if (begun := manifest.get("begun", {}).get(step.key)) else "")
-    if "inputs" not in record: return State("stale", "made by an earlier version, which did not note what it read")
-    changed = differences(record["inputs"], inputs(recipe, run, step)) + [f"{f} {'is gone' if now == 'absent' else 'is not what was written'}" for f, h in record["outputs"].items() if (now := hash_path(run/f)) != h]
-    if changed: return State("stale", "; ".join(changed))
+    manifest = read_json(run / "manifest.json", {})
+    if failed := manifest.get("failed", {}).get(step.key):
+        return State("failed", f"{failed['reason']} ({failed['when']})")
+    if not (record := manifest.get("steps", {}).get(step.key)):
+        return State(
+            "missing",
+            _interrupted(recipe, run, step, begun) if (begun := manifest.get("begun", {}).get(step.key)) else "",
+        )
+    if "inputs" not in record:
+        return State("stale", "made by an earlier version, which did not note what it read")
+    changed = differences(record["inputs"], inputs(recipe, run, step)) + [
+        f"{f} {'is gone' if now == 'absent' else 'is not what was written'}"
+        for f, h in record["outputs"].items()
+        if (now := hash_path(run / f)) != h
+    ]
+    if changed:
+        return State("stale", "; ".join(changed))
     return State("incomplete", record["incomplete"]) if "incomplete" in record else State("done")
 
-def differences(before:dict, now:dict)->list: # of phrases
+# %% ../../nbs/runner/04_state.ipynb #c525cb92
+def differences(before: dict, now: dict) -> list:  # of phrases
     "What of a step's inputs is another than it was."
+
     def phrase(key):
         kind, name = key.split(" ", 1)
-        if kind == "field": return f"{name} was {before[key]}, is {now[key]}" if key in before and key in now else f"{name} is {'new' if key in now else 'no longer read'}"
+        if kind == "field":
+            return (
+                f"{name} was {before[key]}, is {now[key]}"
+                if key in before and key in now
+                else f"{name} is {'new' if key in now else 'no longer read'}"
+            )
         where = {"code": f"the code of scir.{name}", "notebook": f"notebook {name}"}.get(kind, name)
         return f"{where} {'changed' if key in before and key in now and now[key] != 'absent' else 'is gone' if key in before else 'is new'}"
+
     return [phrase(key) for key in dict.fromkeys((*now, *before)) if before.get(key) != now.get(key)]
+
 
 def _interrupted(recipe, run, step, begun):
     "What an interrupted try left, if it can be gone on with."
-    if busy(run, file_name(step)): return "at work now"
-    if begun != fingerprint(recipe, run, step): return "begun with other inputs; begins anew"
-    outputs = [run/f for f in STAGES[step.stage].writes(recipe, step.node)]
-    rows = sum(f.read_bytes().count(b"\n") for o in outputs if o.suffix == ".jsonl" for f in (o, *unfinished_parts(o).values()) if f.exists())
-    checkpoints = [c.name for o in outputs if o.name == "adapter" for c in (o.parent/"checkpoints").glob("checkpoint-*")]
+    if busy(run, file_name(step)):
+        return "at work now"
+    if begun != fingerprint(recipe, run, step):
+        return "begun with other inputs; begins anew"
+    outputs = [run / f for f in STAGES[step.stage].writes(recipe, step.node)]
+    rows = sum(
+        f.read_bytes().count(b"\n")
+        for o in outputs
+        if o.suffix == ".jsonl"
+        for f in (o, *unfinished_parts(o).values())
+        if f.exists()
+    )
+    checkpoints = [
+        c.name for o in outputs if o.name == "adapter" for c in (o.parent / "checkpoints").glob("checkpoint-*")
+    ]
     return f"interrupted; goes on after {max(checkpoints, key=lambda c: int(c.rpartition('-')[2])) if checkpoints else f'{rows} rows'}"
 
-def finished(recipe:Recipe, run:Path, step:Step)->bool:
+# %% ../../nbs/runner/04_state.ipynb #ee3868bb
+def finished(recipe: Recipe, run: Path, step: Step) -> bool:
     "Whether `step` need not be done again."
     return state(recipe, run, step).name == "done"

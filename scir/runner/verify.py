@@ -19,180 +19,276 @@ from ..data.load import better_side, find_grader, grade
 from ..method.labels import agreed
 from ..method.loss import implicit_margin
 from .state import State, state
-from .plan import Step, needed, plan
+from .plan import needed, plan
 from ..recipe import AlignmentSpec, Recipe, all_nodes, load_recipe, own_recipe
 from ..stages.sample import summarise
 from ..store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows
 
 # %% ../../nbs/runner/12_verify.ipynb #a6235ccc
-def status(recipe:Recipe, run)->list: # of (Step, State), in the order of the plan
+def status(recipe: Recipe, run) -> list:  # of (Step, State), in the order of the plan
     "Where every step of a run stands under a recipe."
     found, open_steps = [], set()
     for step in plan(recipe):
         s, before = state(recipe, Path(run), step), [b for b in needed(recipe, step) if b in open_steps]
-        if s.name == "done" and before: s = State("stale", f"after {before[-1].key}, unless that comes out as it was")
-        if s.name != "done": open_steps.add(step)
+        if s.name == "done" and before:
+            s = State("stale", f"after {before[-1].key}, unless that comes out as it was")
+        if s.name != "done":
+            open_steps.add(step)
         found.append((step, s))
     return found
 
 # %% ../../nbs/runner/12_verify.ipynb #608d56f0
-def recorded(recipe:Recipe, run:Path)->dict: # step key -> record
+def recorded(recipe: Recipe, run: Path) -> dict:  # step key -> record
     "The finished steps of a run, in the order of the plan."
-    steps = read_json(run/"manifest.json", {}).get("steps", {})
+    steps = read_json(run / "manifest.json", {}).get("steps", {})
     return {s.key: steps[s.key] for s in plan(recipe) if s.key in steps}
 
-def check_files(recipe:Recipe, run:Path): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #c8246f8f
+def check_files(recipe: Recipe, run: Path):  # yields (what, fault)
     "Every file that a finished step wrote."
     for key, record in recorded(recipe, run).items():
         for f, h in record["outputs"].items():
-            now = hash_path(run/f)
+            now = hash_path(run / f)
             yield f, "" if now == h else f"{'is gone' if now == 'absent' else 'is not what was written'} ({key})"
 
-def check_inputs(recipe:Recipe, run:Path): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #c8ad26b9
+def check_inputs(recipe: Recipe, run: Path):  # yields (what, fault)
     "Every file that a finished step read: is it what the step before it wrote?"
     steps = recorded(recipe, run)
     wrote = {f: h for record in steps.values() for f, h in record["outputs"].items()}
     for key, record in steps.items():
         for name, h in record.get("inputs", {}).items():
             kind, f = name.split(" ", 1)
-            if kind == "file" and f in wrote: yield f"{f} for {key}", "" if wrote[f] == h else "was another file then"
+            if kind == "file" and f in wrote:
+                yield f"{f} for {key}", "" if wrote[f] == h else "was another file then"
 
 # %% ../../nbs/runner/12_verify.ipynb #57f285a8
-def readable(path, kind:type=dict)->tuple: # rows, what is wrong with the file
+def readable(path, kind: type = dict) -> tuple:  # rows, what is wrong with the file
     "Rows of a file, or none and why."
-    try: return read_rows(path, kind), ""
-    except (ValueError, OSError) as e: return [], " ".join(str(e).split())
+    try:
+        return read_rows(path, kind), ""
+    except (ValueError, OSError) as e:
+        return [], " ".join(str(e).split())
 
-def score_files(recipe:Recipe, run:Path): # yields (file, record of the step that wrote it)
+# %% ../../nbs/runner/12_verify.ipynb #71e51472
+def score_files(recipe: Recipe, run: Path):  # yields (file, record of the step that wrote it)
     "Every file of judged pairs."
     for key, record in recorded(recipe, run).items():
-        if key.split(":")[0] in ("judge", "evaluate"): yield from ((f, record) for f in record["outputs"] if f.endswith(".jsonl") and Path(f).name not in UNJUDGED)
+        if key.split(":")[0] in ("judge", "evaluate"):
+            yield from ((f, record) for f in record["outputs"] if f.endswith(".jsonl") and Path(f).name not in UNJUDGED)
 
+# %% ../../nbs/runner/12_verify.ipynb #32dfeded
 UNJUDGED = ("responses.jsonl", "grades.jsonl")
 
-def derived_margins(s:Score, beta:float, implicit_length:str)->dict: # reward model -> margin
+
+def derived_margins(s: Score, beta: float, implicit_length: str) -> dict:  # reward model -> margin
     "The margins that follow from a row's own log-odds and log-probs."
     import torch
+
     lengths = torch.tensor([[len(s.ids_a), len(s.ids_b)]]) if implicit_length == "per_token" else None
     implicit = implicit_margin(torch.tensor([s.logps]), torch.tensor([s.reference_logps]), beta, lengths)
     return {"generative": (s.order_margins[0] - s.order_margins[1]) / 2, "implicit": float(implicit)}
 
-def check_margins(recipe:Recipe, run:Path): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #a312f9ac
+def check_margins(recipe: Recipe, run: Path):  # yields (what, fault)
     "Every margin of the two internal models, in every file of judged pairs, with the settings that they were made with."
     for f, record in score_files(recipe, run):
-        inputs, (rows, fault) = record.get("inputs", {}), readable(run/f, Score)
-        if fault: yield f, fault
+        inputs, (rows, fault) = record.get("inputs", {}), readable(run / f, Score)
+        if fault:
+            yield f, fault
         for s in rows:
-            derived = derived_margins(s, inputs.get("field train.beta", recipe.train.beta), inputs.get("field train.implicit_length", recipe.train.implicit_length))
-            wrong = [k for k, v in derived.items() if k in s.margins and not math.isclose(v, s.margins[k], rel_tol=1e-4, abs_tol=1e-4)]
+            derived = derived_margins(
+                s,
+                inputs.get("field train.beta", recipe.train.beta),
+                inputs.get("field train.implicit_length", recipe.train.implicit_length),
+            )
+            wrong = [
+                k
+                for k, v in derived.items()
+                if k in s.margins and not math.isclose(v, s.margins[k], rel_tol=1e-4, abs_tol=1e-4)
+            ]
             yield f"{f}, {s.id}", f"the margin of {wrong[0]} does not follow from the row" if wrong else ""
 
 # %% ../../nbs/runner/12_verify.ipynb #b5068ee3
 LABELS = ("scores.jsonl", "panel.jsonl", "own.jsonl", "seed_pairs.jsonl")
 
-def label_faults(f:str, run:Path, grader): # yields (what, fault)
+
+def label_faults(f: str, run: Path, grader):  # yields (what, fault)
     "The labels of a file of pairs; of the warm start's pairs, those of the SFT model's answers."
-    rows, fault = readable(run/f, SeedPair if f.endswith("/seed_pairs.jsonl") else Score)
-    if fault: yield f, fault
+    rows, fault = readable(run / f, SeedPair if f.endswith("/seed_pairs.jsonl") else Score)
+    if fault:
+        yield f, fault
     for r in (r for r in rows if isinstance(r, Score) or r.subset == "own"):
         right = r.label == better_side(grader, r.prompt, r.response_a, r.response_b)
         yield f"{f}, {r.id}", "" if right else "the label is not the grader's"
 
-def grade_faults(f:str, run:Path, grader): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #9c27fc65
+def grade_faults(f: str, run: Path, grader):  # yields (what, fault)
     "The scores of a model's answers."
-    (rows, fault), (answers, other) = readable(run/f, Grade), readable((run/f).with_name("responses.jsonl"), Response)
-    if fault or other: yield f, fault or other
+    (rows, fault), (answers, other) = (
+        readable(run / f, Grade),
+        readable((run / f).with_name("responses.jsonl"), Response),
+    )
+    if fault or other:
+        yield f, fault or other
     known = {r.id: grade(grader, r.prompt, r.response) for r in answers}
-    if len(rows) != len(known): yield f, f"{len(rows)} scores of {len(known)} answers"
-    for r in rows: yield f"{f}, {r.id}", "" if r.id in known and r.score == known[r.id] else "the score is not the grader's"
+    if len(rows) != len(known):
+        yield f, f"{len(rows)} scores of {len(known)} answers"
+    for r in rows:
+        yield f"{f}, {r.id}", "" if r.id in known and r.score == known[r.id] else "the score is not the grader's"
 
-def check_labels(recipe:Recipe, run:Path): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #4a1e9ace
+def check_labels(recipe: Recipe, run: Path):  # yields (what, fault)
     "Every score and every label that the grader gave: ask it again."
-    try: grader = find_grader(recipe.data.grader)
+    try:
+        grader = find_grader(recipe.data.grader)
     except Exception as e:
         yield "data.grader", broken(e)
         return
     for f in (f for record in recorded(recipe, run).values() for f in record["outputs"]):
         name = Path(f).name
-        try: yield from grade_faults(f, run, grader) if name == "grades.jsonl" else label_faults(f, run, grader) if name in LABELS else ()
-        except Exception as e: yield f, broken(e)
+        try:
+            yield from (
+                grade_faults(f, run, grader)
+                if name == "grades.jsonl"
+                else label_faults(f, run, grader)
+                if name in LABELS
+                else ()
+            )
+        except Exception as e:
+            yield f, broken(e)
 
 # %% ../../nbs/runner/12_verify.ipynb #f40ef5b6
-def same(a, b)->bool:
+def same(a, b) -> bool:
     "Equal, numbers up to rounding."
-    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) if number(a) and number(b) else a == b
 
-def derived(run:Path, node:str): # yields (file, kept figures, () -> figures from its rows)
+# %% ../../nbs/runner/12_verify.ipynb #17a5463d
+def derived(run: Path, node: str):  # yields (file, kept figures, () -> figures from its rows)
     "A model's kept figures beside those that its rows give."
-    kept, won, seen = (read_json(run/node/f/"metrics.json", {}) for f in ("evaluation", "alignment", "consistency"))
+    kept, won, seen = (
+        read_json(run / node / f / "metrics.json", {}) for f in ("evaluation", "alignment", "consistency")
+    )
     without = lambda d: {k: v for k, v in d.items() if k != "dropped"}
-    if kept: yield f"{node}/evaluation/responses.jsonl", without(kept["answers"]), answer_figures
-    for name, figures in kept.get("sets", {}).items(): yield f"{node}/evaluation/{name}.jsonl", without(figures), lambda f: metrics(read_rows(f, Score))
-    if won: yield f"{node}/alignment/duels.jsonl", {k: won.get(k) for k in WINS}, win_figures
-    if seen: yield f"{node}/scores.jsonl", seen, lambda f: metrics(read_rows(f, Score))
-    if seen: yield f"{node}/agreed.jsonl", [s.id for s in readable(run/node/"scores.jsonl", Score)[0] if agreed(s) is not None], lambda f: [r["id"] for r in read_rows(f)]
+    if kept:
+        yield f"{node}/evaluation/responses.jsonl", without(kept["answers"]), answer_figures
+    for name, figures in kept.get("sets", {}).items():
+        yield f"{node}/evaluation/{name}.jsonl", without(figures), lambda f: metrics(read_rows(f, Score))
+    if won:
+        yield f"{node}/alignment/duels.jsonl", {k: won.get(k) for k in WINS}, win_figures
+    if seen:
+        yield f"{node}/scores.jsonl", seen, lambda f: metrics(read_rows(f, Score))
+    if seen:
+        yield (
+            f"{node}/agreed.jsonl",
+            [s.id for s in readable(run / node / "scores.jsonl", Score)[0] if agreed(s) is not None],
+            lambda f: [r["id"] for r in read_rows(f)],
+        )
 
-def answer_figures(file:Path)->dict:
+# %% ../../nbs/runner/12_verify.ipynb #f55d7c42
+def answer_figures(file: Path) -> dict:
     "Figures of the answers, and of their scores where there are any."
     from scir.stages.evaluate import score_summary  # imports transformers
+
     grades = file.with_name("grades.jsonl")
     return summarise(read_rows(file, Response)) | (score_summary(read_rows(grades, Grade)) if grades.exists() else {})
 
-WINS = ("win_rate", "win_rate_low", "win_rate_high", "win_rate_n", "length_controlled", "controlled", "duels", "invalid")
+# %% ../../nbs/runner/12_verify.ipynb #75a601ef
+WINS = (
+    "win_rate",
+    "win_rate_low",
+    "win_rate_high",
+    "win_rate_n",
+    "length_controlled",
+    "controlled",
+    "duels",
+    "invalid",
+)
 
-def win_figures(file)->dict:
+
+def win_figures(file) -> dict:
     "Win rates from duels, their preferences from their verdicts."
     duels = [d.model_copy(update={"preference": preference(d.verdicts)}) for d in read_rows(file, Duel)]
     found = won_by(duels, AlignmentSpec(), {})
     return {k: found[k] for k in WINS}
 
-def broken(error:Exception)->str:
+# %% ../../nbs/runner/12_verify.ipynb #67592148
+def broken(error: Exception) -> str:
     "What a damaged file gave, in a line."
     return f"cannot be read as it should be ({type(error).__name__}: {' '.join(str(error).split())})"
 
-def check_metrics(recipe:Recipe, run:Path): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #de3161e8
+def check_metrics(recipe: Recipe, run: Path):  # yields (what, fault)
     "Every kept figure of every model."
     for node in all_nodes(recipe):
         try:
             for f, kept, make in derived(run, node):
-                try: yield f, "" if same(kept, make(run/f)) else f"{node}: the kept figures do not follow from its rows"
-                except Exception as e: yield f, broken(e)
-        except Exception as e: yield f"{node}, metrics.json", broken(e)
+                try:
+                    yield (
+                        f,
+                        "" if same(kept, make(run / f)) else f"{node}: the kept figures do not follow from its rows",
+                    )
+                except Exception as e:
+                    yield f, broken(e)
+        except Exception as e:
+            yield f"{node}, metrics.json", broken(e)
 
-def check_tables(recipe:Recipe, run:Path): # yields (what, fault)
+# %% ../../nbs/runner/12_verify.ipynb #ebffd6d5
+def check_tables(recipe: Recipe, run: Path):  # yields (what, fault)
     "The report's tables, made anew from the run's files."
     from scir.report.gather import gather
     from scir.report.document import tables
-    if "report" not in recorded(recipe, run): return
-    try: made = {name: t.to_csv(index=False) for name, t in tables(gather([run])).items()}
-    except Exception as e: made = {"summary": f"cannot be made: {broken(e)}"}
-    for name, text in made.items():
-        file = run/"report"/f"{name}.csv"
-        kept = file.read_text(encoding="utf-8") if file.exists() else "is gone"
-        yield f"report/{name}.csv", "" if text == kept or cells(text) == cells(kept) else text if text.startswith("cannot be made") else "is another table than the run's files give"
 
-def cells(text:str)->list:
+    if "report" not in recorded(recipe, run):
+        return
+    try:
+        made = {name: t.to_csv(index=False) for name, t in tables(gather([run])).items()}
+    except Exception as e:
+        made = {"summary": f"cannot be made: {broken(e)}"}
+    for name, text in made.items():
+        file = run / "report" / f"{name}.csv"
+        kept = file.read_text(encoding="utf-8") if file.exists() else "is gone"
+        yield (
+            f"report/{name}.csv",
+            ""
+            if text == kept or cells(text) == cells(kept)
+            else text
+            if text.startswith("cannot be made")
+            else "is another table than the run's files give",
+        )
+
+# %% ../../nbs/runner/12_verify.ipynb #02ecb7b3
+def cells(text: str) -> list:
     "A table's header and cells, numbers rounded to 9 digits, so that another machine's last bit is no fault."
-    try: table = pd.read_csv(io.StringIO(text))
-    except (ValueError, pd.errors.ParserError): return [text]
-    return [list(table.columns), *([f"{v:.9g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False))]
+    try:
+        table = pd.read_csv(io.StringIO(text))
+    except (ValueError, pd.errors.ParserError):
+        return [text]
+    return [
+        list(table.columns),
+        *([f"{v:.9g}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)),
+    ]
 
 # %% ../../nbs/runner/12_verify.ipynb #a780fc10
 CHECKS = {
     "files": check_files,
     "inputs": check_inputs,
     "margins": check_margins,
-    "labels": check_labels, # only where the recipe has a grader
+    "labels": check_labels,  # only where the recipe has a grader
     "figures": check_metrics,
     "tables": check_tables,
 }
 
-def verify(run)->dict: # check -> list of (what, fault)
+
+def verify(run) -> dict:  # check -> list of (what, fault)
     "Hash every file of a run again, and derive its margins, figures and tables again. Raises ValueError where there is nothing to verify."
     run = Path(run)
     recipe = load_recipe(own_recipe(run))
-    if not recorded(recipe, run): raise ValueError(f"{run}: no finished step in its manifest, so there is nothing to verify")
+    if not recorded(recipe, run):
+        raise ValueError(f"{run}: no finished step in its manifest, so there is nothing to verify")
     return {name: list(check(recipe, run)) for name, check in CHECKS.items() if name != "labels" or recipe.data.grader}

@@ -21,26 +21,33 @@ from ..stages.files import STAGES
 from ..store import digest, exchange, hide_secrets, processes, read_json, remove, unfinished, unfinished_parts
 
 # %% ../../nbs/runner/06_work.ipynb #6dedce5b
-def quiet()->None:
+def quiet() -> None:
     "No third-party chatter in terminal or notebook; our own lines and bars stay."
     import logging, warnings
     from transformers.utils import logging as hf
+
     hf.set_verbosity_error()
     hf.disable_progress_bar()
-    for name in ("accelerate", "bitsandbytes"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")
 
-def settled(recipe:Recipe, run:Path)->Recipe:
+# %% ../../nbs/runner/06_work.ipynb #f6feda17
+def settled(recipe: Recipe, run: Path) -> Recipe:
     "`model.dtype: auto` as what the run began with, or, for a new one, what this machine is fast in: a run that is moved goes on in the same numbers."
-    if recipe.model.dtype != "auto": return recipe
-    begun = run/"recipe.yaml"
+    if recipe.model.dtype != "auto":
+        return recipe
+    begun = run / "recipe.yaml"
     from scir.model.weights import compute_dtype
+
     dtype = load_recipe(begun).model.dtype if begun.exists() else "auto"
-    if dtype == "auto": dtype = str(compute_dtype(recipe.model)).removeprefix("torch.")
+    if dtype == "auto":
+        dtype = str(compute_dtype(recipe.model)).removeprefix("torch.")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
-def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
+# %% ../../nbs/runner/06_work.ipynb #2b96b78e
+def open_run(recipe: str | None, run: str) -> tuple:  # Recipe, Path
     "Go to the project's folder and open a run directory: with the recipe given, or with the run's own."
     os.chdir(root())
     quiet()
@@ -50,77 +57,115 @@ def open_run(recipe:str|None, run:str)->tuple: # Recipe, Path
     run.mkdir(parents=True, exist_ok=True)
     loaded = settled(loaded, run)
     make_models(loaded)
-    if recipe or not (run/"manifest.json").exists():
-        with alone(run, "run", 0, "a `scir run` works on it"): start_manifest(loaded, run)
+    if recipe or not (run / "manifest.json").exists():
+        with alone(run, "run", 0, "a `scir run` works on it"):
+            start_manifest(loaded, run)
     return loaded, run
 
-def check_owner(recipe:Recipe, run:Path)->None:
+# %% ../../nbs/runner/06_work.ipynb #9c5fff92
+def check_owner(recipe: Recipe, run: Path) -> None:
     "Raise RecipeError for a directory with a run of another recipe: its files would be removed."
-    if (run/"recipe.yaml").exists() and (other := load_recipe(run/"recipe.yaml").name) != recipe.name:
-        raise RecipeError(f"{run} belongs to recipe {other!r}, not {recipe.name!r}; name another run directory, or use its own recipe (in a notebook: recipe = None)")
+    if (run / "recipe.yaml").exists() and (other := load_recipe(run / "recipe.yaml").name) != recipe.name:
+        raise RecipeError(
+            f"{run} belongs to recipe {other!r}, not {recipe.name!r}; name another run directory, or use its own recipe (in a notebook: recipe = None)"
+        )
 
 # %% ../../nbs/runner/06_work.ipynb #6f3a849f
-def make_models(recipe:Recipe)->None:
+def make_models(recipe: Recipe) -> None:
     "Have the built-in models there before anything asks for their hashes."
     for name in models_of(read_fields(recipe, ("model", "labels", "alignment"))):
-        if Path(name).exists() or (MODELS/name/"model.safetensors").exists() or "/" in name: continue
+        if Path(name).exists() or (MODELS / name / "model.safetensors").exists() or "/" in name:
+            continue
         from scir.model.weights import BUILT_IN
-        if name in BUILT_IN: BUILT_IN[name]()
 
-def say_shipped(sources:list)->None:
+        if name in BUILT_IN:
+            BUILT_IN[name]()
+
+
+def say_shipped(sources: list) -> None:
     "Name the data that is the package's own, for want of such a file here."
     for s in sources:
-        if SHIPPED in (found := locate(s)).parents: print(f"{s}: no such file in {Path.cwd()}; the one that comes with scir is read ({found})", flush=True)
+        if SHIPPED in (found := locate(s)).parents:
+            print(f"{s}: no such file in {Path.cwd()}; the one that comes with scir is read ({found})", flush=True)
 
 # %% ../../nbs/runner/06_work.ipynb #b0f2de25
-def begin(recipe:Recipe, run:Path, step:Step)->dict: # its inputs
+def begin(recipe: Recipe, run: Path, step: Step) -> dict:  # its inputs
     "Note that a step starts. What an interrupted try left is continued if its inputs were the same, else removed, with the outputs of earlier ones."
     check_code(step.stage)
     read = inputs(recipe, run, step)
-    outputs = [run/f for f in STAGES[step.stage].writes(recipe, step.node)]
+    outputs = [run / f for f in STAGES[step.stage].writes(recipe, step.node)]
     remove({p for o in outputs for p in (*o.parent.glob(f".{o.stem}.*tmp"), *o.glob("**/.*.tmp"))})
-    same = read_json(run/"manifest.json").get("begun", {}).get(step.key) == digest(read)
+    same = read_json(run / "manifest.json").get("begun", {}).get(step.key) == digest(read)
     if not same:
-        for o in outputs: remove((o, *([o.parent/"checkpoints"] if o.name == "adapter" else unfinished_parts(o).values() if o.suffix == ".jsonl" else [])))
+        for o in outputs:
+            remove(
+                (
+                    o,
+                    *(
+                        [o.parent / "checkpoints"]
+                        if o.name == "adapter"
+                        else unfinished_parts(o).values()
+                        if o.suffix == ".jsonl"
+                        else []
+                    ),
+                )
+            )
     else:
         for o in outputs:
-            if o.suffix == ".jsonl" and o.exists(): os.replace(o, unfinished(o))  # a part that was whole: its rows need not be made again
+            if o.suffix == ".jsonl" and o.exists():
+                os.replace(o, unfinished(o))  # a part that was whole: its rows need not be made again
     with manifest_of(run) as manifest:
-        if not same: manifest["steps"].pop(step.key, None)
+        if not same:
+            manifest["steps"].pop(step.key, None)
         manifest["begun"][step.key] = digest(read)
         manifest["failed"].pop(step.key, None)
     return read
 
 # %% ../../nbs/runner/06_work.ipynb #dceb62d5
-def ended_by_another(error)->bool:
+def ended_by_another(error) -> bool:
     "Whether an error only says that a process of the same group is gone."
     return any(sign in str(error) for sign in ("gloo/transport", "ncclRemoteError"))
 
-def reason(error)->str:
+# %% ../../nbs/runner/06_work.ipynb #9a76a772
+def reason(error) -> str:
     "An error, or that of a failed notebook or job of a cluster, in one line, with what helps where that is known."
-    text = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error.args[0] if isinstance(error, KeyError) else error)
-    if isinstance(error, BrokenExecutor): text = "the process of this job, or of one beside it, was killed, most often for want of memory; run again, if need be with fewer --jobs"
-    if type(error).__module__.startswith("submitit"): text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
-    if ended_by_another(text): text = "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed, most often for want of memory"
+    text = (
+        f"{error.ename}: {error.evalue}"
+        if hasattr(error, "ename")
+        else str(error.args[0] if isinstance(error, KeyError) else error)
+    )
+    if isinstance(error, BrokenExecutor):
+        text = "the process of this job, or of one beside it, was killed, most often for want of memory; run again, if need be with fewer --jobs"
+    if type(error).__module__.startswith("submitit"):
+        text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
+    if ended_by_another(text):
+        text = "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed, most often for want of memory"
     text = hide_secrets(" ".join(text.split()) or type(error).__name__)
-    if any(sign in text for sign in ("No space left", "StorageFull", "Disk quota", "PytorchStreamWriter failed")): return f"{text}; the disk is full: free some of it and run again, what is done is kept"
-    if any(sign in text for sign in ("Permission denied", "Read-only file system")): return f"{text}; let this user write there, or name another place with --out"
+    if any(sign in text for sign in ("No space left", "StorageFull", "Disk quota", "PytorchStreamWriter failed")):
+        return f"{text}; the disk is full: free some of it and run again, what is done is kept"
+    if any(sign in text for sign in ("Permission denied", "Read-only file system")):
+        return f"{text}; let this user write there, or name another place with --out"
     return text
 
 # %% ../../nbs/runner/06_work.ipynb #1b8779eb
 @contextmanager
-def noted(run:Path, step:Step):
+def noted(run: Path, step: Step):
     "What makes a step fail inside is noted in the manifest; of several processes by the first one to fail, since the others only know that it is gone."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if ended_by_another(e): time.sleep(2)  # where the command itself was killed, `end_with` ends this process without a word
+        if ended_by_another(e):
+            time.sleep(2)  # where the command itself was killed, `end_with` ends this process without a word
         with suppress(OSError, ValueError):
-            if step.key in read_json(run/"manifest.json")["failed"]: sys.exit(1)  # the first one says it
-            if processes() > 1: print(file=sys.stderr)  # ends the line of a progress bar
+            if step.key in read_json(run / "manifest.json")["failed"]:
+                sys.exit(1)  # the first one says it
+            if processes() > 1:
+                print(file=sys.stderr)  # ends the line of a progress bar
             note_failure(run, step, f"{type(e).__name__}: {reason(e)}")
         raise
 
-def work(recipe:Recipe, run:Path, step:Step)->None:
+# %% ../../nbs/runner/06_work.ipynb #78277741
+def work(recipe: Recipe, run: Path, step: Step) -> None:
     "Do one step here and now, alone in the run directory."
     with alone(run, file_name(step), 10, f"another process is busy with {step.key}"):
         read, started = begin(recipe, run, step), time.time()
@@ -129,13 +174,19 @@ def work(recipe:Recipe, run:Path, step:Step)->None:
             summary = STAGES[step.stage].run(recipe, run, step.node)
             record(recipe, run, step, read, time.time() - started, summary)
 
-def do(stage:str, recipe:Recipe, run:Path, node:str="")->dict: # summary
+# %% ../../nbs/runner/06_work.ipynb #468e9fd6
+def do(stage: str, recipe: Recipe, run: Path, node: str = "") -> dict:  # summary
     "Do a step in this process, and before it those it needs; a finished one is not done again, of those needed nor one that only lacks a server's answers."
     step = Step(stage, node)
-    if step not in plan(recipe): raise ValueError(f"{step.key} is not a step of this recipe; its steps: {', '.join(s.key for s in plan(recipe))}")
+    if step not in plan(recipe):
+        raise ValueError(
+            f"{step.key} is not a step of this recipe; its steps: {', '.join(s.key for s in plan(recipe))}"
+        )
     for s in needed(recipe, step):
-        if state(recipe, run, s).name in ("done", "incomplete"): continue
+        if state(recipe, run, s).name in ("done", "incomplete"):
+            continue
         print(f"{step.key} needs {s.key}")
         work(recipe, run, s)
-    if not finished(recipe, run, step): work(recipe, run, step)
-    return read_json(run/"manifest.json")["steps"][step.key]["summary"]
+    if not finished(recipe, run, step):
+        work(recipe, run, step)
+    return read_json(run / "manifest.json")["steps"][step.key]["summary"]

@@ -26,141 +26,221 @@ from ..store import Prompt, Response, Row, digest, read_rows, write_json, write_
 # %% ../../nbs/stages/08_align.ipynb #dda0cbc9
 class Duel(Row):
     "One output against the reference output."
+
     id: str
     instruction: str
-    output: str # the model's
+    output: str  # the model's
     reference: str
-    verdicts: tuple[float | None, float | None] # P(first shown is better): output shown first, reference shown first; None: unreadable
-    preference: float | None # P(output is better), mean over the orders; None when a verdict is
+    verdicts: tuple[
+        float | None, float | None
+    ]  # P(first shown is better): output shown first, reference shown first; None: unreadable
+    preference: float | None  # P(output is better), mean over the orders; None when a verdict is
 
-def preference(verdicts:tuple)->float|None:
+# %% ../../nbs/stages/08_align.ipynb #1d6359d5
+def preference(verdicts: tuple) -> float | None:
     "P(output is better) from P(first is better) in both orders."
     return None if None in verdicts else (1 + (verdicts[0] - verdicts[1])) / 2
 
-def duels(pairs:list, # (id, instruction, output, reference)
-          ask, # a judge
-         )->list: # of Duel
+# %% ../../nbs/stages/08_align.ipynb #689823db
+def duels(
+    pairs: list,  # (id, instruction, output, reference)
+    ask,  # a judge
+) -> list:  # of Duel
     "Show every pair to the judge in both orders."
     found = ask([row for _, i, o, r in pairs for row in ((i, o, r), (i, r, o))])
-    return [Duel(id=k, instruction=as_text(i), output=o, reference=r, verdicts=v, preference=preference(v))
-            for (k, i, o, r), v in zip(pairs, zip(found[::2], found[1::2]))]
+    return [
+        Duel(id=k, instruction=as_text(i), output=o, reference=r, verdicts=v, preference=preference(v))
+        for (k, i, o, r), v in zip(pairs, zip(found[::2], found[1::2]))
+    ]
 
 # %% ../../nbs/stages/08_align.ipynb #ade47fb2
-def win_rate(duels:list, level:float=.95)->dict: # value, low, high as fractions; n readable duels; invalid ones
+def win_rate(duels: list, level: float = 0.95) -> dict:  # value, low, high as fractions; n readable duels; invalid ones
     "Mean preference with its score interval (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval); value is None when no duel is readable."
     p = np.array([d.preference for d in duels if d.preference is not None])
     n, out = len(p), {"n": len(p), "invalid": len(duels) - len(p)}
-    if n == 0: return {"value": None, "low": None, "high": None} | out
+    if n == 0:
+        return {"value": None, "low": None, "high": None} | out
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre = (p.mean() + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p.var() / n + z * z / (4 * n * n))
     return {"value": float(p.mean()), "low": float(max(0, centre - half)), "high": float(min(1, centre + half))} | out
 
 # %% ../../nbs/stages/08_align.ipynb #eba5dc85
-FOLDS, STRENGTHS, WEAK, DRAWS = 5, np.logspace(-4, 4, 10), 10.0, 200  # strengths are inverse penalties; WEAK is the bootstrap's
+FOLDS, STRENGTHS, WEAK, DRAWS = (
+    5,
+    np.logspace(-4, 4, 10),
+    10.0,
+    200,
+)  # strengths are inverse penalties; WEAK is the bootstrap's
 
-def _fit(x, p, strength): # (slope, intercept)
+
+def _fit(x, p, strength):  # (slope, intercept)
     from sklearn.linear_model import LogisticRegression
-    l1 = {"penalty": "l1"} if LogisticRegression().l1_ratio is None else {"l1_ratio": 1.0}  # its name before and since scikit-learn 1.8
-    model = LogisticRegression(C=strength, solver="liblinear", fit_intercept=False, random_state=123, max_iter=1000, **l1)
+
+    l1 = (
+        {"penalty": "l1"} if LogisticRegression().l1_ratio is None else {"l1_ratio": 1.0}
+    )  # its name before and since scikit-learn 1.8
+    model = LogisticRegression(
+        C=strength, solver="liblinear", fit_intercept=False, random_state=123, max_iter=1000, **l1
+    )
     weight = np.concatenate([p, 1 - p]).clip(1e-9)  # liblinear drops rows of weight 0 and may be left with one class
     return model.fit(np.vstack([x, x]), np.repeat([1, 0], len(p)), sample_weight=weight).coef_[0]
+
 
 def _loss(x, p, coefficients):
     logits = x @ coefficients
     return float(np.mean(np.logaddexp(0, logits) - p * logits))
 
+
 def _strength(x, p):
     "The inverse penalty with the lowest mean loss on held-out folds; the strongest penalty where several are equal."
     from sklearn.model_selection import GroupKFold
+
     folds = list(GroupKFold(FOLDS).split(x, groups=np.arange(len(p))))
-    losses = [np.mean([_loss(x[test], p[test], _fit(x[train], p[train], s)) for train, test in folds]) for s in STRENGTHS]
+    losses = [
+        np.mean([_loss(x[test], p[test], _fit(x[train], p[train], s)) for train, test in folds]) for s in STRENGTHS
+    ]
     return STRENGTHS[int(np.argmin(losses))]
 
 # %% ../../nbs/stages/08_align.ipynb #3c098ee3
-def not_estimable(x, p)->str|None:
+def not_estimable(x, p) -> str | None:
     "Why no length-controlled rate follows from these (n, 2) features and (n,) preferences, or None."
-    if len(p) < 2 * FOLDS: return f"fewer than {2 * FOLDS} verdicts"
-    if np.ptp(p) < 1e-6: return "all preferences are equal"
-    if np.ptp(x[:, 0]) < 1e-2: return "the length term does not vary"
+    if len(p) < 2 * FOLDS:
+        return f"fewer than {2 * FOLDS} verdicts"
+    if np.ptp(p) < 1e-6:
+        return "all preferences are equal"
+    if np.ptp(x[:, 0]) < 1e-2:
+        return "the length term does not vary"
     won, lost = x[p == 1, 0], x[p == 0, 0]
-    if len(won) + len(lost) == len(p) and (won.min() > lost.max() or won.max() < lost.min()): return "length alone decides every preference"
+    if len(won) + len(lost) == len(p) and (won.min() > lost.max() or won.max() < lost.min()):
+        return "length alone decides every preference"
 
-def length_controlled(preferences:list, # P(output is better), None where invalid
-                      output_lengths:list, # characters
-                      reference_lengths:list, # characters
-                     )->dict: # value, low, high as fractions, n, slope (positive: longer wins), reason where value is None
+# %% ../../nbs/stages/08_align.ipynb #7c677dc5
+def length_controlled(
+    preferences: list,  # P(output is better), None where invalid
+    output_lengths: list,  # characters
+    reference_lengths: list,  # characters
+) -> dict:  # value, low, high as fractions, n, slope (positive: longer wins), reason where value is None
     "AlpacaEval 2's estimate with no instruction difficulty (https://arxiv.org/abs/2404.04475), with a bootstrap interval."
     p, delta = np.array(preferences, float), np.subtract(output_lengths, reference_lengths, dtype=float)
     known, spread = ~np.isnan(p), delta.std(ddof=1) if len(delta) > 1 else 0
     x, p = np.column_stack([np.tanh(delta / spread) if spread else 0 * delta, np.ones(len(delta))])[known], p[known]
     out = {"value": None, "low": None, "high": None, "n": len(p), "slope": None, "reason": not_estimable(x, p)}
-    if out["reason"]: return out
+    if out["reason"]:
+        return out
     strength, rng = _strength(x, p), np.random.default_rng(0)
     slope, intercept = _fit(x, p, strength)
     rows = rng.integers(len(p), size=(DRAWS, len(p)))
     at_zero = lambda theta: float(1 / (1 + np.exp(-theta)))
-    low, high = np.quantile([at_zero(_fit(x[r], p[r], WEAK)[1]) for r in rows], [.025, .975])
+    low, high = np.quantile([at_zero(_fit(x[r], p[r], WEAK)[1]) for r in rows], [0.025, 0.975])
     value = at_zero(intercept)
     return out | {"value": value, "low": float(min(low, value)), "high": float(max(high, value)), "slope": float(slope)}
 
 # %% ../../nbs/stages/08_align.ipynb #aad3801f
-def reference_outputs(source:str, limit:int|None=None)->tuple: # list of (Prompt, output), how many of the rows are left out
+def reference_outputs(
+    source: str, limit: int | None = None
+) -> tuple:  # list of (Prompt, output), how many of the rows are left out
     "The first `limit` instructions and outputs of a file or hub data set, AlpacaEval's among them, without rows that lack a text and repeated instructions; raises ValueError when the columns or rows are not there."
     rows = read_source(source)
-    if not rows or not {"instruction", "output"} <= set(rows[0]): raise ValueError(f"alignment.reference {source}: columns {sorted(rows[0]) if rows else []}; rows with instruction and output are needed")
-    usable = list({r["instruction"]: r for r in reversed(rows[:limit]) if not unusable(r["instruction"], r["output"])}.values())[::-1]
-    if not usable: raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
-    return [(Prompt(id=digest(r["instruction"]), prompt=r["instruction"]), r["output"]) for r in usable], len(rows[:limit]) - len(usable)
+    if not rows or not {"instruction", "output"} <= set(rows[0]):
+        raise ValueError(
+            f"alignment.reference {source}: columns {sorted(rows[0]) if rows else []}; rows with instruction and output are needed"
+        )
+    usable = list(
+        {r["instruction"]: r for r in reversed(rows[:limit]) if not unusable(r["instruction"], r["output"])}.values()
+    )[::-1]
+    if not usable:
+        raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
+    return [(Prompt(id=digest(r["instruction"]), prompt=r["instruction"]), r["output"]) for r in usable], len(
+        rows[:limit]
+    ) - len(usable)
 
-def by_prompt(duels:list)->list: # of Duel, one per instruction
+# %% ../../nbs/stages/08_align.ipynb #ab2f9696
+def by_prompt(duels: list) -> list:  # of Duel, one per instruction
     "Duels of one instruction as one, with their mean preference; invalid ones are left out of the mean."
     groups = defaultdict(list)
-    for d in duels: groups[d.instruction].append(d)
+    for d in duels:
+        groups[d.instruction].append(d)
     known = lambda ds: [d.preference for d in ds if d.preference is not None]
-    return [ds[0].model_copy(update={"preference": sum(known(ds)) / len(known(ds)) if known(ds) else None}) for ds in groups.values()]
+    return [
+        ds[0].model_copy(update={"preference": sum(known(ds)) / len(known(ds)) if known(ds) else None})
+        for ds in groups.values()
+    ]
 
-def summarise(found:list, spec:AlignmentSpec, failures:dict)->dict:
+# %% ../../nbs/stages/08_align.ipynb #6908625d
+def summarise(found: list, spec: AlignmentSpec, failures: dict) -> dict:
     "Win rate and length-controlled win rate of duels, invalid ones counted by reason."
     single = by_prompt(found)
     raw = win_rate(single)
-    controlled = length_controlled([d.preference for d in single], [len(d.output) for d in single], [len(d.reference) for d in single])
-    return {"win_rate": raw["value"], "win_rate_low": raw["low"], "win_rate_high": raw["high"], "win_rate_n": raw["n"], "length_controlled": controlled["value"], "controlled": controlled,
-            "judge": spec.judge, "reference": spec.reference, "duels": len(found), "invalid": sum(d.preference is None for d in found), "failures": dict(failures),
-            "unanswered": sum(n for why, n in failures.items() if why.startswith(NO_ANSWER))}
+    controlled = length_controlled(
+        [d.preference for d in single], [len(d.output) for d in single], [len(d.reference) for d in single]
+    )
+    return {
+        "win_rate": raw["value"],
+        "win_rate_low": raw["low"],
+        "win_rate_high": raw["high"],
+        "win_rate_n": raw["n"],
+        "length_controlled": controlled["value"],
+        "controlled": controlled,
+        "judge": spec.judge,
+        "reference": spec.reference,
+        "duels": len(found),
+        "invalid": sum(d.preference is None for d in found),
+        "failures": dict(failures),
+        "unanswered": sum(n for why, n in failures.items() if why.startswith(NO_ANSWER)),
+    }
 
-def align(spec:AlignmentSpec, judge:JudgeSpec, ours:list, theirs:dict, folder, dtype:str="auto")->dict: # summary
+# %% ../../nbs/stages/08_align.ipynb #3e978103
+def align(
+    spec: AlignmentSpec, judge: JudgeSpec, ours: list, theirs: dict, folder, dtype: str = "auto"
+) -> dict:  # summary
     "Duel `ours` (responses) against `theirs` (response id -> text), a local judge in `dtype`; writes duels.jsonl and metrics.json into `folder`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ask = open_judge(spec, judge, folder/"replies.jsonl", dtype)
+    ask = open_judge(spec, judge, folder / "replies.jsonl", dtype)
     found = duels([(r.id, r.prompt, r.response, theirs[r.id]) for r in ours], ask)
     summary = summarise(found, spec, ask.failures)
-    write_rows(folder/"duels.jsonl", found)
-    write_json(folder/"metrics.json", summary)
+    write_rows(folder / "duels.jsonl", found)
+    write_json(folder / "metrics.json", summary)
     return summary
 
 # %% ../../nbs/stages/08_align.ipynb #ec0c39fc
-def alpaca_eval(rows:list, # Response rows
-                generator:str, # the model's name on the leaderboard
-                dataset:str="scir", # where the instructions come from
-                datasplit:str="eval",
-               )->list: # dicts, in the order of the rows
+def alpaca_eval(
+    rows: list,  # Response rows
+    generator: str,  # the model's name on the leaderboard
+    dataset: str = "scir",  # where the instructions come from
+    datasplit: str = "eval",
+) -> list:  # dicts, in the order of the rows
     "AlpacaEval's model outputs, candidate 0 of each prompt (https://github.com/tatsu-lab/alpaca_eval#evaluating-a-model)."
-    return [{"instruction": as_text(r.prompt), "output": r.response, "generator": generator, "dataset": dataset, "datasplit": datasplit} for r in rows if r.candidate == 0]
+    return [
+        {
+            "instruction": as_text(r.prompt),
+            "output": r.response,
+            "generator": generator,
+            "dataset": dataset,
+            "datasplit": datasplit,
+        }
+        for r in rows
+        if r.candidate == 0
+    ]
 
 # %% ../../nbs/stages/08_align.ipynb #8c03d601
-def against_m1(recipe:Recipe, run_dir, node:str)->tuple: # responses, texts of the reference by response id, how many are left out
+def against_m1(
+    recipe: Recipe, run_dir, node: str
+) -> tuple:  # responses, texts of the reference by response id, how many are left out
     "This model's and M_1's answers to the held-out prompts; a pair with an empty answer is left out."
     m1 = node_name(node_parts(node)[0], 1)
-    read = lambda n: {r.id: r for r in read_rows(Path(run_dir)/n/"evaluation"/"responses.jsonl", Response)}
+    read = lambda n: {r.id: r for r in read_rows(Path(run_dir) / n / "evaluation" / "responses.jsonl", Response)}
     ours, theirs = read(node), read(m1)
     kept = [r for r in ours.values() if r.id in theirs and r.response.strip() and theirs[r.id].response.strip()]
     return kept, {i: r.response for i, r in theirs.items()}, len(ours) - len(kept)
 
-def against_file(recipe:Recipe, run_dir, node:str)->tuple: # responses, texts of the reference by response id, how many are left out
+# %% ../../nbs/stages/08_align.ipynb #452245ce
+def against_file(
+    recipe: Recipe, run_dir, node: str
+) -> tuple:  # responses, texts of the reference by response id, how many are left out
     "This model's answers to the instructions of the reference file; writes responses.jsonl."
-    spec, out = recipe.alignment, Path(run_dir)/node/"alignment"/"responses.jsonl"
+    spec, out = recipe.alignment, Path(run_dir) / node / "alignment" / "responses.jsonl"
     (rows, unusable), tokenizer = reference_outputs(spec.reference, spec.limit), load_tokenizer(recipe.model)
     once = recipe.sampling.model_copy(update={"candidates": 1})
     with open_engine(recipe, tokenizer, adapters(recipe, run_dir, node)[0]) as engine:
@@ -168,9 +248,10 @@ def against_file(recipe:Recipe, run_dir, node:str)->tuple: # responses, texts of
     ours = read_rows(out, Response)
     return ours, {f"{p.id}/0": text for p, text in rows}, len(rows) - len(ours) + unusable
 
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+# %% ../../nbs/stages/08_align.ipynb #f87fc493
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "The win rate of a model; writes alignment/."
-    spec, out = recipe.alignment, Path(run_dir)/node/"alignment"
+    spec, out = recipe.alignment, Path(run_dir) / node / "alignment"
     ours, theirs, dropped = (against_m1 if spec.reference == "m1" else against_file)(recipe, run_dir, node)
-    write_json(out/"model_outputs.json", alpaca_eval(ours, f"{recipe.name}/{node}"))
+    write_json(out / "model_outputs.json", alpaca_eval(ours, f"{recipe.name}/{node}"))
     return align(spec, recipe.judge, ours, theirs, out, recipe.model.dtype) | {"dropped": dropped}

@@ -19,34 +19,62 @@ from ..statistics import by_quantile, ece, frame, grouped, metrics
 from ..store import Score, read_rows, write_json, write_rows, write_text
 
 # %% ../../nbs/stages/05_consistency.ipynb #895ae020
-BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"  # readable with any colour vision (Okabe and Ito)
+BLUE, ORANGE, GREY, GREEN = (
+    "#0072B2",
+    "#D55E00",
+    "#777777",
+    "#009E73",
+)  # readable with any colour vision (Okabe and Ito)
 
-def save_figure(fig, path)->None:
+
+def save_figure(fig, path) -> None:
     "PNG and SVG beside each other."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     import matplotlib
-    with matplotlib.rc_context({"svg.hashsalt": "scir"}):
-        for kind in ("png", "svg"): fig.savefig(path.with_suffix("." + kind), dpi=150, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
 
-def plot_joint(scores:list, title:str, ax=None):
+    with matplotlib.rc_context({"svg.hashsalt": "scir"}):
+        for kind in ("png", "svg"):
+            fig.savefig(
+                path.with_suffix("." + kind),
+                dpi=150,
+                bbox_inches="tight",
+                metadata={"Date": None} if kind == "svg" else None,
+            )
+
+# %% ../../nbs/stages/05_consistency.ipynb #dd6d58aa
+def plot_joint(scores: list, title: str, ax=None):
     "p_G against p_I; the shaded quarters are where the two models disagree."
     import matplotlib.pyplot as plt
+
     d, names = frame(scores), list(scores[0].margins)[:2]
     p = [expit(d[n]) for n in names]
     ax = ax or plt.subplots(figsize=(4.2, 4))[1]
-    for x, y in ((0, .5), (.5, 0)): ax.add_patch(plt.Rectangle((x, y), .5, .5, color=GREY, alpha=.18, lw=0))
-    ax.scatter(*p, s=14, c=np.where(d.agree, BLUE, ORANGE), alpha=.75, lw=0)
+    for x, y in ((0, 0.5), (0.5, 0)):
+        ax.add_patch(plt.Rectangle((x, y), 0.5, 0.5, color=GREY, alpha=0.18, lw=0))
+    ax.scatter(*p, s=14, c=np.where(d.agree, BLUE, ORANGE), alpha=0.75, lw=0)
     r = grouped(~d.agree, d.prompt)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=f"P(a better), {names[0]}", ylabel=f"P(a better), {names[1]}",
-           title=f"{title}\ndisagree: {r['value']:.0%} [{r['low']:.0%}, {r['high']:.0%}], n={r['n']}")
+    ax.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+        xlabel=f"P(a better), {names[0]}",
+        ylabel=f"P(a better), {names[1]}",
+        title=f"{title}\ndisagree: {r['value']:.0%} [{r['low']:.0%}, {r['high']:.0%}], n={r['n']}",
+    )
     return ax
 
-UNITS = {"confidence": "confidence of the more confident model, probability", "length_difference": "length difference of the pair, tokens"}
+# %% ../../nbs/stages/05_consistency.ipynb #8ae646ef
+UNITS = {
+    "confidence": "confidence of the more confident model, probability",
+    "length_difference": "length difference of the pair, tokens",
+}
 
-def plot_rates(table:pd.DataFrame, column:str, ax=None):
+
+def plot_rates(table: pd.DataFrame, column: str, ax=None):
     "Bars of inconsistency with their intervals; sample sizes stand below, where a bar of no height has one too."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(4.6, 3.2))[1]
     x = np.arange(len(table))
     ax.bar(x, table.value, color=BLUE, yerr=[table.value - table.low, table.high - table.value], capsize=4, ecolor=GREY)
@@ -55,39 +83,61 @@ def plot_rates(table:pd.DataFrame, column:str, ax=None):
     return ax
 
 # %% ../../nbs/stages/05_consistency.ipynb #3d20eaf1
-def plot_reliability(tables:dict, title:str="", ax=None):
+def plot_reliability(tables: dict, title: str = "", ax=None):
     "Reliability curves, name -> table, with intervals; the diagonal is perfect."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(4, 3.6))[1]
-    ax.plot([.5, 1], [.5, 1], color=GREY, lw=1, ls="--")
+    ax.plot([0.5, 1], [0.5, 1], color=GREY, lw=1, ls="--")
     for (name, t), color, mark in zip(tables.items(), (BLUE, ORANGE, "black", GREEN), "osD^"):
-        ax.errorbar(t.confidence, t.value, yerr=[t.value - t.low, t.high - t.value], color=color, marker=mark, ms=4, lw=1, capsize=2, label=f"{name}, ECE {ece(t):.2f}")
-    ax.set(xlim=(.48, 1.02), ylim=(0, 1.03), xlabel="stated confidence", ylabel="accuracy, 95% interval", title=title)
+        ax.errorbar(
+            t.confidence,
+            t.value,
+            yerr=[t.value - t.low, t.high - t.value],
+            color=color,
+            marker=mark,
+            ms=4,
+            lw=1,
+            capsize=2,
+            label=f"{name}, ECE {ece(t):.2f}",
+        )
+    ax.set(xlim=(0.48, 1.02), ylim=(0, 1.03), xlabel="stated confidence", ylabel="accuracy, 95% interval", title=title)
     ax.legend(fontsize=8)
     return ax
 
 # %% ../../nbs/stages/05_consistency.ipynb #5a8321b8
-def preferences(scores:list)->list: # dicts with prompt, chosen, rejected
+def preferences(scores: list) -> list:  # dicts with prompt, chosen, rejected
     "The pairs on which all internal models agree, in the columns that trl, axolotl and LLaMA-Factory read."
-    rows = [(s, (s.response_a, s.response_b) if side else (s.response_b, s.response_a)) for s in scores if (side := agreed(s)) is not None]
-    return [{"id": s.id, "prompt": s.prompt, "chosen": c, "rejected": r} | {f"margin_{k}": abs(v) for k, v in s.margins.items()} for s, (c, r) in rows]
+    rows = [
+        (s, (s.response_a, s.response_b) if side else (s.response_b, s.response_a))
+        for s in scores
+        if (side := agreed(s)) is not None
+    ]
+    return [
+        {"id": s.id, "prompt": s.prompt, "chosen": c, "rejected": r}
+        | {f"margin_{k}": abs(v) for k, v in s.margins.items()}
+        for s, (c, r) in rows
+    ]
 
-def run(recipe:Recipe, run_dir, node:str)->dict: # metrics
+# %% ../../nbs/stages/05_consistency.ipynb #3b10edff
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # metrics
     "Analyse a model's scores of its own pairs; writes consistency/ and agreed.jsonl."
-    return analyse(Path(run_dir)/node)
+    return analyse(Path(run_dir) / node)
 
-def analyse(folder)->dict: # metrics
+# %% ../../nbs/stages/05_consistency.ipynb #198a6f06
+def analyse(folder) -> dict:  # metrics
     "Read `folder`/scores.jsonl; write consistency/ (metrics, tables, figures) and agreed.jsonl, the pairs on which all models agree."
     import matplotlib.pyplot as plt
+
     folder = Path(folder)
-    scores, out = read_rows(folder/"scores.jsonl", Score), folder/"consistency"
+    scores, out = read_rows(folder / "scores.jsonl", Score), folder / "consistency"
     d, found = frame(scores), metrics(scores)
-    write_json(out/"metrics.json", found)
-    write_rows(folder/"agreed.jsonl", preferences(scores))
-    save_figure(plot_joint(scores, str(folder.name)).figure, out/"joint")
+    write_json(out / "metrics.json", found)
+    write_rows(folder / "agreed.jsonl", preferences(scores))
+    save_figure(plot_joint(scores, str(folder.name)).figure, out / "joint")
     for column in ("confidence", "length_difference"):
         table = by_quantile(d, column)
-        write_text(out/f"by_{column}.csv", table.to_csv(index=False))
-        save_figure(plot_rates(table, column).figure, out/f"by_{column}")
+        write_text(out / f"by_{column}.csv", table.to_csv(index=False))
+        save_figure(plot_rates(table, column).figure, out / f"by_{column}")
     plt.close("all")
     return found

@@ -17,13 +17,24 @@ from ..data.load import evaluation_rows, find_grader, grade, load_pairs, prompt_
 from ..model.engines import open_engine
 from ..recipe import adapters
 from ..model.weights import for_scoring, load_tokenizer, model_path
-from ..recipe import Recipe, load_recipe, locate, node_name, node_parts, parent_node, run_of
+from ..recipe import Recipe, load_recipe, locate, node_name, node_parts, run_of
 from .sample import sample
 from ..method.scores import candidate_pairs, drawn_side, label_by_grader, labelled_pairs, score, set_reference
-from ..store import Grade, Response, Score, atomic_path, digest, hash_path, read_json, read_rows, write_json, write_rows
+from scir.store import (
+    Grade,
+    Response,
+    Score,
+    atomic_path,
+    digest,
+    hash_path,
+    read_json,
+    read_rows,
+    write_json,
+    write_rows,
+)
 
 # %% ../../nbs/stages/07_evaluate.ipynb #03acbd61
-def labelled_sets(tokenizer, recipe:Recipe)->dict: # name -> (list of Pair, drops by reason)
+def labelled_sets(tokenizer, recipe: Recipe) -> dict:  # name -> (list of Pair, drops by reason)
     "The evaluation sets, encoded, the first `data.test_limit` pairs of each that are short enough."
     d, out = recipe.data, {}
     for name, (rows, dropped) in evaluation_rows(d).items():
@@ -31,120 +42,173 @@ def labelled_sets(tokenizer, recipe:Recipe)->dict: # name -> (list of Pair, drop
         out[name] = pairs, dropped | too_long
     return out
 
-def answer(recipe:Recipe, run, node:str, tokenizer)->dict: # summary of the answers
+# %% ../../nbs/stages/07_evaluate.ipynb #37068148
+def answer(recipe: Recipe, run, node: str, tokenizer) -> dict:  # summary of the answers
     "The model's answers to the held-out prompts, scored where there is a grader; writes evaluation/responses.jsonl and grades.jsonl."
-    out, (_, held_out, _) = Path(run)/node/"evaluation", prompt_pool(recipe.data)
+    out, (_, held_out, _) = Path(run) / node / "evaluation", prompt_pool(recipe.data)
     with open_engine(recipe, tokenizer, adapters(recipe, run, node)[0]) as engine:
-        summary = sample(engine, tokenizer, held_out, recipe.sampling, out/"responses.jsonl", node_parts(node)[0], recipe.data.max_prompt_tokens)
-    if not recipe.data.grader: return summary
-    grades = graded_answers(read_rows(out/"responses.jsonl", Response), recipe.data.grader)
-    write_rows(out/"grades.jsonl", grades)
+        summary = sample(
+            engine,
+            tokenizer,
+            held_out,
+            recipe.sampling,
+            out / "responses.jsonl",
+            node_parts(node)[0],
+            recipe.data.max_prompt_tokens,
+        )
+    if not recipe.data.grader:
+        return summary
+    grades = graded_answers(read_rows(out / "responses.jsonl", Response), recipe.data.grader)
+    write_rows(out / "grades.jsonl", grades)
     return summary | score_summary(grades)
 
-def graded_answers(responses:list, grader:str)->list: # of Grade
+# %% ../../nbs/stages/07_evaluate.ipynb #26a949d7
+def graded_answers(responses: list, grader: str) -> list:  # of Grade
     "The grader's score of every response."
     function = find_grader(grader)
     return [Grade(id=r.id, prompt_id=r.prompt_id, score=grade(function, r.prompt, r.response)) for r in responses]
 
-def score_summary(grades:list)->dict:
+# %% ../../nbs/stages/07_evaluate.ipynb #d92b45c9
+def score_summary(grades: list) -> dict:
     "Mean score and rate of full success, with intervals over prompts."
     known = [g for g in grades if g.score is not None]
     success = grouped([g.score == 1 for g in known], [g.prompt_id for g in known])
     return {"score": sum(g.score for g in known) / len(known), "success": success} if known else {}
 
 # %% ../../nbs/stages/07_evaluate.ipynb #63695efc
-def borrow_reference(pairs:list, file:Path)->None:
+def borrow_reference(pairs: list, file: Path) -> None:
     "Take `reference_logps` from the rows of another model's evaluation of the same pairs."
     known = {s.id: s for s in read_rows(file, Score)}
-    for p in pairs: p.reference_logps = known[p.id].reference_logps
+    for p in pairs:
+        p.reference_logps = known[p.id].reference_logps
 
-def judge_sets(recipe:Recipe, run, node:str, tokenizer, sets:dict)->dict: # set -> metrics
+# %% ../../nbs/stages/07_evaluate.ipynb #00619161
+def judge_sets(recipe: Recipe, run, node: str, tokenizer, sets: dict) -> dict:  # set -> metrics
     "The model's internal reward models on every set; writes evaluation/NAME.jsonl."
     (seed, _, t), out = node_parts(node), {}
     model = for_scoring(recipe.model, *adapters(recipe, run, node))
     for name, (pairs, dropped) in sets.items():
-        if t > 1 and name != "own" and recipe.train.reference != "previous": borrow_reference(pairs, Path(run)/node_name(seed, 1)/"evaluation"/f"{name}.jsonl")
-        else: set_reference(model, pairs, recipe.judge.batch_tokens)
-        found = score(model, tokenizer, pairs, recipe, Path(run)/node/"evaluation"/f"{name}.jsonl")
+        if t > 1 and name != "own" and recipe.train.reference != "previous":
+            borrow_reference(pairs, Path(run) / node_name(seed, 1) / "evaluation" / f"{name}.jsonl")
+        else:
+            set_reference(model, pairs, recipe.judge.batch_tokens)
+        found = score(model, tokenizer, pairs, recipe, Path(run) / node / "evaluation" / f"{name}.jsonl")
         out[name] = metrics(found) | {"dropped": dropped}
     return out
 
-def answer_pairs(recipe:Recipe, run, node:str, tokenizer)->tuple: # list of Pair, drops by reason
+# %% ../../nbs/stages/07_evaluate.ipynb #87a08896
+def answer_pairs(recipe: Recipe, run, node: str, tokenizer) -> tuple:  # list of Pair, drops by reason
     "Pairs of a model's answers to the held-out prompts, labelled where there is a grader."
-    responses = read_rows(Path(run)/node/"evaluation"/"responses.jsonl", Response)
+    responses = read_rows(Path(run) / node / "evaluation" / "responses.jsonl", Response)
     pairs, dropped = candidate_pairs(tokenizer, responses, recipe.sampling.pairs_per_prompt, node_parts(node)[0])
     label_by_grader(pairs, recipe.data.grader)
     return pairs, dropped
 
 # %% ../../nbs/stages/07_evaluate.ipynb #488b65c3
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary of the model's answers
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary of the model's answers
     "Evaluate one model of a run; writes its evaluation/."
     tokenizer, (seed, _, t) = load_tokenizer(recipe.model), node_parts(node)
     answers, sets = answer(recipe, run_dir, node, tokenizer), labelled_sets(tokenizer, recipe)
     sets["panel"] = answer_pairs(recipe, run_dir, node_name(seed, 1), tokenizer)
-    if t != 1: sets["own"] = answer_pairs(recipe, run_dir, node, tokenizer)
+    if t != 1:
+        sets["own"] = answer_pairs(recipe, run_dir, node, tokenizer)
     for name in [n for n, (pairs, _) in sets.items() if not pairs]:
-        write_rows(Path(run_dir)/node/"evaluation"/f"{name}.jsonl", [])
+        write_rows(Path(run_dir) / node / "evaluation" / f"{name}.jsonl", [])
         del sets[name]
     found = {"answers": answers, "sets": judge_sets(recipe, run_dir, node, tokenizer, sets)}
-    write_json(Path(run_dir)/node/"evaluation"/"metrics.json", found)
+    write_json(Path(run_dir) / node / "evaluation" / "metrics.json", found)
     return answers
 
 # %% ../../nbs/stages/07_evaluate.ipynb #13e8a2c7
-def resolve(model:str, recipe:Recipe)->tuple: # Recipe, adapter folder or None
+def resolve(model: str, recipe: Recipe) -> tuple:  # Recipe, adapter folder or None
     "What `model` names: a run's node (data/runs/smol/seed0/scir/m2; its run's recipe is used), a peft adapter's folder, a model's folder or hub id."
     path = Path(model)
-    owner = run_of(path) if (path/"adapter").is_dir() or path.name == "m0" else None
-    if owner: return load_recipe(owner/"recipe.yaml"), path/"adapter" if path.name != "m0" else None
-    adapter = path if (path/"adapter_config.json").exists() else None
-    name = read_json(path/"adapter_config.json").get("base_model_name_or_path") if adapter else model
-    if not name: raise ValueError(f"model {model}: its adapter_config.json does not name the base (base_model_name_or_path)")
+    owner = run_of(path) if (path / "adapter").is_dir() or path.name == "m0" else None
+    if owner:
+        return load_recipe(owner / "recipe.yaml"), path / "adapter" if path.name != "m0" else None
+    adapter = path if (path / "adapter_config.json").exists() else None
+    name = read_json(path / "adapter_config.json").get("base_model_name_or_path") if adapter else model
+    if not name:
+        raise ValueError(f"model {model}: its adapter_config.json does not name the base (base_model_name_or_path)")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": name})}), adapter
 
-def file_pairs(tokenizer, source:str, recipe:Recipe, limit:int|None=None, split:str|None=None)->tuple: # list of Pair, drops by reason
+# %% ../../nbs/stages/07_evaluate.ipynb #934eb17d
+def file_pairs(
+    tokenizer, source: str, recipe: Recipe, limit: int | None = None, split: str | None = None
+) -> tuple:  # list of Pair, drops by reason
     "A labelled file, or one split of it, as scoring input; sides a and b stay as the file has them where it has them."
     rows, dropped = load_pairs(source)
     if split:
         kept = [r for r in rows if row_split(r) == split]
         rows, dropped = kept, dropped | {f"not in the {split} split": len(rows) - len(kept)}
-        if not rows: raise ValueError(f"data source {source}: no row falls in the {split} split")
+        if not rows:
+            raise ValueError(f"data source {source}: no row falls in the {split} split")
     shown = shown_first(source)
     side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown is not None else drawn_side
-    pairs, too_long = labelled_pairs(tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side)
+    pairs, too_long = labelled_pairs(
+        tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side
+    )
     return pairs, dropped | too_long
 
 # %% ../../nbs/stages/07_evaluate.ipynb #f097904f
-def judge_file(model:str, source:str, out, recipe:Recipe, reference:str|None=None, limit:int|None=None, split:str|None=None)->dict: # metrics
+def judge_file(
+    model: str,
+    source: str,
+    out,
+    recipe: Recipe,
+    reference: str | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+) -> dict:  # metrics
     "Score a labelled file, or one split of it, with a model's internal reward models; writes `out` as Parquet, a row per pair. An interrupted try is continued."
     recipe, adapter = resolve(model, recipe)
     reference = reference or _older(model, recipe)
     tokenizer, out = load_tokenizer(recipe.model), Path(out)
     pairs, dropped = file_pairs(tokenizer, source, recipe, limit, split)
-    if reference: set_reference(for_scoring(*_parts(reference, recipe)), pairs, recipe.judge.batch_tokens)
+    if reference:
+        set_reference(for_scoring(*_parts(reference, recipe)), pairs, recipe.judge.batch_tokens)
     policy = for_scoring(recipe.model, adapter)
-    if not reference: set_reference(policy, pairs, recipe.judge.batch_tokens)
-    key = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter), reference, reference and hash_path(reference), source, hash_path(locate(source)), limit, split)
+    if not reference:
+        set_reference(policy, pairs, recipe.judge.batch_tokens)
+    key = digest(
+        recipe.model_dump(mode="json"),
+        hash_path(model_path(recipe.model)),
+        adapter and hash_path(adapter),
+        reference,
+        reference and hash_path(reference),
+        source,
+        hash_path(locate(source)),
+        limit,
+        split,
+    )
     part = out.with_name(f".{out.stem}.{key}.jsonl")
     scores = score(policy, tokenizer, pairs, recipe, part)
-    with atomic_path(out) as tmp: score_frame(scores).to_parquet(tmp, index=False)
+    with atomic_path(out) as tmp:
+        score_frame(scores).to_parquet(tmp, index=False)
     part.unlink()
     return metrics(scores) | {"dropped": dropped}
+
 
 def _older(model, recipe):
     "The model of a run that its recipe names as this model's reference, unless that is the base."
     path = Path(model).parent if Path(model).name == "adapter" else Path(model)
-    run = run_of(path) if (path/"adapter").is_dir() else None
-    if not run: return None
+    run = run_of(path) if (path / "adapter").is_dir() else None
+    if not run:
+        return None
     older = adapters(recipe, run, path.relative_to(run).as_posix())[1]
     return str(older.parent) if older else None
+
 
 def _parts(name, recipe):
     other, adapter = resolve(name, recipe)
     return other.model, adapter
 
-def score_frame(scores:list):
+# %% ../../nbs/stages/07_evaluate.ipynb #6c320a37
+def score_frame(scores: list):
     "Scores as a table for other tools: texts, label, each model's margin and probability of a, both orders, agreement."
     d = frame(scores)
     texts = {k: [getattr(s, k) for s in scores] for k in ("response_a", "response_b")}
-    d = d.assign(prompt=[as_text(s.prompt) for s in scores], **texts, **{f"p_{n}": expit(d[n]) for n in scores[0].margins})
+    d = d.assign(
+        prompt=[as_text(s.prompt) for s in scores], **texts, **{f"p_{n}": expit(d[n]) for n in scores[0].margins}
+    )
     return d.rename(columns={n: f"margin_{n}" for n in scores[0].margins})

@@ -17,28 +17,30 @@ from ..recipe import Recipe, adapters, all_nodes, node_name, node_parts, parent_
 # %% ../../nbs/stages/00_files.ipynb #5c6f21ea
 class Stage(NamedTuple):
     "What a stage reads and writes; paths are relative to the run directory."
-    name: str # its module, `scir.stages.NAME`
-    notebook: str # its run notebook, `nbs/run/NOTEBOOK.ipynb`
-    fields: tuple # recipe fields it reads: sections, or section.field
-    reads: Callable # (recipe, node) -> files of the run
-    writes: Callable # (recipe, node) -> files of the run
+
+    name: str  # its module, `scir.stages.NAME`
+    notebook: str  # its run notebook, `nbs/run/NOTEBOOK.ipynb`
+    fields: tuple  # recipe fields it reads: sections, or section.field
+    reads: Callable  # (recipe, node) -> files of the run
+    writes: Callable  # (recipe, node) -> files of the run
 
     @property
-    def run(self)->Callable: # (recipe, run directory, node) -> summary
+    def run(self) -> Callable:  # (recipe, run directory, node) -> summary
         return import_module(f"scir.stages.{self.name}").run
 
 # %% ../../nbs/stages/00_files.ipynb #2f4232b9
-def reference_files(recipe:Recipe, node:str)->list:
+def reference_files(recipe: Recipe, node: str) -> list:
     "The adapter that is this model's reference, if it is not the base."
     older = adapters(recipe, Path(), node)[1]
     return [older.as_posix()] if older else []
 
-def sft_adapter(recipe:Recipe, node:str)->list:
+
+def sft_adapter(recipe: Recipe, node: str) -> list:
     "The SFT model of this node's seed."
     return [f"{sft_node(node_parts(node)[0])}/adapter"]
 
 # %% ../../nbs/stages/00_files.ipynb #f827568d
-def evaluation_files(recipe:Recipe, node:str)->list:
+def evaluation_files(recipe: Recipe, node: str) -> list:
     "What the evaluation of a model writes."
     graded = ["grades.jsonl"] if recipe.data.grader else []
     own = ["own.jsonl"] if node_parts(node)[2] != 1 else []
@@ -46,32 +48,38 @@ def evaluation_files(recipe:Recipe, node:str)->list:
     labelled = [f"{s}.jsonl" for s in recipe.data.labelled_sets]
     return [f"{node}/evaluation/{f}" for f in ("metrics.json", "responses.jsonl", *graded, *sets, *own, *labelled)]
 
-def evaluated_from(recipe:Recipe, node:str)->list:
+
+def evaluated_from(recipe: Recipe, node: str) -> list:
     "What the evaluation of a model reads: its adapter, its reference, and M_1's answers, which are the panel."
     seed, _, t = node_parts(node)
     panel = evaluation_files(recipe, node_name(seed, 1)) if t != 1 else []
     return ([f"{node}/adapter"] if t else []) + reference_files(recipe, node) + panel
 
 # %% ../../nbs/stages/00_files.ipynb #b8bd2fab
-def warm_started(recipe:Recipe, node:str)->list:
+def warm_started(recipe: Recipe, node: str) -> list:
     "What the warm start writes."
     own = ["seed_responses.jsonl"] if recipe.data.seed_prompts else []
     return [f"{node}/{f}" for f in ("adapter", "metrics.jsonl", "seed_pairs.jsonl", *own)]
 
-def labelled_from(recipe:Recipe, node:str)->list:
+# %% ../../nbs/stages/00_files.ipynb #d4ebff0c
+def labelled_from(recipe: Recipe, node: str) -> list:
     "What labelling reads: a later round also asks the model before."
     before = [f"{parent_node(node)}/adapter"] if node_parts(node)[2] > 1 else []
     return [f"{node}/{f}" for f in ("adapter", "responses.jsonl", "scores.jsonl")] + before
 
-def labelled(recipe:Recipe, node:str)->list:
+# %% ../../nbs/stages/00_files.ipynb #d2aec1a5
+def labelled(recipe: Recipe, node: str) -> list:
     "What labelling writes."
     from scir.method.labels import needed_rewards
+
     votes = {"votes"} & {*needed_rewards(recipe, node_parts(node)[1])}
     return [f"{node}/{f}.jsonl" for f in ("rewards", *votes)]
 
-def optimised_from(recipe:Recipe, node:str)->list:
+# %% ../../nbs/stages/00_files.ipynb #79e8d397
+def optimised_from(recipe: Recipe, node: str) -> list:
     "What the training of a model reads."
     from scir.method.labels import OUTSIDE
+
     parent, (seed, arm, _) = parent_node(node), node_parts(node)
     spec = recipe.arm(arm)
     replay = [f"{node_name(seed, 1)}/seed_pairs.jsonl", *reference_files(recipe, parent)] if spec.replay else []
@@ -79,62 +87,126 @@ def optimised_from(recipe:Recipe, node:str)->list:
     return [f"{parent}/{f}" for f in ("adapter", "scores.jsonl", *rewards)] + replay
 
 # %% ../../nbs/stages/00_files.ipynb #f54a25fa
-def has_duels(recipe:Recipe, node:str)->bool:
+def has_duels(recipe: Recipe, node: str) -> bool:
     "Whether a model's answers are compared with others: where a judge is named, and not for M_1 against itself."
     return bool(recipe.alignment.judge) and (recipe.alignment.reference != "m1" or node_parts(node)[2] != 1)
 
-def aligned_from(recipe:Recipe, node:str)->list:
+# %% ../../nbs/stages/00_files.ipynb #a1dcbd0e
+def aligned_from(recipe: Recipe, node: str) -> list:
     "What the win rate of a model reads."
     seed, _, t = node_parts(node)
     answered = [] if recipe.alignment.reference == "m1" or t == 0 else [f"{node}/adapter"]
     return answered + [f for m in dict.fromkeys((node_name(seed, 1), node)) for f in evaluation_files(recipe, m)]
 
-def aligned(recipe:Recipe, node:str)->list:
+# %% ../../nbs/stages/00_files.ipynb #d137d726
+def aligned(recipe: Recipe, node: str) -> list:
     "What the win rate of a model writes."
     answers = ["responses.jsonl"] if recipe.alignment.reference != "m1" else []
     return [f"{node}/alignment/{f}" for f in ("metrics.json", "duels.jsonl", "model_outputs.json", *answers)]
 
-def reported_from(recipe:Recipe, node:str="")->list:
+# %% ../../nbs/stages/00_files.ipynb #437e5e32
+def reported_from(recipe: Recipe, node: str = "") -> list:
     "What the report of a run reads."
     found = []
     for n in all_nodes(recipe):
         found += evaluation_files(recipe, n)
-        if node_parts(n)[2]: found.append(f"{n}/metrics.jsonl")
-        if has_duels(recipe, n): found.append(f"{n}/alignment/metrics.json")
+        if node_parts(n)[2]:
+            found.append(f"{n}/metrics.jsonl")
+        if has_duels(recipe, n):
+            found.append(f"{n}/alignment/metrics.json")
     return found
 
 # %% ../../nbs/stages/00_files.ipynb #7f504e29
-LABELLED = tuple(f"data.{f}" for f in ("pairs", "labelled_sets", "evaluate_on", "max_prompt_tokens", "max_response_tokens"))
-POOL = tuple(f"data.{f}" for f in ("prompts", "pairs", "labelled_sets", "evaluate_on", "held_out_prompts", "seed_prompts", "prompt_limit",
-                                   "max_prompt_tokens"))
+LABELLED = tuple(
+    f"data.{f}" for f in ("pairs", "labelled_sets", "evaluate_on", "max_prompt_tokens", "max_response_tokens")
+)
+POOL = tuple(
+    f"data.{f}"
+    for f in (
+        "prompts",
+        "pairs",
+        "labelled_sets",
+        "evaluate_on",
+        "held_out_prompts",
+        "seed_prompts",
+        "prompt_limit",
+        "max_prompt_tokens",
+    )
+)
 SEEDS = (*POOL, "data.pair_limit", "data.grader")
 IMPLICIT = ("train.beta", "train.implicit_length")
 
-def files(*names)->Callable: # (recipe, node) -> list
+
+def files(*names) -> Callable:  # (recipe, node) -> list
     "Files of these names in a model's folder."
     return lambda recipe, node: [f"{node}/{name}" for name in names]
 
-STAGES = {s.name: s for s in (
-    Stage("sft", "00_sft", ("model", "lora", *LABELLED, "data.instructions", "sft"),
-          lambda recipe, node: [], files("adapter", "metrics.jsonl")),
-    Stage("warm_start", "01_warm_start",
-          ("model", *LABELLED, *SEEDS, "warm_start", "sampling", "judge", "train.reference", *IMPLICIT),
-          sft_adapter, warm_started),
-    Stage("sample", "02_sample", ("model", *POOL, "sampling"),
-          files("adapter"), files("responses.jsonl")),
-    Stage("judge", "03_judge",
-          ("model", "rewards", "judge", "data.grader", "sampling.pairs_per_prompt", "train.reference", *IMPLICIT),
-          lambda recipe, node: [f"{node}/adapter", f"{node}/responses.jsonl", *reference_files(recipe, node)], files("scores.jsonl")),
-    Stage("label", "04_label", ("model", "arms", "labels", "judge", "sampling.engine", "sampling.batch_size", *IMPLICIT),
-          labelled_from, labelled),
-    Stage("consistency", "05_consistency", (),
-          files("scores.jsonl"), files("consistency", "agreed.jsonl")),
-    Stage("optimise", "06_optimise", ("model", "rewards", "judge", "train", "warm_start"),
-          optimised_from, files("adapter", "metrics.jsonl", "preferences.jsonl")),
-    Stage("evaluate", "07_evaluate",
-          ("model", *POOL, *LABELLED, "data.test_limit", "data.grader", "sampling", "rewards", "judge", "train.reference", *IMPLICIT),
-          evaluated_from, evaluation_files),
-    Stage("align", "08_align", ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
-          aligned_from, aligned),
-    Stage("report", "09_report", (), reported_from, lambda recipe, node: ["report"]),
-)}
+# %% ../../nbs/stages/00_files.ipynb #57a6e5b1
+STAGES = {
+    s.name: s
+    for s in (
+        Stage(
+            "sft",
+            "00_sft",
+            ("model", "lora", *LABELLED, "data.instructions", "sft"),
+            lambda recipe, node: [],
+            files("adapter", "metrics.jsonl"),
+        ),
+        Stage(
+            "warm_start",
+            "01_warm_start",
+            ("model", *LABELLED, *SEEDS, "warm_start", "sampling", "judge", "train.reference", *IMPLICIT),
+            sft_adapter,
+            warm_started,
+        ),
+        Stage("sample", "02_sample", ("model", *POOL, "sampling"), files("adapter"), files("responses.jsonl")),
+        Stage(
+            "judge",
+            "03_judge",
+            ("model", "rewards", "judge", "data.grader", "sampling.pairs_per_prompt", "train.reference", *IMPLICIT),
+            lambda recipe, node: [f"{node}/adapter", f"{node}/responses.jsonl", *reference_files(recipe, node)],
+            files("scores.jsonl"),
+        ),
+        Stage(
+            "label",
+            "04_label",
+            ("model", "arms", "labels", "judge", "sampling.engine", "sampling.batch_size", *IMPLICIT),
+            labelled_from,
+            labelled,
+        ),
+        Stage("consistency", "05_consistency", (), files("scores.jsonl"), files("consistency", "agreed.jsonl")),
+        Stage(
+            "optimise",
+            "06_optimise",
+            ("model", "rewards", "judge", "train", "warm_start"),
+            optimised_from,
+            files("adapter", "metrics.jsonl", "preferences.jsonl"),
+        ),
+        Stage(
+            "evaluate",
+            "07_evaluate",
+            (
+                "model",
+                *POOL,
+                *LABELLED,
+                "data.test_limit",
+                "data.grader",
+                "sampling",
+                "rewards",
+                "judge",
+                "train.reference",
+                *IMPLICIT,
+            ),
+            evaluated_from,
+            evaluation_files,
+        ),
+        Stage(
+            "align",
+            "08_align",
+            ("alignment", "judge", "model", "sampling", "data.max_prompt_tokens"),
+            aligned_from,
+            aligned,
+        ),
+        Stage("report", "09_report", (), reported_from, lambda recipe, node: ["report"]),
+    )
+}

@@ -14,23 +14,26 @@ from ..recipe import Recipe, adapters, node_parts
 from ..store import Response, read_rows
 
 # %% ../../nbs/stages/03_judge.ipynb #43a6c930
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "Score the pairs of a model's own answers; writes scores.jsonl. Raises ValueError where no pair is left."
-    folder, tokenizer = Path(run_dir)/node, load_tokenizer(recipe.model)
-    responses = read_rows(folder/"responses.jsonl", Response)
+    folder, tokenizer = Path(run_dir) / node, load_tokenizer(recipe.model)
+    responses = read_rows(folder / "responses.jsonl", Response)
     pairs, dropped = candidate_pairs(tokenizer, responses, recipe.sampling.pairs_per_prompt, node_parts(node)[0])
     if not pairs:
-        raise ValueError(f"{node}: no pair of different, non-empty responses; dropped {dropped}; "
-                         "raise sampling.temperature or sampling.candidates")
+        raise ValueError(
+            f"{node}: no pair of different, non-empty responses; dropped {dropped}; "
+            "raise sampling.temperature or sampling.candidates"
+        )
     label_by_grader(pairs, recipe.data.grader)
     model = for_scoring(recipe.model, *adapters(recipe, run_dir, node))
     set_reference(model, pairs, recipe.judge.batch_tokens)
-    scores = score(model, tokenizer, pairs, recipe, folder/"scores.jsonl")
+    scores = score(model, tokenizer, pairs, recipe, folder / "scores.jsonl")
     mass = sum(sum(s.verdict_mass) for s in scores) / (2 * len(scores))
     print(mass_told(recipe.judge.verdicts, mass))
     return {"pairs": len(scores), "dropped": dropped, "verdict_mass": mass}
 
-def mass_told(words:tuple, mass:float)->str:
+# %% ../../nbs/stages/03_judge.ipynb #834f3e60
+def mass_told(words: tuple, mass: float) -> str:
     "The verdict mass in words."
-    low = " - low: the judge mostly wants to say something else" if mass < .5 else ""
+    low = " - low: the judge mostly wants to say something else" if mass < 0.5 else ""
     return f"verdict mass p({words[0]}) + p({words[1]}): {mass:.3f}{low}"

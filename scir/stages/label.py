@@ -16,37 +16,51 @@ from ..recipe import Recipe, node_parts, parent_node
 from ..store import Response, Score, read_rows, write_rows
 
 # %% ../../nbs/stages/04_label.ipynb #e5f48df0
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "Rewards of a model's answers from what its arm asks; writes rewards.jsonl, and votes.jsonl."
-    folder, (_, arm, _) = Path(run_dir)/node, node_parts(node)
-    scores = read_rows(folder/"scores.jsonl", Score)
+    folder, (_, arm, _) = Path(run_dir) / node, node_parts(node)
+    scores = read_rows(folder / "scores.jsonl", Score)
     asked = {c for s in scores for c in candidates(s)}
-    responses = [r for r in read_rows(folder/"responses.jsonl", Response) if r.id in asked]
-    sources = {"votes": lambda: votes(recipe, folder, node, responses),
-               "previous": lambda: previous(recipe, run_dir, node, scores),
-               "external": lambda: external(recipe, responses)}
+    responses = [r for r in read_rows(folder / "responses.jsonl", Response) if r.id in asked]
+    sources = {
+        "votes": lambda: votes(recipe, folder, node, responses),
+        "previous": lambda: previous(recipe, run_dir, node, scores),
+        "external": lambda: external(recipe, responses),
+    }
     rows, summary = gather(needed_rewards(recipe, arm), sources, responses)
-    write_rows(folder/"rewards.jsonl", rows)
+    write_rows(folder / "rewards.jsonl", rows)
     return summary
 
 # %% ../../nbs/stages/04_label.ipynb #c633a4cf
-def votes(recipe:Recipe, folder:Path, node:str, responses:list)->dict: # response id -> mean points, or None
+def votes(recipe: Recipe, folder: Path, node: str, responses: list) -> dict:  # response id -> mean points, or None
     "The model's own points for single answers."
     seed, _, t = node_parts(node)
     tokenizer = load_tokenizer(recipe.model)
-    with open_engine(recipe, tokenizer, folder/"adapter") as engine:
-        return vote(engine, tokenizer, responses, recipe.labels, recipe.judge.system, recipe.sampling.batch_size,
-                    folder/"votes.jsonl", seed * 1000 + t)
+    with open_engine(recipe, tokenizer, folder / "adapter") as engine:
+        return vote(
+            engine,
+            tokenizer,
+            responses,
+            recipe.labels,
+            recipe.judge.system,
+            recipe.sampling.batch_size,
+            folder / "votes.jsonl",
+            seed * 1000 + t,
+        )
 
-def previous(recipe:Recipe, run_dir, node:str, scores:list)->dict: # response id -> reward
+# %% ../../nbs/stages/04_label.ipynb #5a28de40
+def previous(recipe: Recipe, run_dir, node: str, scores: list) -> dict:  # response id -> reward
     "The implicit reward of the model before; for M_1, of its reference."
-    if node_parts(node)[2] == 1: return previous_rewards(scores, recipe)
-    older = for_scoring(recipe.model, Path(run_dir)/parent_node(node)/"adapter")
+    if node_parts(node)[2] == 1:
+        return previous_rewards(scores, recipe)
+    older = for_scoring(recipe.model, Path(run_dir) / parent_node(node) / "adapter")
     pairs = scored_pairs(load_tokenizer(recipe.model), scores)
     return previous_rewards(scores, recipe, response_table(older, pairs, recipe.judge.batch_tokens, "previous model"))
 
-def external(recipe:Recipe, responses:list)->dict: # response id -> reward
+# %% ../../nbs/stages/04_label.ipynb #37501f2c
+def external(recipe: Recipe, responses: list) -> dict:  # response id -> reward
     "The reward model that the recipe names."
     from scir.model.outside import reward_scores
+
     asked = [(r.prompt, r.response) for r in responses]
     return dict(zip([r.id for r in responses], reward_scores(recipe.labels.external, asked, dtype=recipe.model.dtype)))

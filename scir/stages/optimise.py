@@ -22,37 +22,56 @@ from ..store import ResponseReward, Score, meet, rank, read_rows, row_seed, writ
 from .warm_start import read_seeds, warm_start_loss
 
 # %% ../../nbs/stages/06_optimise.ipynb #8f6bef5e
-def training_pairs(tokenizer, scores:list, spec:TrainSpec, rewards:dict|None=None)->tuple: # list of Pair, notes
+def training_pairs(
+    tokenizer, scores: list, spec: TrainSpec, rewards: dict | None = None
+) -> tuple:  # list of Pair, notes
     "Scored pairs as training input; the notes count what was left out, and why."
     targets, notes = labels(scores, spec, rewards)
     kept = [s for s in scores if s.id in targets]
     pairs = scored_pairs(tokenizer, kept)
-    for p in pairs: p.target = targets[p.id]
-    return pairs, notes | {"dropped": {"not best against worst, a tie, or no usable reward": len(scores) - len(kept)} if len(kept) < len(scores) else {}}
+    for p in pairs:
+        p.target = targets[p.id]
+    return pairs, notes | {
+        "dropped": {"not best against worst, a tie, or no usable reward": len(scores) - len(kept)}
+        if len(kept) < len(scores)
+        else {}
+    }
 
-def replayed(tokenizer, recipe:Recipe, run, parent:str, pairs:int)->list: # of Pair
+# %% ../../nbs/stages/06_optimise.ipynb #85c306cf
+def replayed(tokenizer, recipe: Recipe, run, parent: str, pairs: int) -> list:  # of Pair
     "Seed pairs of the warm start with their labels, as many as make `train.replay` of the whole with `pairs` others; fewer when there are not so many."
     from scir.recipe import adapters
     from scir.model.weights import for_scoring
+
     seed = node_parts(parent)[0]
-    known = read_seeds(tokenizer, Path(run)/node_name(seed, 1)/"seed_pairs.jsonl")
+    known = read_seeds(tokenizer, Path(run) / node_name(seed, 1) / "seed_pairs.jsonl")
     random.Random(row_seed(seed, "replay")).shuffle(known)
-    known = known[:round(pairs * recipe.train.replay / (1 - recipe.train.replay))]
+    known = known[: round(pairs * recipe.train.replay / (1 - recipe.train.replay))]
     set_reference(for_scoring(recipe.model, *adapters(recipe, run, parent)), known, recipe.judge.batch_tokens)
     return known
 
-def preference_rows(pairs:list, scores:list)->list: # dicts with id, prompt, chosen, rejected
+# %% ../../nbs/stages/06_optimise.ipynb #07b525cd
+def preference_rows(pairs: list, scores: list) -> list:  # dicts with id, prompt, chosen, rejected
     "The preference set of an arm, in the columns that others read; where labels are asked at every step, as they stand before the first. A soft label's weight of the chosen side is `confidence`."
     before, out = {s.id: agreed(s) for s in scores}, []
     for p in pairs:
         target = before[p.id] if math.isnan(p.target) else p.target
-        if target is None or target < 0: continue
-        chosen, rejected = (p.response_a, p.response_b) if target > .5 else (p.response_b, p.response_a)
-        out.append({"id": p.id, "prompt": p.prompt, "chosen": chosen, "rejected": rejected, "confidence": max(target, 1 - target)})
+        if target is None or target < 0:
+            continue
+        chosen, rejected = (p.response_a, p.response_b) if target > 0.5 else (p.response_b, p.response_a)
+        out.append(
+            {
+                "id": p.id,
+                "prompt": p.prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "confidence": max(target, 1 - target),
+            }
+        )
     return out
 
 # %% ../../nbs/stages/06_optimise.ipynb #15c4c595
-def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
+def pair_loss(view: View, spec: TrainSpec) -> tuple:  # scalar, metrics
     "A batch: SCIR, or an arm's part of it, on the arm's own pairs, and the warm start's loss on replayed seed pairs. The mean over all pairs."
     seeds = [p for p in view.pairs if "label" in p.extra]
     own = [p for p in view.pairs if "label" not in p.extra]
@@ -61,88 +80,137 @@ def pair_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
         return loss, metrics | ({"replayed": 0.0} if spec.replay else {})
     seed_loss, _ = warm_start_loss(replace(view, pairs=seeds), view.recipe.warm_start)
     replayed = len(seeds) / len(view.pairs)
-    if not own: return seed_loss, {"retained": torch.tensor(1.0), "replayed": replayed}
+    if not own:
+        return seed_loss, {"retained": torch.tensor(1.0), "replayed": replayed}
     loss, metrics = own_loss(replace(view, pairs=own), spec)
     of_batch = {k: metrics[k] * (1 - replayed) for k in ("graded", "correct") if k in metrics}
     retained = {"retained": metrics["retained"] * (1 - replayed) + replayed, "replayed": replayed}
     return loss * (1 - replayed) + seed_loss * replayed, metrics | of_batch | retained
 
-def own_loss(view:View, spec:TrainSpec)->tuple: # scalar, metrics
+# %% ../../nbs/stages/06_optimise.ipynb #64e65ee3
+def own_loss(view: View, spec: TrainSpec) -> tuple:  # scalar, metrics
     "SCIR on the arm's own pairs, or the arm's part of it."
     needs_judge = spec.label == "agreement" or spec.lambda_consistency or spec.lambda_confidence
     m_i = implicit(view)
     m = margins(view) if needs_judge else {"implicit": m_i}
     target = torch.tensor([p.target for p in view.pairs], device=m_i.device)
-    out = scir_loss(m, m_i, lambda_consistency=spec.lambda_consistency, lambda_confidence=spec.lambda_confidence, tau=spec.tau,
-                    moves=spec.consistency_moves, agreement=spec.agreement_gate, target=target)
+    out = scir_loss(
+        m,
+        m_i,
+        lambda_consistency=spec.lambda_consistency,
+        lambda_confidence=spec.lambda_confidence,
+        tau=spec.tau,
+        moves=spec.consistency_moves,
+        agreement=spec.agreement_gate,
+        target=target,
+    )
     if not needs_judge:
-        for k in ("inconsistency", "loss_consistency", "loss_confidence"): out.metrics.pop(k)
+        for k in ("inconsistency", "loss_consistency", "loss_confidence"):
+            out.metrics.pop(k)
     nll = chosen_nll(view, out)
     return out.loss + spec.lambda_sft * nll, out.metrics | {"loss_sft": nll.detach()} | label_metrics(view.pairs, out)
 
-def chosen_nll(view:View, out)->torch.Tensor: # scalar, nats per token
+# %% ../../nbs/stages/06_optimise.ipynb #692690e2
+def chosen_nll(view: View, out) -> torch.Tensor:  # scalar, nats per token
     "Negative log-likelihood per token of the chosen sides, over the pairs that are trained on; a soft label counts each side by its weight."
     per_token = view.logps / view.lengths
     chosen = out.side * per_token[:, 0] + (1 - out.side) * per_token[:, 1]
     return -(out.mask * chosen).mean()
 
-def label_metrics(pairs:list, out)->dict: # fractions of the batch
+# %% ../../nbs/stages/06_optimise.ipynb #7e12974a
+def label_metrics(pairs: list, out) -> dict:  # fractions of the batch
     "Of the arm's own pairs in a batch, those that were trained on and whose better side the grader knows (`graded`), and those trained on with that side chosen (`correct`)."
     known = [p.extra.get("truth") for p in pairs]
-    if not any(known): return {}
+    if not any(known):
+        return {}
     truth = torch.tensor([{"a": 1.0, "b": 0.0}.get(side, math.nan) for side in known], device=out.mask.device)
     graded = out.mask & ~truth.isnan()
-    return {"graded": graded.float().mean(), "correct": (graded & ((out.side > .5) == (truth > .5))).float().mean()}
+    return {"graded": graded.float().mean(), "correct": (graded & ((out.side > 0.5) == (truth > 0.5))).float().mean()}
 
-def assert_reference(scores:list)->None:
+# %% ../../nbs/stages/06_optimise.ipynb #800537e9
+def assert_reference(scores: list) -> None:
     "Raise when the implicit margin is zero on every pair: the reference is the model itself."
     if all(abs(l - r) < 1e-5 for s in scores for l, r in zip(s.logps, s.reference_logps)):
-        raise ValueError("the implicit margin is zero on every pair: the reference equals the model, so nothing can agree; warm-start it (warm_start.lambda_dpo > 0) or name an older train.reference")
+        raise ValueError(
+            "the implicit margin is zero on every pair: the reference equals the model, so nothing can agree; warm-start it (warm_start.lambda_dpo > 0) or name an older train.reference"
+        )
 
 # %% ../../nbs/stages/06_optimise.ipynb #3475105a
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "Train the model `node` from the model and scores of its parent; writes adapter/, metrics.jsonl and preferences.jsonl. With no pair to train on the model stays as it is, and the summary says so."
     from scir.model.weights import for_training, load_adapter, load_base, load_tokenizer
+
     seed, arm, _ = node_parts(node)
-    parent, folder, spec = Path(run_dir)/parent_node(node), Path(run_dir)/node, recipe.arm(arm)
-    recipe, tokenizer, scores = recipe.model_copy(update={"train": spec}), load_tokenizer(recipe.model), read_rows(parent/"scores.jsonl", Score)
-    rewards = {r.id: r.rewards for r in read_rows(parent/"rewards.jsonl", ResponseReward)} if spec.label in OUTSIDE else None
+    parent, folder, spec = Path(run_dir) / parent_node(node), Path(run_dir) / node, recipe.arm(arm)
+    recipe, tokenizer, scores = (
+        recipe.model_copy(update={"train": spec}),
+        load_tokenizer(recipe.model),
+        read_rows(parent / "scores.jsonl", Score),
+    )
+    rewards = (
+        {r.id: r.rewards for r in read_rows(parent / "rewards.jsonl", ResponseReward)}
+        if spec.label in OUTSIDE
+        else None
+    )
     pairs, notes = training_pairs(tokenizer, scores, spec, rewards)
-    if not pairs: return notes | unchanged(arm, parent, folder)
+    if not pairs:
+        return notes | unchanged(arm, parent, folder)
     assert_reference(scores)
     own = len(pairs)
-    if spec.replay: pairs = pairs + replayed(tokenizer, recipe, run_dir, parent_node(node), own)
-    model = for_training(load_adapter(load_base(recipe.model), parent/"adapter", trainable=True), recipe.model)
-    write_rows(folder/"preferences.jsonl", preference_rows(pairs, scores))
+    if spec.replay:
+        pairs = pairs + replayed(tokenizer, recipe, run_dir, parent_node(node), own)
+    model = for_training(load_adapter(load_base(recipe.model), parent / "adapter", trainable=True), recipe.model)
+    write_rows(folder / "preferences.jsonl", preference_rows(pairs, scores))
     history = train(model, tokenizer, pairs, recipe, folder, seed)
-    summary = {"pairs": own, "replayed": len(pairs) - own, "steps": len(history), "retained": own_share(history) * own / len(scores)}
+    summary = {
+        "pairs": own,
+        "replayed": len(pairs) - own,
+        "steps": len(history),
+        "retained": own_share(history) * own / len(scores),
+    }
     return notes | summary | correct_labels(history) | {"final": history[-1]}
 
-def correct_labels(history:list)->dict: # empty where no grader knows
+# %% ../../nbs/stages/06_optimise.ipynb #99326cb3
+def correct_labels(history: list) -> dict:  # empty where no grader knows
     "Fraction of correct labels among the pairs that an arm trained on, over all steps."
     graded = sum(h.get("graded", 0.0) for h in history)
     return {"correct_labels": sum(h["correct"] for h in history if "correct" in h) / graded} if graded else {}
 
-def own_share(history:list)->float:
+# %% ../../nbs/stages/06_optimise.ipynb #30345b43
+def own_share(history: list) -> float:
     "Of the arm's own pairs that were seen in training, the share that entered the DPO loss; replayed seed pairs are counted out."
     seed = [h.get("replayed", 0.0) for h in history]
     return sum(h["retained"] - s for h, s in zip(history, seed)) / (len(history) - sum(seed) or 1.0)
 
-def train(model, tokenizer, pairs:list, recipe:Recipe, folder:Path, seed:int)->list: # log lines
+# %% ../../nbs/stages/06_optimise.ipynb #a489f86a
+def train(model, tokenizer, pairs: list, recipe: Recipe, folder: Path, seed: int) -> list:  # log lines
     "Trainer over `pairs`, with the recipe's training section."
     from scir.method.trainer import arguments, fit, optimizer_steps
+
     spec = recipe.train
     steps = optimizer_steps(len(pairs), spec.epochs, spec.batch_size * spec.accumulation)
-    args = arguments(folder/"checkpoints", seed, steps=steps, batch_size=spec.batch_size, accumulation=spec.accumulation, learning_rate=spec.learning_rate,
-                     max_grad_norm=spec.max_grad_norm, optimizer=spec.optimizer, save_steps=spec.save_steps)
+    args = arguments(
+        folder / "checkpoints",
+        seed,
+        steps=steps,
+        batch_size=spec.batch_size,
+        accumulation=spec.accumulation,
+        learning_rate=spec.learning_rate,
+        max_grad_norm=spec.max_grad_norm,
+        optimizer=spec.optimizer,
+        save_steps=spec.save_steps,
+    )
     return fit(model, tokenizer, pairs, lambda view: pair_loss(view, spec), recipe, folder, args)
 
-def unchanged(arm:str, parent:Path, folder:Path)->dict: # summary
+# %% ../../nbs/stages/06_optimise.ipynb #30bf4bd5
+def unchanged(arm: str, parent: Path, folder: Path) -> dict:  # summary
     "M_{t+1} is M_t: the arm found no pair to train on."
     print(f"arm {arm}: no pair to train on, the model stays as it is", flush=True)
     if not rank():
-        for name in ("adapter", "tracking"): shutil.rmtree(folder/name, ignore_errors=True)
-        shutil.copytree(parent/"adapter", folder/"adapter")
-        for name in ("metrics.jsonl", "preferences.jsonl"): write_rows(folder/name, [])
+        for name in ("adapter", "tracking"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(parent / "adapter", folder / "adapter")
+        for name in ("metrics.jsonl", "preferences.jsonl"):
+            write_rows(folder / name, [])
     meet()
     return {"pairs": 0, "replayed": 0, "steps": 0, "retained": 0.0, "final": None}

@@ -10,6 +10,6 @@ from ..recipe import Recipe
 from ..report.document import report
 
 # %% ../../nbs/stages/09_report.ipynb #2a74e881
-def run(recipe:Recipe, run_dir, node:str="")->dict: # name -> file
+def run(recipe: Recipe, run_dir, node: str = "") -> dict:  # name -> file
     "Write the report of a run into its folder report/."
     return {name: f"report/{name}" for name in report(run_dir)}

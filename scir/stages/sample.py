@@ -19,40 +19,77 @@ from ..recipe import Recipe, SamplingSpec, node_parts
 from ..store import Journal, Response, processes, rank, row_seed, share
 
 # %% ../../nbs/stages/02_sample.ipynb #28b17fe5
-def sample(engine, # what decodes: (jobs, spec) -> rows, such as `partial(generate, model, tokenizer)`
-           tokenizer, prompts:list, spec:SamplingSpec, out, seed:int=0, max_prompt_tokens:int|None=None)->dict: # summary
+def sample(
+    engine,  # what decodes: (jobs, spec) -> rows, such as `partial(generate, model, tokenizer)`
+    tokenizer,
+    prompts: list,
+    spec: SamplingSpec,
+    out,
+    seed: int = 0,
+    max_prompt_tokens: int | None = None,
+) -> dict:  # summary
     "Write `out` (responses.jsonl): `spec.candidates` responses per prompt."
     journal, encoded = Journal(out, Response), [(p, encode_prompt(tokenizer, p.prompt)) for p in prompts]
     kept = [(p, ids) for p, ids in encoded if max_prompt_tokens is None or len(ids) <= max_prompt_tokens]
-    if not kept: raise ValueError(f"sampling: no prompt of at most {max_prompt_tokens} tokens; raise data.max_prompt_tokens or look at data.prompts")
+    if not kept:
+        raise ValueError(
+            f"sampling: no prompt of at most {max_prompt_tokens} tokens; raise data.max_prompt_tokens or look at data.prompts"
+        )
     jobs = {f"{p.id}/{c}": (p, c, ids, row_seed(seed, p.id, c)) for p, ids in kept for c in range(spec.candidates)}
     left = [(key, ids, s) for key, (_, _, ids, s) in jobs.items() if key not in journal.done]
     rows = engine(share(left), spec)  # which may load a model, before the bar's time begins
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="responses", unit="resp", disable=rank() > 0) as bar:
         for key, ids, finished in rows:
             p, c, _, s = jobs[key]
-            if finished: ids = [*ids[:-1], turn_end(tokenizer)] # whichever id it stopped at, answers end alike
-            journal.add(Response(id=key, prompt_id=p.id, prompt=p.prompt, candidate=c, response=text_of(tokenizer, ids, finished), response_ids=ids, finished=finished, seed=s))
+            if finished:
+                ids = [*ids[:-1], turn_end(tokenizer)]  # whichever id it stopped at, answers end alike
+            journal.add(
+                Response(
+                    id=key,
+                    prompt_id=p.id,
+                    prompt=p.prompt,
+                    candidate=c,
+                    response=text_of(tokenizer, ids, finished),
+                    response_ids=ids,
+                    finished=finished,
+                    seed=s,
+                )
+            )
             bar.update(min(processes(), bar.total - bar.n))
     return summarise(journal.finish(list(jobs))) | {"dropped": {"prompt too long": len(prompts) - len(kept)}}
 
-def summarise(rows:list)->dict:
+# %% ../../nbs/stages/02_sample.ipynb #ab444e12
+def summarise(rows: list) -> dict:
     "Counts and lengths of the responses."
     tokens = [len(r.response_ids) for r in rows]
-    return {"responses": len(rows), "mean_tokens": sum(tokens) / len(tokens), "finished": sum(r.finished for r in rows) / len(rows),
-            "empty": sum(not r.response.strip() for r in rows), "distinct_2": distinct(rows)}
+    return {
+        "responses": len(rows),
+        "mean_tokens": sum(tokens) / len(tokens),
+        "finished": sum(r.finished for r in rows) / len(rows),
+        "empty": sum(not r.response.strip() for r in rows),
+        "distinct_2": distinct(rows),
+    }
 
-def distinct(rows:list, n:int=2)->float:
+# %% ../../nbs/stages/02_sample.ipynb #d6a41816
+def distinct(rows: list, n: int = 2) -> float:
     "Distinct n-grams of token ids over all n-grams, a sign of collapse when it falls."
-    grams = [tuple(r.response_ids[i:i + n]) for r in rows for i in range(len(r.response_ids) - n + 1)]
+    grams = [tuple(r.response_ids[i : i + n]) for r in rows for i in range(len(r.response_ids) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
 
 # %% ../../nbs/stages/02_sample.ipynb #b6cabacd
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "Sample a model's answers to the training prompts; writes responses.jsonl."
-    d, (seed, _, t), folder = recipe.data, node_parts(node), Path(run_dir)/node
+    d, (seed, _, t), folder = recipe.data, node_parts(node), Path(run_dir) / node
     tokenizer = load_tokenizer(recipe.model)
     prompts, _, dropped = prompt_pool(d)
-    with open_engine(recipe, tokenizer, folder/"adapter") as engine:
-        found = sample(engine, tokenizer, prompts, recipe.sampling, folder/"responses.jsonl", seed * 1000 + t, d.max_prompt_tokens)
+    with open_engine(recipe, tokenizer, folder / "adapter") as engine:
+        found = sample(
+            engine,
+            tokenizer,
+            prompts,
+            recipe.sampling,
+            folder / "responses.jsonl",
+            seed * 1000 + t,
+            d.max_prompt_tokens,
+        )
     return found | {"dropped": dropped | found["dropped"]}

@@ -18,7 +18,7 @@ from ..model.logprobs import check_projection, encode_prompt, encode_response, r
 from ..recipe import Recipe, node_parts
 
 # %% ../../nbs/stages/00_sft.ipynb #80bde659
-def sft_loss(view:View)->tuple: # scalar, metrics
+def sft_loss(view: View) -> tuple:  # scalar, metrics
     "Negative log-likelihood per token of each pair's first side, the good answer, in nats."
     prompts, answers = [p.prompt_ids for p in view.pairs], [p.ids_a for p in view.pairs]
     lengths = torch.tensor([len(ids) for ids in answers], device=view.model.device)
@@ -26,18 +26,21 @@ def sft_loss(view:View)->tuple: # scalar, metrics
     return nll, {"loss_sft": nll.detach()}
 
 # %% ../../nbs/stages/00_sft.ipynb #89d997d9
-def seed_pairs(tokenizer, recipe:Recipe)->tuple: # list of Pair, drops by reason
+def seed_pairs(tokenizer, recipe: Recipe) -> tuple:  # list of Pair, drops by reason
     "The train split of the labelled pairs, encoded; the test split is never touched here."
     d = recipe.data
     rows, dropped = merged(load_pairs, d.pairs)
     held, free = evaluation_prompts(d), [r for r in rows if row_split(r) == "train"]
     train = take([r for r in free if first_turn(r.prompt) not in held])
-    if len(train) < len(free): dropped = dropped | {"in an evaluation set": len(free) - len(train)}
-    if not train: raise ValueError(f"data.pairs {', '.join(d.pairs)}: no row falls in the train split; more rows are needed")
+    if len(train) < len(free):
+        dropped = dropped | {"in an evaluation set": len(free) - len(train)}
+    if not train:
+        raise ValueError(f"data.pairs {', '.join(d.pairs)}: no row falls in the train split; more rows are needed")
     pairs, too_long = labelled_pairs(tokenizer, train, d.max_prompt_tokens, d.max_response_tokens)
     return pairs, dropped | too_long
 
-def good_answers(tokenizer, recipe:Recipe)->tuple: # list of Pair whose side a is the good answer, drops by reason
+# %% ../../nbs/stages/00_sft.ipynb #7e20a8d3
+def good_answers(tokenizer, recipe: Recipe) -> tuple:  # list of Pair whose side a is the good answer, drops by reason
     "What SFT learns from: `data.instructions`, or the distinct chosen sides of the seed pairs."
     d = recipe.data
     if d.instructions is None:
@@ -48,16 +51,23 @@ def good_answers(tokenizer, recipe:Recipe)->tuple: # list of Pair whose side a i
         held = evaluation_prompts(d)
         rows = [(p, answer) for p, answer in found if first_turn(p) not in held]
         dropped = dropped | {"in an evaluation set": len(found) - len(rows)}
-    encoded = [Pair(str(i), p, answer, "", encode_prompt(tokenizer, p), encode_response(tokenizer, answer), []) for i, (p, answer) in enumerate(rows)]
+    encoded = [
+        Pair(str(i), p, answer, "", encode_prompt(tokenizer, p), encode_response(tokenizer, answer), [])
+        for i, (p, answer) in enumerate(rows)
+    ]
     fitting = [p for p in encoded if len(p.prompt_ids) <= d.max_prompt_tokens and len(p.ids_a) <= d.max_response_tokens]
-    if not fitting: raise ValueError(f"data.instructions {d.instructions}: no row left; raise data.max_prompt_tokens or data.max_response_tokens")
+    if not fitting:
+        raise ValueError(
+            f"data.instructions {d.instructions}: no row left; raise data.max_prompt_tokens or data.max_response_tokens"
+        )
     return fitting, dropped | {"too long": len(encoded) - len(fitting)}
 
 # %% ../../nbs/stages/00_sft.ipynb #6c6bdd66
-def supervised(recipe:Recipe, folder, seed:int=0)->dict: # summary
+def supervised(recipe: Recipe, folder, seed: int = 0) -> dict:  # summary
     "Train the SFT model from M_0; writes adapter/ and metrics.jsonl into `folder`."
     from scir.model.weights import for_training, load_base, load_tokenizer, new_adapter, reach_summary, reach_text
     from scir.method.trainer import arguments, fit, optimizer_steps
+
     spec, tokenizer = recipe.sft, load_tokenizer(recipe.model)
     answers, dropped = good_answers(tokenizer, recipe)
     base = load_base(recipe.model)
@@ -66,11 +76,18 @@ def supervised(recipe:Recipe, folder, seed:int=0)->dict: # summary
     model = for_training(new_adapter(base, recipe.lora, seed), recipe.model)
     check_projection(model)
     steps = optimizer_steps(len(answers), spec.epochs, spec.batch_size)
-    args = arguments(Path(folder)/"checkpoints", seed, steps=steps, batch_size=spec.batch_size, learning_rate=spec.learning_rate, save_steps=recipe.train.save_steps)
+    args = arguments(
+        Path(folder) / "checkpoints",
+        seed,
+        steps=steps,
+        batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        save_steps=recipe.train.save_steps,
+    )
     history = fit(model, tokenizer, answers, sft_loss, recipe, folder, args)
     return {"answers": len(answers), "dropped": dropped, "steps": len(history), "final": history[-1], "adapter": reach}
 
 # %% ../../nbs/stages/00_sft.ipynb #88ba9d93
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "Train the SFT model of a seed."
-    return supervised(recipe, Path(run_dir)/node, node_parts(node)[0])
+    return supervised(recipe, Path(run_dir) / node, node_parts(node)[0])

@@ -22,7 +22,7 @@ from .sft import seed_pairs
 from ..store import Response, SeedPair, read_rows, row_seed, write_rows
 
 # %% ../../nbs/stages/01_warm_start.ipynb #772db9f9
-def warm_start_loss(view:View, spec:WarmStartSpec)->tuple: # scalar, metrics
+def warm_start_loss(view: View, spec: WarmStartSpec) -> tuple:  # scalar, metrics
     "Loss of a batch of labelled pairs; `target` of each pair is its label."
     target = torch.tensor([p.target for p in view.pairs], device=view.model.device)
     m_g, m_i = generative(view), implicit(view)
@@ -39,7 +39,7 @@ def warm_start_loss(view:View, spec:WarmStartSpec)->tuple: # scalar, metrics
     return loss, metrics | {"accuracy_generative": accuracy(m_g), "accuracy_implicit": accuracy(m_i)}
 
 # %% ../../nbs/stages/01_warm_start.ipynb #6d275d45
-def graded_pairs(tokenizer, responses:list, recipe:Recipe, seed:int)->tuple: # list of Pair, drops by reason
+def graded_pairs(tokenizer, responses: list, recipe: Recipe, seed: int) -> tuple:  # list of Pair, drops by reason
     "At most `warm_start.pairs_per_prompt` labelled pairs of sampled answers to each prompt."
     found, dropped = candidate_pairs(tokenizer, responses, None, seed)
     label_by_grader(found, recipe.data.grader)
@@ -49,55 +49,114 @@ def graded_pairs(tokenizer, responses:list, recipe:Recipe, seed:int)->tuple: # l
         p.extra["subset"] = "own"
         by_prompt.setdefault(p.prompt, []).append(p)
     ties = len(found) - sum(map(len, by_prompt.values()))
-    return [p for pairs in by_prompt.values() for p in pairs[:recipe.warm_start.pairs_per_prompt]], dropped | {"tie by the grader": ties}
+    return [p for pairs in by_prompt.values() for p in pairs[: recipe.warm_start.pairs_per_prompt]], dropped | {
+        "tie by the grader": ties
+    }
 
 # %% ../../nbs/stages/01_warm_start.ipynb #b5c0f0b8
-def own_answers(recipe:Recipe, sft_adapter, folder, tokenizer, seed:int)->list: # of Response
+def own_answers(recipe: Recipe, sft_adapter, folder, tokenizer, seed: int) -> list:  # of Response
     "The SFT model's answers to the seed prompts; writes seed_responses.jsonl into `folder`."
     from scir.model.engines import open_engine
     from scir.stages.sample import sample
-    with open_engine(recipe, tokenizer, sft_adapter) as engine:
-        sample(engine, tokenizer, seed_prompts(recipe.data), recipe.sampling, folder/"seed_responses.jsonl", seed * 1000, recipe.data.max_prompt_tokens)
-    return read_rows(folder/"seed_responses.jsonl", Response)
 
-def labelled_seeds(recipe:Recipe, sft_adapter, folder, tokenizer, seed:int)->tuple: # list of Pair, drops by reason
+    with open_engine(recipe, tokenizer, sft_adapter) as engine:
+        sample(
+            engine,
+            tokenizer,
+            seed_prompts(recipe.data),
+            recipe.sampling,
+            folder / "seed_responses.jsonl",
+            seed * 1000,
+            recipe.data.max_prompt_tokens,
+        )
+    return read_rows(folder / "seed_responses.jsonl", Response)
+
+# %% ../../nbs/stages/01_warm_start.ipynb #9e86ea40
+def labelled_seeds(recipe: Recipe, sft_adapter, folder, tokenizer, seed: int) -> tuple:  # list of Pair, drops by reason
     "All labelled pairs of step 2: written ones, at most `data.pair_limit` of them, and graded ones."
     written, dropped = seed_pairs(tokenizer, recipe)
-    written, graded = written[:recipe.data.pair_limit], []
+    written, graded = written[: recipe.data.pair_limit], []
     if recipe.data.seed_prompts:
         answers = own_answers(recipe, sft_adapter, folder, tokenizer, seed)
         graded, more = graded_pairs(tokenizer, answers, recipe, seed)
         dropped = dropped | more
-    if recipe.warm_start.random_labels: relabel(written + graded, seed)
+    if recipe.warm_start.random_labels:
+        relabel(written + graded, seed)
     return written + graded, dropped
 
-def relabel(pairs:list, seed:int)->None:
+# %% ../../nbs/stages/01_warm_start.ipynb #be2a6461
+def relabel(pairs: list, seed: int) -> None:
     "A control: labels that say nothing, drawn for each pair on its own."
     for p in pairs:
         p.target = float(random.Random(row_seed(seed, p.id)).random() < 0.5)
         p.extra |= {"label": "a" if p.target else "b", "subset": "random"}
 
-def seed_row(p:Pair)->SeedPair:
+# %% ../../nbs/stages/01_warm_start.ipynb #9f3ae497
+def seed_row(p: Pair) -> SeedPair:
     "A pair of the warm start as a row of its file."
-    return SeedPair(id=p.id, prompt=p.prompt, response_a=p.response_a, response_b=p.response_b, ids_a=p.ids_a, ids_b=p.ids_b, label=p.extra["label"], subset=p.extra["subset"])
+    return SeedPair(
+        id=p.id,
+        prompt=p.prompt,
+        response_a=p.response_a,
+        response_b=p.response_b,
+        ids_a=p.ids_a,
+        ids_b=p.ids_b,
+        label=p.extra["label"],
+        subset=p.extra["subset"],
+    )
 
-def read_seeds(tokenizer, file)->list: # of Pair
+# %% ../../nbs/stages/01_warm_start.ipynb #533805c3
+def read_seeds(tokenizer, file) -> list:  # of Pair
     "The warm start's pairs from their file."
-    return [Pair(r.id, r.prompt, r.response_a, r.response_b, encode_prompt(tokenizer, r.prompt), r.ids_a, r.ids_b, target=float(r.label == "a"),
-                 extra={"prompt_id": r.id, "label": r.label, "subset": r.subset}) for r in read_rows(file, SeedPair)]
+    return [
+        Pair(
+            r.id,
+            r.prompt,
+            r.response_a,
+            r.response_b,
+            encode_prompt(tokenizer, r.prompt),
+            r.ids_a,
+            r.ids_b,
+            target=float(r.label == "a"),
+            extra={"prompt_id": r.id, "label": r.label, "subset": r.subset},
+        )
+        for r in read_rows(file, SeedPair)
+    ]
 
-def run(recipe:Recipe, run_dir, node:str)->dict: # summary
+# %% ../../nbs/stages/01_warm_start.ipynb #d19ae908
+def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     "Train M_1 from the SFT model; writes adapter/, metrics.jsonl and seed_pairs.jsonl, and seed_responses.jsonl where the recipe has seed prompts."
     from scir.model.weights import for_training, load_adapter, load_base, load_tokenizer
     from scir.method.scores import as_reference, set_reference
     from scir.method.trainer import arguments, fit, optimizer_steps
-    spec, tokenizer, seed, folder = recipe.warm_start, load_tokenizer(recipe.model), node_parts(node)[0], Path(run_dir)/node
-    sft_adapter = Path(run_dir)/sft_node(seed)/"adapter"
+
+    spec, tokenizer, seed, folder = (
+        recipe.warm_start,
+        load_tokenizer(recipe.model),
+        node_parts(node)[0],
+        Path(run_dir) / node,
+    )
+    sft_adapter = Path(run_dir) / sft_node(seed) / "adapter"
     pairs, dropped = labelled_seeds(recipe, sft_adapter, folder, tokenizer, seed)
     model = for_training(load_adapter(load_base(recipe.model), sft_adapter, trainable=True), recipe.model)
-    set_reference(model, pairs, recipe.judge.batch_tokens, as_reference if recipe.train.reference == "initial" else nullcontext)
-    write_rows(folder/"seed_pairs.jsonl", [seed_row(p) for p in pairs])
+    set_reference(
+        model, pairs, recipe.judge.batch_tokens, as_reference if recipe.train.reference == "initial" else nullcontext
+    )
+    write_rows(folder / "seed_pairs.jsonl", [seed_row(p) for p in pairs])
     steps = optimizer_steps(len(pairs), spec.epochs, spec.batch_size)
-    args = arguments(folder/"checkpoints", seed, steps=steps, batch_size=spec.batch_size, learning_rate=spec.learning_rate, save_steps=recipe.train.save_steps)
+    args = arguments(
+        folder / "checkpoints",
+        seed,
+        steps=steps,
+        batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        save_steps=recipe.train.save_steps,
+    )
     history = fit(model, tokenizer, pairs, lambda view: warm_start_loss(view, spec), recipe, folder, args)
-    return {"pairs": len(pairs), "own": sum(p.extra["subset"] == "own" for p in pairs), "dropped": dropped, "steps": len(history), "final": history[-1]}
+    return {
+        "pairs": len(pairs),
+        "own": sum(p.extra["subset"] == "own" for p in pairs),
+        "dropped": dropped,
+        "steps": len(history),
+        "final": history[-1],
+    }

@@ -1,4 +1,5 @@
 """The built site as a reader's browser has it: `make test-docs`. Everything is served from this machine; nothing else may be asked for."""
+
 import functools, http.server, os, shutil, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -6,7 +7,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SITE = ROOT/"_site"
+SITE = ROOT / "_site"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 PAGES = sorted(str(f.relative_to(SITE)) for f in SITE.glob("**/*.html"))
@@ -36,7 +37,8 @@ CONTRAST = """() => {
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +53,21 @@ def site():
 
 @pytest.fixture(scope="session")
 def browser():
-    if not CHROMIUM: pytest.exit("test-docs: a browser is missing; apt install chromium", 1)
+    if not CHROMIUM:
+        pytest.exit("test-docs: a browser is missing; apt install chromium", 1)
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--disable-component-update"])
+        browser = p.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-sync",
+                "--disable-component-update",
+            ],
+        )
         yield browser
         browser.close()
 
@@ -74,7 +87,10 @@ def visits(site, browser):
         page.on("pageerror", lambda e: faults.append(f"error: {e}"))
         page.on("requestfailed", lambda r: faults.append(f"failed: {r.url}"))
         page.on("response", lambda r: faults.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        page.on("request", lambda r: faults.append(f"leaves the machine: {r.url}") if not r.url.startswith((site, "data:")) else None)
+        page.on(
+            "request",
+            lambda r: faults.append(f"leaves the machine: {r.url}") if not r.url.startswith((site, "data:")) else None,
+        )
         status = page.goto(site + name, wait_until="networkidle").status
         drawn(page)
         seen[name] = page.evaluate(LOOK) | {"status": status, "faults": faults}
@@ -84,7 +100,8 @@ def visits(site, browser):
     return seen
 
 
-def every(visits, what): return {name: v for name, v in ((n, what(v)) for n, v in visits.items()) if v}
+def every(visits, what):
+    return {name: v for name, v in ((n, what(v)) for n, v in visits.items()) if v}
 
 
 def test_pages_open_without_a_fault(visits):
@@ -95,9 +112,11 @@ def test_no_link_is_dead(visits, site):
     ids, dead = {site + n: set(v["ids"]) for n, v in visits.items()}, set()
     for name, v in visits.items():
         for url, anchor in (urldefrag(u) for u in v["links"] if u.startswith(site)):
-            file = SITE/unquote(url.removeprefix(site) or "index.html")
-            if not file.is_file(): dead.add((name, url))
-            elif anchor and unquote(anchor) not in ids.get(url, ids[site + "index.html"]): dead.add((name, f"{url}#{anchor}"))
+            file = SITE / unquote(url.removeprefix(site) or "index.html")
+            if not file.is_file():
+                dead.add((name, url))
+            elif anchor and unquote(anchor) not in ids.get(url, ids[site + "index.html"]):
+                dead.add((name, f"{url}#{anchor}"))
     assert not dead
 
 
@@ -118,7 +137,9 @@ def test_no_page_is_wider_than_a_phone(visits):
 def test_figures_of_a_report_are_wide_and_lead_to_their_full_size(site, browser):
     page = browser.new_page(viewport=DESK)
     page.goto(site + "results/smol.html")
-    seen = page.evaluate("() => [...document.querySelectorAll('figure img')].map(i => [i.closest('a')?.href, i.src, i.width])")
+    seen = page.evaluate(
+        "() => [...document.querySelectorAll('figure img')].map(i => [i.closest('a')?.href, i.src, i.width])"
+    )
     assert len(seen) >= 10 and all(to == shown and width > 800 for to, shown, width in seen)
     page.close()
 
@@ -127,7 +148,9 @@ def test_figures_of_a_report_are_wide_and_lead_to_their_full_size(site, browser)
 def test_the_picture_fits_without_scrolling(site, browser, view, kind):
     page = browser.new_page(viewport=view)
     page.goto(site + "index.html")
-    seen = page.evaluate("() => [...document.querySelectorAll('.picture')].filter(e => e.offsetParent).map(e => [e.className, e.querySelector('svg').getBoundingClientRect().right <= innerWidth, e.scrollWidth <= e.clientWidth])")
+    seen = page.evaluate(
+        "() => [...document.querySelectorAll('.picture')].filter(e => e.offsetParent).map(e => [e.className, e.querySelector('svg').getBoundingClientRect().right <= innerWidth, e.scrollWidth <= e.clientWidth])"
+    )
     assert seen == [[f"picture {kind}", True, True]]
     page.close()
 
@@ -148,8 +171,10 @@ def test_text_stands_out(site, browser, scheme):
     faint, page = {}, browser.new_page(viewport=DESK, color_scheme=scheme)
     for name in PAGES:
         page.goto(site + name)
-        if low := [c for c in page.evaluate(CONTRAST) if c[0] < 4.5]: faint[name] = low[:3]
-        if name == "index.html": grounds = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+        if low := [c for c in page.evaluate(CONTRAST) if c[0] < 4.5]:
+            faint[name] = low[:3]
+        if name == "index.html":
+            grounds = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     page.close()
     assert (grounds == "rgb(255, 255, 255)") == (scheme == "light")
     assert not faint
@@ -161,10 +186,22 @@ def test_screenshots(site, browser):
     folder = Path(os.environ["SHOTS"])
     for view, size, scheme in (("desk", DESK, "light"), ("phone", PHONE, "light"), ("dark", DESK, "dark")):
         page = browser.new_page(viewport=size, color_scheme=scheme)
-        for name in [n for n in PAGES if not n.startswith(("library", "run")) or n in ("00_recipe.html", "method/03_loss.html", "stages/05_consistency.html", "report/06_document.html", "run/03_judge.html")]:
+        for name in [
+            n
+            for n in PAGES
+            if not n.startswith(("library", "run"))
+            or n
+            in (
+                "00_recipe.html",
+                "method/03_loss.html",
+                "stages/05_consistency.html",
+                "report/06_document.html",
+                "run/03_judge.html",
+            )
+        ]:
             page.goto(site + name, wait_until="networkidle")
             drawn(page)
-            (folder/view).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=folder/view/f"{name.replace('/', '-').removesuffix('.html')}.png")
+            (folder / view).mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=folder / view / f"{name.replace('/', '-').removesuffix('.html')}.png")
         page.close()
     assert len(list(folder.glob("*/*.png"))) >= 36

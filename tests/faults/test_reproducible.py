@@ -1,4 +1,5 @@
 """Same recipe, same machine: the same bytes. And what batch size, order, processes and threads change, with the real model."""
+
 import json, subprocess, sys
 
 import pytest
@@ -24,13 +25,27 @@ tokenizer = load_tokenizer(spec)
 sample(partial(generate, for_sampling(spec), tokenizer), tokenizer, prompts, SamplingSpec(candidates=2, max_new_tokens=48, temperature=1.0, top_p=.95, batch_size=int(batch)), Path(out)/"responses.jsonl", 0)
 """
 
-def sampled(folder, dtype, batch=32, order=1, part="all", threads=1):
-    out = folder/f"{dtype}-{batch}-{order}-{part}-{threads}"
-    done = subprocess.run([sys.executable, "-c", SAMPLE, dtype, str(batch), str(order), part, str(threads), str(out)], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {r["id"]: r["response_ids"] for r in map(json.loads, (out/"responses.jsonl").open())}
 
-WAYS = {"batches of 8": {"batch": 8}, "batches of 3": {"batch": 3}, "reverse order": {"order": -1}, "two threads": {"threads": 2}}
+def sampled(folder, dtype, batch=32, order=1, part="all", threads=1):
+    out = folder / f"{dtype}-{batch}-{order}-{part}-{threads}"
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLE, dtype, str(batch), str(order), part, str(threads), str(out)],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {r["id"]: r["response_ids"] for r in map(json.loads, (out / "responses.jsonl").open())}
+
+
+WAYS = {
+    "batches of 8": {"batch": 8},
+    "batches of 3": {"batch": 3},
+    "reverse order": {"order": -1},
+    "two threads": {"threads": 2},
+}
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_which_response_a_row_gets(tmp_path, dtype):
@@ -42,7 +57,9 @@ def test_which_response_a_row_gets(tmp_path, dtype):
     for name, rows in found.items():
         assert rows.keys() == whole.keys()
         TALLY["differ", dtype, name] = sum(rows[k] != whole[k] for k in whole)
-    if dtype == "float32": assert not [name for name in found if TALLY["differ", dtype, name]]
+    if dtype == "float32":
+        assert not [name for name in found if TALLY["differ", dtype, name]]
+
 
 def test_the_same_recipe_gives_the_same_bytes(short, tmp_path_factory):
     equal(uninterrupted(tmp_path_factory, *SHORT), short)

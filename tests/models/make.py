@@ -1,4 +1,5 @@
 """Tiny models with random weights, one for each architecture of the matrix, in the chat format of its family."""
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,13 @@ TURN = "{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}"
 CHATML = EACH % TURN + ASK % ASSISTANT
 THINKING = EACH % TURN + ASK % (ASSISTANT + QUIET)
 GEMMA = (
-    "{{ bos_token }}" + NO_SYSTEM
-    + EACH % (ALTERNATE + "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' }}"
-              "{{ m.content | trim ~ '<end_of_turn>\n' }}")
+    "{{ bos_token }}"
+    + NO_SYSTEM
+    + EACH
+    % (
+        ALTERNATE + "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' }}"
+        "{{ m.content | trim ~ '<end_of_turn>\n' }}"
+    )
     + ASK % "<start_of_turn>model\n"
 )
 MISTRAL = "{{ bos_token }}" + EACH % (
@@ -39,6 +44,7 @@ PHI3 = EACH % "{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ '<|end|>\n' }}" + ASK % "
 
 class Chat(NamedTuple):
     """A family's special tokens and chat template."""
+
     eos: str | None
     bos: str | None = None
     pad: str | None = None
@@ -92,23 +98,50 @@ FOUR_EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
 MIXED = dict(HEADS, **FOUR_EXPERTS, moe_intermediate_size=32)
 SHARED = dict(MIXED, shared_expert_intermediate_size=32)
 LATENT = dict(
-    WIDE, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
-    n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
+    WIDE,
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=32,
     first_k_dense_replace=1,
 )
 ROUTED = dict(
-    HEADS, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
-    first_k_dense_replace=1, n_shared_experts=1,
+    HEADS,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    n_shared_experts=1,
 )
 LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
 NEXT = dict(SHARED, layer_types=["linear_attention", "full_attention"], **LINEAR)
 NESTED = dict(
-    HEADS, sliding_window=64, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
-    laurel_rank=4, altup_num_inputs=2, layer_types=["sliding_attention", "full_attention"],
+    HEADS,
+    sliding_window=64,
+    vocab_size_per_layer_input=300,
+    hidden_size_per_layer_input=8,
+    num_kv_shared_layers=0,
+    laurel_rank=4,
+    altup_num_inputs=2,
+    layer_types=["sliding_attention", "full_attention"],
     activation_sparsity_pattern=[0.0, 0.0],
 )
 EYES = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
 )
 STATES = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8)
 FEW = dict(d_model=64, num_layers=2, attention_heads=4, ffn_dim=128, max_position_embeddings=2048)
@@ -118,6 +151,7 @@ SEEING = dict(text_config=SCALED, vision_config=EYES, mm_tokens_per_image=4)
 
 class Tiny(NamedTuple):
     """A model of the matrix."""
+
     type: str  # transformers' `model_type`
     config: dict
     chat: Chat = CHAT

