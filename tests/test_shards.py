@@ -161,7 +161,7 @@ def test_a_run_goes_on_where_one_process_failed(tmp_path, tiny_run):
     noted = json.loads((run / "manifest.json").read_text())["failed"]["sft:seed0/sft"]["reason"]
     assert (
         failed.returncode == 1
-        and noted.startswith("MemoryError: out of memory with 4 pairs in one of 2 processes at step 3")
+        and noted.startswith("MemoryError: out of memory with 4 pairs at step 3")
         and "lower batch_size" in noted
     )
     assert (

@@ -388,7 +388,6 @@ def training_peak(
         optimizer.step()
         if not accumulated:
             optimizer.zero_grad()
-        before = [p.grad.clone() for p in trained if p.grad is not None]  # which the trainer keeps to begin again
         loss(View(model, tiny_tokenizer(), pairs, recipe)).backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
