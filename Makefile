@@ -26,7 +26,7 @@ interruptions:
 faults:
 	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
 
-test-models: | $(VENV)/installed  ## every architecture at tiny size, from warm start to export; writes the table of docs/models.md: 10 minutes on two free cores
+test-models: | $(VENV)/installed  ## every architecture at tiny size, from warm start to export; writes the table of docs/models.md: 10 to 25 minutes, by what else runs
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m models.matrix
 
 test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from the checkout: about three minutes

@@ -3,7 +3,7 @@
 import pytest
 
 from models.make import MODELS, ODD
-from models.matrix import Row, fault_of, try_model
+from models.matrix import MARK, PAGE, Row, cells_of, fault_of, try_model
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3 with images", "qwen3-moe", "gpt2"])
@@ -28,3 +28,9 @@ def test_the_matrix_names_what_differs():
 def test_the_matrix_has_many_architectures():
     assert len({tiny.type for tiny in MODELS.values()}) >= 35
     assert not set(MODELS) & set(ODD)
+
+
+def test_the_page_has_a_row_for_every_model():
+    table = PAGE.read_text().partition(MARK)[2]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [cells_of(Row(name))[0] for name in [*MODELS, *ODD]]
