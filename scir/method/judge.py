@@ -45,10 +45,9 @@ def find_verdicts(tokenizer, words: tuple = ("A", "B")) -> Verdicts:
 
 # %% ../../nbs/method/01_judge.ipynb #e2888e61
 def judge_ids(tokenizer, judge, prompt: Prompted, first: str, second: str) -> list:
-    "Ids of one presentation, a conversation as text; `judge` carries `template` (holes: {prompt}, {first}, {second}) and `system`."
-    return encode_chat(
-        tokenizer, judge.template, {"prompt": as_text(prompt), "first": first, "second": second}, judge.system
-    )
+    "Ids of one presentation, a conversation as text; `judge` carries `template` (holes: {prompt}, {first}, {second}), `system`, `verdicts`."
+    fields = {"prompt": as_text(prompt), "first": first, "second": second}
+    return encode_chat(tokenizer, judge.template, fields, judge.system, judge.verdicts)
 
 # %% ../../nbs/method/01_judge.ipynb #f144bace
 def check_template(tokenizer, judge) -> None:

@@ -129,7 +129,9 @@ def pointwise(view: View) -> torch.Tensor:
     "Log-odds of Yes for a, minus those for b."
     verdicts = find_verdicts(view.tokenizer, YES_NO)
     seqs = [
-        encode_chat(view.tokenizer, POINTWISE, {"prompt": as_text(p.prompt), "response": r}, view.recipe.judge.system)
+        encode_chat(
+            view.tokenizer, POINTWISE, {"prompt": as_text(p.prompt), "response": r}, view.recipe.judge.system, YES_NO
+        )
         for side in ("response_a", "response_b")
         for p in view.pairs
         for r in [getattr(p, side)]

