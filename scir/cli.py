@@ -77,11 +77,12 @@ def _reason(error):
     "A recipe's faults each on its line, any other error on one."
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install {error.name}, and scir doctor says what else is missing"
-    from scir.runner.work import reason
+    from scir.runner.work import reason, wait_for_the_end
     from scir.recipe import RecipeError
 
     if isinstance(error, RecipeError):
         return error
+    wait_for_the_end(error)
     return reason(error) + (
         " (the executed notebook in the run's notebooks/ has the traceback)" if hasattr(error, "ename") else ""
     )
