@@ -1,6 +1,7 @@
 """A tiny random model on disk, an adapter that is not the identity, and a handful of pairs."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -11,6 +12,9 @@ import pytest, torch
 from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
+
+# a shell ignores Ctrl-C for a job in the background, and the commands under test would too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMOLLM2 = Path(__file__).parents[1] / "data/models/smollm2-135m-instruct"
 TEXTS = [
