@@ -334,7 +334,7 @@ def from_here(path: Path, here: Path) -> Path:
 # %% ../nbs/04_cli.ipynb #843e7bae
 def rehearse(recipe, out: Path, here: Path, words: list, jobs: int, processes: int, json: bool) -> None:
     "Print every step's state, and how to start the run on one machine and, where no steps are side by side, on several."
-    from scir.runner.verify import status as ask
+    from scir.runner.state import status as ask
     from scir.runner.processes import launch_line
     from scir.runner.execute import seen
     from scir.runner.execute import told as state
@@ -477,7 +477,7 @@ def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) ->
 # %% ../nbs/04_cli.ipynb #c59f4a2a
 def standing(recipe, run: Path) -> list:  # dicts
     "Every step of a run, its state and why."
-    from scir.runner.verify import status as ask
+    from scir.runner.state import status as ask
 
     return [{"step": step.key, "state": s.name, "why": s.why} for step, s in ask(recipe, run)]
 

@@ -10,7 +10,8 @@ from scir.runner import manifest, state as states
 from scir.runner.execute import notebook_of, shown
 from scir.runner.run import run_recipe
 from scir.runner.work import open_run
-from scir.runner.verify import status, verify
+from scir.runner.state import status
+from scir.runner.verify import verify
 from scir.cli import app
 from scir.runner.plan import Step, file_name
 from scir.runner.locks import alone

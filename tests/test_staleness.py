@@ -1,6 +1,8 @@
 """What makes a finished stage stale: code that it calls, by its meaning."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -90,3 +92,12 @@ def test_imports_in_functions_and_whole_modules_are_followed():
         c="x = 1\nprint(x)",
     )
     assert reached(made, "a", "stage") == {("a", "stage"), ("b", "helper"), ("c", "x"), ("c", "")}
+
+
+@pytest.mark.parametrize(
+    "modules, loaded", [("stages.files, runner.state, runner.execute", False), ("runner.verify", True)]
+)
+def test_what_status_needs_does_not_load_torch(modules, loaded):
+    code = "".join(f"import scir.{m}; " for m in modules.split(", ")) + "import sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(loaded), done.stderr

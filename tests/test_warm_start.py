@@ -412,7 +412,7 @@ def test_a_grader_that_is_gone_is_a_line_of_verify(copy):
 
 def test_a_grader_that_changed_makes_its_stages_stale(graded, tmp_path, recipe):
     "By its content."
-    from scir.runner.verify import status
+    from scir.runner.state import status
     from scir.runner.plan import Step
     from scir.runner.state import state
 

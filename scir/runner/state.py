@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE', 'LOADED', 'FILES', 'SECTIONS', 'files_of', 'code_hashes', 'check_code', 'read_fields', 'sources_of',
            'source_hashes', 'models_of', 'notebook_hash', 'inputs', 'fingerprint', 'recipe_sources', 'State', 'state',
-           'differences', 'finished']
+           'differences', 'finished', 'status']
 
 # %% ../../nbs/runner/04_state.ipynb #19e0e4d3
 from importlib import import_module
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import scir
 from ..recipe import MODELS, Recipe, locate, node_parts, notebook_folder
 from .locks import busy
-from .plan import Step, file_name
+from .plan import Step, file_name, needed, plan
 from .staleness import Package, code_of, modules_in, read_package
 from ..stages.files import STAGES
 from ..store import digest, hash_path, read_json, unfinished_parts
@@ -218,3 +218,16 @@ def _interrupted(recipe, run, step, begun):
 def finished(recipe: Recipe, run: Path, step: Step) -> bool:
     "Whether `step` need not be done again."
     return state(recipe, run, step).name == "done"
+
+# %% ../../nbs/runner/04_state.ipynb #a6235ccc
+def status(recipe: Recipe, run) -> list:  # of (Step, State), in the order of the plan
+    "Where every step of a run stands under a recipe."
+    found, open_steps = [], set()
+    for step in plan(recipe):
+        s, before = state(recipe, Path(run), step), [b for b in needed(recipe, step) if b in open_steps]
+        if s.name == "done" and before:
+            s = State("stale", f"after {before[-1].key}, unless that comes out as it was")
+        if s.name != "done":
+            open_steps.add(step)
+        found.append((step, s))
+    return found
