@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
-.PHONY: demo test test-faults test-models test-wheel interruptions faults bench docs test-docs export clean
+.PHONY: demo test test-faults test-models test-wheel interruptions faults bench gpu-check docs test-docs export clean
 
 demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 minutes by machine, two CPU cores
 	$(BIN)/scir run recipes/smol.yaml
@@ -39,6 +39,9 @@ test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from
 
 bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
 	TQDM_DISABLE=1 $(BIN)/scir bench --out $(or $(JSON),data/bench.json)
+
+gpu-check: | $(VENV)/installed  ## ten minutes on one NVIDIA GPU, no network: memory and speed into docs/results/gpu
+	$(BIN)/python -m tests.bench.gpu $(if $(MODEL_FOLDER),--model $(MODEL_FOLDER))
 
 docs: $(VENV)/docs        ## the site, _site/index.html, from the notebooks and docs/: needs npm for MathJax, no model
 	$(BIN)/python docs/build.py
