@@ -5,28 +5,16 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-from pathlib import Path
 
 import pytest, torch
 
 from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
+from helpers import SMOLLM2, TEXTS, scir
 
 # a shell ignores Ctrl-C for a job in the background, and the commands under test would too
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-SMOLLM2 = Path(__file__).parents[1] / "data/models/smollm2-135m-instruct"
-TEXTS = [
-    ("Why is the sky blue?", "Air scatters blue light.", "no"),
-    ("Hi", "Hello!", "Go away, please."),
-    ("2+2?", "4", "5 or so"),
-    ("Name a bird.", "Owl", "Cat"),
-    ("é ü?", "naïve ☃", "plain"),
-    ("Say a.", "a", "b" * 30),
-    ("Sum up.", "x y z", "z"),
-    ("Last one", "yes", "no no"),
-]
 
 
 def pytest_configure(config):
@@ -93,8 +81,6 @@ def any_tokenizer(request, tokenizer):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     "recipes/tiny.yaml, run once from outside."
-    from test_pipeline import scir
-
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     done = scir("run", "recipes/tiny.yaml", "--out", folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,7 +6,7 @@ import nbformat, psutil, pytest
 
 from harness import ENV, ROOT, SCIR, SHORT, command, equal, one_line
 from scir.store import read_json
-from test_alignment import said, server
+from helpers import said, server
 
 pytestmark = pytest.mark.usefixtures("fault")
 

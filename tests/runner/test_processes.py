@@ -20,19 +20,14 @@ from scir.runner.run import run_recipe
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
+from helpers import ENVIRONMENT, ROOT, difference, scir, together
 
 GRADIENTS = """
 import sys, torch
 from safetensors.torch import save_file
 from pathlib import Path
 from types import SimpleNamespace
-from conftest import TEXTS
+from helpers import TEXTS
 from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.stages.optimise import pair_loss
 from scir.runner.processes import join_others
@@ -59,27 +54,6 @@ loss = trainer.training_step(wrapped, {"pairs": rows})
 if not rank(): save_file({n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, folder / f"{out}.safetensors")
 sys.stdout.write(f"{rank()} {read}\\n")  # at once, not in pieces between another's
 """
-
-
-def together(*words, processes=2, cwd=None):
-    "A script in several processes; those that wait for each other in vain are ended after ten minutes."
-    return subprocess.run(
-        [
-            "timeout",
-            "600",
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-            *map(str, words),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=ENVIRONMENT,
-    )
 
 
 @pytest.mark.parametrize("pairs", [8, 5, 1])
@@ -118,17 +92,6 @@ def two(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
-
-
-def difference(a, b):
-    "The largest difference of numbers in two values of the same shape; infinite where anything else differs."
-    if isinstance(a, float) or isinstance(b, float):
-        return abs(a - b)
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return max((difference(a[k], b[k]) for k in a), default=0)
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return max(map(difference, a, b), default=0)
-    return 0 if a == b else float("inf")
 
 
 def test_a_run_of_two_processes_is_that_of_one(two, tiny_run):
@@ -171,8 +134,6 @@ def test_two_processes_speak_with_one_voice(two, tiny_run):
 
 def test_one_process_takes_over_a_run_of_two(two):
     "Nothing is done again, and nothing waits for processes that are not there."
-    from test_pipeline import scir
-
     done = scir("run", "recipes/tiny.yaml", "--out", two[0])
     assert done.returncode == 0 and done.stdout.count("unchanged") == 22, done.stdout
 

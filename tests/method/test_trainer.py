@@ -1,7 +1,7 @@
 import json, math, shutil
 
 import pytest, torch
-from conftest import TEXTS
+from helpers import TEXTS, scir
 from safetensors.torch import load_file
 
 from scir.model.logprobs import response_logps
@@ -500,8 +500,6 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_done(run, monkey
 
 
 def test_a_misspelt_tracker_is_one_line():
-    from test_pipeline import scir
-
     done = scir("run", "recipes/tiny.yaml", "--set", "report_to=tensorbord")
     assert (
         done.returncode == 1

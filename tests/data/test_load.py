@@ -1,8 +1,9 @@
 import json, subprocess, sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from helpers import ROOT
 
 from scir.data.chat import Message
 from scir.data.load import (
@@ -548,7 +549,7 @@ def test_missing_recipe():
         load_recipe("nowhere.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipe_loads_and_round_trips(path, file):
     recipe = load_recipe(path)
     assert recipe.name == path.stem and load_recipe(file(dump_recipe(recipe), "again.yaml")) == recipe
@@ -690,7 +691,7 @@ def test_malformed_node(node):
 @pytest.mark.parametrize("module", ["scir", "scir.recipe", "scir.cli"])
 def test_import_does_not_wait_for_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_good_answers_are_the_chosen_sides_or_instructions(tmp_path, tokenizer):

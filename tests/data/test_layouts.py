@@ -1,7 +1,6 @@
 """Every layout of the table in docs/howto/pairs.md, and what is refused or dropped."""
 
 import json, re
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from scir.data.load import load_instructions, load_pairs, load_prompts, prompt_p
 from scir.recipe import DataSpec
 from scir.store import LabelledPair, digest, read_rows, write_rows
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
 
 
 def say(*turns):

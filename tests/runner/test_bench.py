@@ -2,6 +2,8 @@ import json, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
+
+from helpers import ROOT
 from typer.main import get_command
 
 from scir.runner.bench import (
@@ -131,7 +133,6 @@ def test_both_contestants_of_the_gradient_have_the_same_one(work):
 
 
 def test_the_documented_table_is_that_of_the_kept_run():
-    root = Path(__file__).parents[1]
-    found = json.loads((root / "docs/results/bench/bfloat16.json").read_text())
-    assert list(found["figures"]) == list(TARGETS) and table(found) in (root / "docs/speed.md").read_text()
+    found = json.loads((ROOT / "docs/results/bench/bfloat16.json").read_text())
+    assert list(found["figures"]) == list(TARGETS) and table(found) in (ROOT / "docs/speed.md").read_text()
     assert all(f["met"] == met(k, f["ratio"]) for k, f in found["figures"].items())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest, torch
 
 import scir.model.engines as engines
-from conftest import SMOLLM2
+from helpers import SMOLLM2
 from scir.doctor import engine as engine_here, open_recipe
 from scir.model.engines import (
     adapter_name,

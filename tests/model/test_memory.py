@@ -11,7 +11,7 @@ from scir.model.weights import out_of_memory
 from scir.method.scores import score, set_reference
 from scir.store import peak_bytes
 from scir.method.trainer import arguments, fit
-from test_sample import drawn
+from helpers import drawn
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

@@ -46,7 +46,8 @@ from scir.store import Response, read_json, write_rows
 from scir.stages.sft import sft_loss
 from scir.stages.warm_start import warm_start_loss
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
 
 
@@ -158,7 +159,7 @@ def processes(tmp_path_factory):
         done = subprocess.run(
             [sys.executable, str(Path(__file__)), str(tmp_path_factory.mktemp("model"))],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
             capture_output=True,
             text=True,
         )

@@ -21,7 +21,7 @@ from scir.method.scores import pair_logps
 from scir.store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows, write_rows
 from scir.stages.warm_start import read_seeds, relabel, seed_row, run as warm_start
 from scir.stages.sft import seed_pairs
-from test_pipeline import ROOT, scir
+from helpers import ROOT, scir
 
 GRADER = "def score(prompt, answer):\n    return None if not answer.strip() else len(answer) % 3 / 2\n"
 NODES = "m0", "m1", "scir/m2"

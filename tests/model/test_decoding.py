@@ -10,24 +10,8 @@ from scir.model.decoding import Pool, draw
 from scir.stages.sample import distinct, sample, summarise
 from scir.model.decoding import end_ids, generate
 from scir.method.scores import candidate_pairs, score, set_reference
-from scir.store import Prompt, Response, read_rows, row_seed
-
-PROMPTS = [
-    Prompt(id=f"p{i}", prompt=t)
-    for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])
-]
-
-
-def drawn(policy, tokenizer, recipe, folder, prompts=PROMPTS, seed=0, **spec):
-    sample(
-        partial(generate, policy, tokenizer),
-        tokenizer,
-        prompts,
-        recipe.sampling.model_copy(update=spec),
-        folder / "responses.jsonl",
-        seed,
-    )
-    return read_rows(folder / "responses.jsonl", Response)
+from helpers import PROMPTS, drawn
+from scir.store import Response, read_rows, row_seed
 
 
 def ending(policy, tokenizer, monkeypatch):

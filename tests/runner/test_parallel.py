@@ -25,7 +25,8 @@ from scir.runner.work import reason
 from scir.recipe import load_recipe
 from scir.store import hash_path, read_json
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 SWEEP = ("--set", "seeds=[0, 1]", "--set", "iterations=1")
 
 

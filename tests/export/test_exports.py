@@ -25,7 +25,7 @@ from scir.recipe import SamplingSpec, dump_recipe, load_recipe
 from scir.model.decoding import generate
 from scir.store import Response, Score, hash_path, read_json, read_rows, row_seed, write_json, write_rows, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
 
 TEXTS = [
     ("Name a bird.", "Owl"),

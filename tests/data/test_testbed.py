@@ -45,7 +45,8 @@ from scir.data.testbed import (
 )
 from scir.stages.sft import seed_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 SPLITS = "train", "validation", "test"
 ASKED = "Write one sentence that uses the words: river, stone, bridge."
 

@@ -1,24 +1,15 @@
 """What makes a finished stage stale: code that it calls, by its meaning."""
 
-import ast
 import subprocess
 import sys
 
 import pytest
 
+from helpers import edit
+
 from scir.runner.state import LOADED, code_hashes
 from scir.stages.files import STAGES
-from scir.runner.staleness import Definition, Package, code_of, definitions, reached
-
-
-def edited(d):
-    return Definition([*d.nodes, *ast.parse("edited = True").body])
-
-
-def edit(monkeypatch, module, name):
-    "As if a definition had one more line when this process started."
-    defined = LOADED.defined[module]
-    monkeypatch.setitem(defined, name, edited(defined[name]))
+from scir.runner.staleness import Package, code_of, definitions, reached
 
 
 def package(**sources):

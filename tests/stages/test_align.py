@@ -1,8 +1,7 @@
 """The win rate, its length-controlled form against AlpacaEval's own, and the judges: logits, rewards, and servers that misbehave."""
 
-import csv, json, os, signal, socket, subprocess, sys, threading, time, types, urllib.request
+import csv, os, signal, socket, subprocess, sys, time, types, urllib.request
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from scir.statistics import rate
 from scir.model.weights import tiny_model
 from scir.recipe import AlignmentSpec, JudgeSpec
 from scir.store import read_rows
+from helpers import said, server
 
 JUDGE = JudgeSpec(template="Q: {prompt}\nA: {first}\nB: {second}\nA or B?")
 PAIRS = [(str(i), f"Say {i}.", f"{i}" * (i + 1), "none") for i in range(4)]
@@ -397,51 +397,6 @@ def test_holes_inside_an_answer_stay():
 
 
 # servers
-
-
-@contextmanager
-def server(answer):
-    "A server on a free port that replies to each request with `answer(n, body, headers)`: status, body, seconds to wait."
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            seen.append(body)
-            status, text, wait = answer(len(seen), body, self.headers)
-            time.sleep(wait)
-            try:
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(text.encode())))
-                self.end_headers()
-                self.wfile.write(text.encode())
-            except OSError:
-                pass  # the client has hung up
-
-        def log_message(self, *_):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", seen
-    finally:
-        http.shutdown()
-        http.server_close()
-
-
-def said(text):
-    return json.dumps(
-        {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        }
-    )
 
 
 @pytest.fixture

@@ -1,23 +1,14 @@
 """The whole tiny recipe through papermill, looked at from outside: files, tables, staleness, single notebooks."""
 
-import json, os, subprocess, sys
+import json, os, subprocess
 from contextlib import nullcontext
-from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def scir(*args, env=None):
-    return subprocess.run(
-        [str(BIN / "scir"), *map(str, args)], cwd=ROOT, env=env or ENV, capture_output=True, text=True
-    )
+from helpers import BIN, ENV, ROOT, scir
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ from scir.runner.work import work
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 from scir.method.trainer import SEAL, last_checkpoint
-from test_pipeline import ROOT, scir
-from test_staleness import edit, edited
+from helpers import ROOT, edit, edited, scir
 
 SAMPLE = Step("sample", "seed0/m1")
 

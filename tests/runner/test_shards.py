@@ -10,14 +10,14 @@ from scir.cli import app
 from scir.runner.processes import check_shards, join_others
 from scir.recipe import RecipeError, parse_recipe
 from scir.store import read_rows, sharded
-from test_processes import ENVIRONMENT, ROOT, difference, together
+from helpers import ENVIRONMENT, ROOT, difference, together
 
 SCRIPT = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from conftest import TEXTS
+from helpers import TEXTS
 from scir.model.engines import open_engine
 from scir.model.weights import for_scoring, for_training, load_base, load_tokenizer, new_adapter
 from scir.stages.optimise import pair_loss

@@ -27,7 +27,7 @@ from scir.runner.run import look_ahead, ready
 from scir.recipe import RecipeError, load_recipe, parse_recipe
 from scir.store import write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
