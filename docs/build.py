@@ -1,8 +1,9 @@
 """The docs site: notebooks and Markdown in, Sphinx pages out. `make docs` runs it.
 
-nbdev reads the notebooks (directives, hidden cells and lines). Two of its steps are replaced. Its front matter drops what a
-first cell says below the title, here the equations; and its `show_doc` executes every cell that imports something, the examples that
-train models too. Signatures are read from the source instead, so that nothing is executed and the site needs no model.
+nbdev reads the notebooks (directives, hidden cells and lines). We replace two of its steps:
+- its front matter keeps only the title and summary of a first cell, and drops the equations below them;
+- its `show_doc` executes every cell with an import, including examples that train models. We read signatures from the
+  source instead, so nothing is executed and the site needs no model.
 """
 
 import ast, base64, hashlib, io, re, shutil, subprocess, sys, tarfile, tokenize
@@ -23,7 +24,7 @@ MATHJAX, MATHJAX_SHA512 = (
 PROCESSORS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_]
 
 
-FOLDERS = ("", "data", "method", "model", "stages", "runner", "report", "export")  # of nbs/, as the library has them
+FOLDERS = ("", "data", "method", "model", "stages", "runner", "report", "export")  # of nbs/, same as in the library
 
 
 def library() -> list:
@@ -39,7 +40,7 @@ def run_notebooks() -> list:
 
 
 def notebooks() -> dict:
-    """Notebook -> its place among the pages."""
+    """Notebook -> page."""
     return {f: f"{f.parent.relative_to(ROOT / 'nbs') / f.name}" for f in (*guides(), *library(), *run_notebooks())}
 
 
@@ -47,7 +48,7 @@ def notebooks() -> dict:
 
 
 def plain(text: str) -> str:
-    """Text that stays as it is in Markdown; `code` remains code, and --options become it, which keeps their dashes."""
+    """Text escaped for Markdown; `code` stays code, and --options become code, which keeps their dashes."""
     parts = re.split(r"(`[^`]*`|(?<![\w-])--[a-z][\w-]*)", " ".join(text.split()))
     return "".join(
         p if p.startswith("`") else f"`{p}`" if i % 2 else re.sub(r"([\\*_\[\]<>${}|~#])", r"\\\1", p)
@@ -65,7 +66,7 @@ def pages() -> dict:
 
 @cache
 def names() -> dict:
-    """Public name, short where only one module has it, and full -> full name."""
+    """Full name, and short name if it is unique -> full name."""
     full = [f"{module_of(f)}.{d['name']}" for f in library() for d in definitions(f)]
     short = [n.rsplit(".", 1)[1] for n in full]
     return {n: n for n in full} | {
@@ -74,7 +75,7 @@ def names() -> dict:
 
 
 def link(code: str) -> str:
-    """A file or a name of the library in backticks, linked to its page."""
+    """A file or library name in backticks, linked to its page."""
     if code in pages():
         return f"[`{code}`](/{pages()[code]})"
     if code in names():
@@ -83,7 +84,7 @@ def link(code: str) -> str:
 
 
 def linked(text: str) -> str:
-    """Markdown in which backticked files and names are links, outside of code blocks, headings and links."""
+    """Markdown with links on backticked files and names, except in code blocks, headings and links."""
     out, fence = [], ""
     for line in text.split("\n"):
         mark = re.match(r"\s*(`{3,}|~{3,}|:{3,})", line)
@@ -98,7 +99,7 @@ def linked(text: str) -> str:
 
 
 def displayed(text: str) -> str:
-    """Markdown in which every displayed equation is a paragraph of its own, as MyST wants it; equations side by side stand below each other."""
+    """Markdown with each displayed equation as a paragraph, as MyST needs; side-by-side equations are stacked."""
 
     def below(m):
         return (
@@ -111,7 +112,7 @@ def displayed(text: str) -> str:
 
 
 def text_of(source: str) -> str:
-    """A notebook's Markdown as MyST wants it."""
+    """A notebook's Markdown in MyST's form."""
     return linked(displayed(source))
 
 
@@ -128,7 +129,7 @@ def comments(source: str) -> dict:
 
 
 def text_in(node, values: dict) -> str:
-    """A string of the source, its names taken from the module's values."""
+    """A string in the source, with names replaced by the module's values."""
     if isinstance(node, ast.JoinedStr):
         return "".join(text_in(v, values) for v in node.values)
     if isinstance(node, ast.FormattedValue):
@@ -137,32 +138,32 @@ def text_in(node, values: dict) -> str:
 
 
 def annotated(node, values: dict):
-    """An annotation; where it is a name of the module's for an Annotated[...], this."""
+    """An annotation; a module-level alias of Annotated[...] is replaced by its definition."""
     there = values.get(getattr(node, "id", None))
     return there if isinstance(there, ast.Subscript) and getattr(there.value, "id", "") == "Annotated" else node
 
 
 def help_of(annotation, values: dict) -> str:
-    """The help of a command's parameter, Annotated[T, typer.Option(help=...)]."""
+    """The help text of a command's parameter, Annotated[T, typer.Option(help=...)]."""
     found = [k.value for n in ast.walk(annotation or ast.Pass()) for k in getattr(n, "keywords", []) if k.arg == "help"]
     return text_in(found[0], values) if found else ""
 
 
 def bare(node):
-    """An annotation without what Annotated adds."""
+    """T of an annotation Annotated[T, ...]."""
     more = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated"
     return node.slice.elts[0] if more else node
 
 
 def signature(
     f: ast.FunctionDef, notes: dict, values: dict = {}
-) -> tuple:  # signature, {parameter: comment}, comment on what is returned
-    """A function's signature and the comments beside its parameters; of a command, their help."""
+) -> tuple:  # signature, {parameter: comment}, comment on the return value
+    """A function's signature and its parameters' comments (for a command: their help texts)."""
     a, said, first = f.args, {}, f.body[0]
     body = min(n.lineno for n in (first, *getattr(first, "decorator_list", [])))
     closed = (
         f.returns.end_lineno if f.returns else max(f.lineno, body - 1)
-    )  # the signature's last line, whose comment is on what is returned
+    )  # the signature's last line; its comment describes the return value
     every = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
     ends = [
         min((x.lineno for x in every[i + 1 :]), default=f.returns.lineno if f.returns else body)
@@ -180,7 +181,7 @@ def signature(
 
 
 def constant_of(call, place: int, name: str) -> str:
-    """An argument of a call, where it is a constant."""
+    """An argument of a call if it is a constant, else empty."""
     value = next(
         (k.value for k in call.keywords if k.arg == name), call.args[place] if len(call.args) > place else None
     )
@@ -188,7 +189,7 @@ def constant_of(call, place: int, name: str) -> str:
 
 
 def fields(c: ast.ClassDef, notes: dict) -> list:  # (name, type, default, meaning)
-    """A class's typed fields; those of a recipe say themselves what they mean."""
+    """A class's typed fields. A recipe field's meaning is in its `spec`, any other field's in its comment."""
     rows = []
     for n in c.body:
         if not isinstance(n, ast.AnnAssign):
@@ -201,7 +202,7 @@ def fields(c: ast.ClassDef, notes: dict) -> list:  # (name, type, default, meani
 
 
 def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, notes, values
-    """What a notebook exports, in order; a name that comes twice counts the first time."""
+    """A notebook's exported definitions, in order; the first one wins if a name is defined twice."""
     found = {}
     for i, cell in enumerate(read_nb(path).cells):
         if cell.cell_type != "code" or not re.search(r"^#\|\s*exports?\b", cell.source, re.M):
@@ -219,7 +220,7 @@ def definitions(path: Path) -> list:  # of dicts with name, kind, cell, node, no
 
 
 def defined(node) -> list:  # (name, kind)
-    """Public names that a statement defines."""
+    """Public names defined by a statement."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         made = [(node.name, "function")]
     elif isinstance(node, ast.ClassDef):
@@ -239,7 +240,7 @@ def defined(node) -> list:  # (name, kind)
 
 
 def module_of(path: Path) -> str | None:
-    """The module that a notebook is exported to."""
+    """The module exported from a notebook."""
     found = re.search(
         r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code"), re.M
     )
@@ -247,7 +248,7 @@ def module_of(path: Path) -> str | None:
 
 
 def described(d: dict, module: str) -> str:
-    """A definition as a directive of Sphinx's Python domain, so that it is in the index and in the search."""
+    """A definition as a directive of Sphinx's Python domain, so that index and search include it."""
     node, notes, inside = d["node"], d["notes"], []
     text, options = d["name"], [f":module: {module}"]
     if d["kind"] == "function":
@@ -279,7 +280,7 @@ def params(said: dict, returned: str) -> list:
 
 
 def field_table(rows: list) -> str:
-    """Fields of a class as a table."""
+    """A class's fields as a table."""
     if not rows:
         return ""
     code = lambda s: "`" + s.replace("|", "\\|").replace("\n", " ") + "`" if s and len(s) <= 60 else "…" if s else ""
@@ -289,7 +290,7 @@ def field_table(rows: list) -> str:
 
 
 def methods(c: ast.ClassDef, notes: dict, module: str) -> list:
-    """A class's public methods and properties that say what they do."""
+    """A class's public methods and properties that have a docstring."""
     out = []
     for f in c.body:
         marks = {ast.unparse(x).split("(")[0] for x in getattr(f, "decorator_list", [])}
@@ -318,14 +319,14 @@ def methods(c: ast.ClassDef, notes: dict, module: str) -> list:
 
 
 def heading(source: str, path: Path, module: str | None) -> str:
-    """A first cell: the title, where the page comes from, the summary as a paragraph, and the rest."""
+    """A first cell: title, source of the page, summary as a paragraph, and the rest."""
     title, _, rest = source.partition("\n")
-    where = (f"`{module}`, " if module else "") + f"made from `{path.relative_to(ROOT)}`"
+    where = (f"`{module}`, " if module else "") + f"from `{path.relative_to(ROOT)}`"
     return f"{title}\n\n{{.origin}}\n{where}\n\n" + text_of(re.sub(r"^> ?", "", rest.lstrip("\n"), flags=re.M))
 
 
 def code_cell(cell, directives: dict, module: str | None, made: list) -> list:
-    """A code cell for the reader: what is exported is described, its source folded."""
+    """A code cell for the reader: exported definitions are documented, with their source folded."""
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
     kept = nbformat.v4.new_code_cell(source, outputs=[nbformat.from_dict(dict(o)) for o in cell.get("outputs", [])])
     if "default_exp" in directives or not source:
@@ -341,7 +342,7 @@ def code_cell(cell, directives: dict, module: str | None, made: list) -> list:
 
 
 def bridge(path: Path):
-    """One of our notebooks as a plain one that myst-nb can show."""
+    """One of our notebooks as a plain notebook that myst-nb can render."""
     found, module, cells = definitions(path), module_of(path), []
     raw = read_nb(path)
     for i, cell in enumerate(raw.cells):
@@ -370,26 +371,26 @@ def bridge(path: Path):
 
 
 def mathjax() -> Path:
-    """MathJax's one file that needs no other, from npm; kept outside the site, its archive checked."""
+    """MathJax's self-contained file, from npm; cached outside the site, with the archive's hash checked."""
     archive = CACHE / f"{MATHJAX.replace('@', '-')}.tgz"
     if not archive.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         if not shutil.which("npm"):
-            sys.exit("docs: npm is not there, by which MathJax is fetched; install it (Debian: apt install npm)")
+            sys.exit("docs: npm not found; it downloads MathJax; install it (Debian: apt install npm)")
         done = subprocess.run(
             ["npm", "pack", MATHJAX, "--silent", "--pack-destination", str(CACHE)], capture_output=True, text=True
         )
         if done.returncode:
             sys.exit(f"docs: npm pack {MATHJAX} failed: {' '.join((done.stderr or done.stdout).split())[:200]}")
     if base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode() != MATHJAX_SHA512:
-        sys.exit(f"docs: {archive} is not the {MATHJAX} that was tested; delete it and try again")
+        sys.exit(f"docs: {archive} is not the tested {MATHJAX} (hash differs); delete it and rerun")
     with tarfile.open(archive) as t:
         (CACHE / "tex-svg.js").write_bytes(t.extractfile("package/es5/tex-svg.js").read())
     return CACHE / "tex-svg.js"
 
 
 def write_source() -> None:
-    """All pages, where Sphinx reads them."""
+    """Write all pages to the folder that Sphinx reads."""
     from pages import MADE, extra
 
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -422,7 +423,7 @@ if __name__ == "__main__":
     options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(ROOT / "docs"), "-d", str(CACHE / "doctrees"), "-E"]
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, str(SOURCE), str(CACHE / "html")]
-    )  # myst-nb writes beside the pages too
+    )  # myst-nb also writes files beside the pages
     if done.returncode:
         sys.exit(done.returncode)
     shutil.move(CACHE / "html", SITE)

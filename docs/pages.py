@@ -1,4 +1,4 @@
-"""What pages hold that is made from the repository's files: tables of kept runs, the recipe's schema, the index of names."""
+"""Content generated from the repository's files: tables of kept runs, the recipe schema, the index of names."""
 
 import ast, json, re, sys
 from pathlib import Path
@@ -12,11 +12,11 @@ from scir.runner import planner
 from scir.recipe import ARMS, Recipe, field_names, load_recipe
 
 KEPT = ROOT / "docs" / "results"
-STANDINGS = {"P": "stated by the paper", "S": "second-hand", "D": "ours"}
+STANDINGS = {"P": "from the paper", "S": "from a secondary source", "D": "our own decision"}
 
 
 def table(columns: list, rows: list) -> str:
-    """A Markdown table; cells are Markdown."""
+    """A Markdown table whose cells are Markdown."""
     return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in [columns, ["---"] * len(columns), *rows])
 
 
@@ -28,19 +28,19 @@ def kept(run: str, name: str) -> pd.DataFrame:
 
 
 def headline() -> str:
-    """The kept run's result in two sentences."""
+    """The kept run's result in three sentences."""
     return " ".join((KEPT / "smol" / "headline.txt").read_text().split("\n")).strip()
 
 
 def result_table() -> str:
-    """Agreement and accuracy of every model of the kept run on its own answers, and on M_1's."""
+    """Agreement and accuracy of every model of the kept run, on its own answers and on M_1's."""
     t = kept("smol", "inconsistency")
     t = t[t.set.str.startswith(("panel", "own"))]
     return table(list(t.columns), t.map(plain).values)
 
 
 def verdicts() -> str:
-    """The claims of the kept run, a row each and a column per set."""
+    """The claims of the kept run: one row per claim, one column per set."""
     t = kept("smol", "claims")
     return table(list(t.columns), t.map(plain).values)
 
@@ -54,17 +54,21 @@ def hours(manifest: dict) -> float:
 
 
 def measured(run: str) -> str:
-    """What the manifests of a kept run say about it."""
+    """When, where and for how long a kept run ran, from its manifests."""
     found = manifests(run)
     steps = [s for m in found for s in m["steps"].values()]
     machine, day = steps[0]["machine"], max(s["finished"] for s in steps)[:10]
     took = " and ".join(filter(None, [", ".join(f"{hours(m):.2f}" for m in found[:-1]), f"{hours(found[-1]):.2f}"]))
-    beside = ", run side by side" if len(found) > 1 else ""
-    return f"*Measured* {day}: {took} hours of stages ({len(found)} seed{'s' * (len(found) > 1)}{beside}), {machine['cores']} cores ({machine['processor']}), {machine['gpu'] or 'no GPU'}, torch {steps[0]['versions']['torch']}."
+    beside = ", run in parallel" if len(found) > 1 else ""
+    return (
+        f"*Measured* {day}: {took} hours of stages ({len(found)} seed{'s' * (len(found) > 1)}{beside}), "
+        f"{machine['cores']} cores ({machine['processor']}), {machine['gpu'] or 'no GPU'}, "
+        f"torch {steps[0]['versions']['torch']}."
+    )
 
 
 def stages(run: str) -> str:
-    """Minutes by stage, of every seed."""
+    """Minutes per stage and seed."""
     found = manifests(run)
     sums = [
         pd.Series({k: s["seconds"] / 60 for k, s in m["steps"].items()})
@@ -79,7 +83,7 @@ def stages(run: str) -> str:
 
 
 def report(run: str) -> str:
-    """A kept report as a page: figures with their captions, which lead to their full size for having a width; files beside them; no table of contents, for room."""
+    """A kept report as a page without a table of contents; figures have a width, so they link to their full size."""
     text = (KEPT / run / "results.md").read_text()
     text = re.sub(
         r"!\[(.*?)\]\((\S+)\)\n\n\*(.*?)\*$",
@@ -90,21 +94,21 @@ def report(run: str) -> str:
     files = ", ".join(
         f"[{f.name}]({run}/{f.name})" for f in sorted((KEPT / run).iterdir()) if f.suffix in (".csv", ".json", ".yaml")
     )
-    title = f"---\nhide-toc: true\n---\n\n# Report: {run}\n\nAs `scir report` wrote it, unchanged. {measured(run)} Its files: {files}.\n\n"
-    return title + text
+    said = f"Written by `scir report`, unchanged. {measured(run)} Files: {files}."
+    return f"---\nhide-toc: true\n---\n\n# Report: {run}\n\n{said}\n\n{text}"
 
 
 # Recipes
 
 
 def recipe(name: str) -> str:
-    """A recipe's file, folded."""
+    """A recipe file, folded."""
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     return f"<details><summary>recipes/{name}.yaml</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
 def standing() -> str:
-    """Every field of a recipe with its standing, section by section."""
+    """Every recipe field with its provenance, section by section."""
     out, rows = [], [(n, f, f.json_schema_extra or {}) for n, f in field_names().items()]
     counts = pd.Series([x.get("standing", "D") for *_, x in rows]).value_counts()
     out.append(
@@ -118,20 +122,20 @@ def standing() -> str:
             if n.rpartition(".")[0] == section
         ]
         out.append(
-            f"## {section or 'The whole'}\n\n{plain(said)}\n\n"
-            + table(["field", "default", "unit", "standing", "meaning"], part)
+            f"## {section or 'Top level'}\n\n{plain(said)}\n\n"
+            + table(["field", "default", "unit", "provenance", "meaning"], part)
         )
     return "\n\n".join(out)
 
 
 def code(value) -> str:
-    """A default, short."""
+    """A default value, shortened."""
     text = " ".join(str(list(value) if isinstance(value, tuple) else value).split()).replace("|", "\\|")
     return "none" if value is None else f"`{text}`" if 0 < len(text) <= 60 else f"`{text[:50]}`…" if text else "empty"
 
 
 def arms() -> str:
-    """The arms and what each changes."""
+    """Each arm and the fields it changes."""
     shown = lambda changes: (
         ", ".join(f"`{k}: {str(v).lower() if isinstance(v, bool) else v}`" for k, v in (changes or {}).items())
         or "stays at M_1"
@@ -139,26 +143,26 @@ def arms() -> str:
     return table(["arm", "what it changes in `train`"], [(f"`{a}`", shown(c)) for a, c in ARMS.items()])
 
 
-# What the large recipe should need: shapes by the planner, rates assumed
+# Estimated cost of the large recipe: shapes from the planner, assumed rates
 
 ASSUMED_RATES = {"decoded": 500, "read": 6000, "trained": 1500}  # tokens a second on a data-centre GPU (A100 or H100)
 
 
 def memory() -> str:
-    """Peak memory of every stage of recipes/mistral-7b.yaml on a GPU."""
+    """Peak GPU memory of each stage of recipes/mistral-7b.yaml."""
     r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
     wider = r.model_copy(update={"model": r.model.model_copy(update={"gradient_checkpointing": False})})
     whole = r.model_copy(update={"model": r.model.model_copy(update={"quantize": None})})
-    columns = {"as it is": r, "without checkpointing": wider, "bfloat16 weights": whole}
+    columns = {"as in the recipe": r, "without checkpointing": wider, "bfloat16 weights": whole}
     rows = [
         [f"`{s}`", *(f"{planner.peak(s, x, planner.assumed_sizes(x), 'cuda') / 1e9:.1f}" for x in columns.values())]
         for s in planner.MEASURED
     ]
-    return table(["GB at most", *columns], rows)
+    return table(["peak, GB", *columns], rows)
 
 
 def effort() -> str:
-    """Tokens and hours by stage of recipes/mistral-7b.yaml."""
+    """Tokens and hours per stage of recipes/mistral-7b.yaml."""
     r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
     todo = planner.work(r, planner.assumed_sizes(r))
     rows = [
@@ -176,7 +180,10 @@ def effort() -> str:
     return "\n\n".join(
         [
             table(["stage", "kind", "rows", "million tokens", "tokens/s, assumed", "hours"], rows),
-            f"Together {total:.0f} hours, with prompts of {assumed.prompts[0]} tokens, answers of {assumed.answer:.0f} (half of the limit), {len(assumed.seeds)} seed pairs and these rates, none of them measured. Half the rates double it; answers that fill the limit nearly do.",
+            f"Total: {total:.0f} hours. This assumes prompts of {assumed.prompts[0]} tokens, "
+            f"answers of {assumed.answer:.0f} "
+            f"(half the limit), {len(assumed.seeds)} seed pairs, and these rates, none of which was measured. "
+            "Half the rates would double the time; answers that fill the limit would nearly double it.",
         ]
     )
 
@@ -185,7 +192,7 @@ def effort() -> str:
 
 
 def api() -> str:
-    """All public names, module by module."""
+    """All public names, by module."""
     out = []
     for path in library():
         module = module_of(path)
@@ -197,17 +204,17 @@ def api() -> str:
             )
             for d in definitions(path)
         ]
-        out.append(f"## {module}\n\nFrom `{path.relative_to(ROOT)}`.\n\n" + table(["name", "is a", "what"], rows))
+        out.append(f"## {module}\n\nFrom `{path.relative_to(ROOT)}`.\n\n" + table(["name", "kind", "summary"], rows))
     return "\n\n".join(out)
 
 
 def doc(d: dict) -> str:
-    """A definition's docstring, of a value the comment beside it."""
+    """A definition's docstring, or a value's comment."""
     return (ast.get_docstring(d["node"]) or "") if d["kind"] != "data" else d["notes"].get(d["node"].end_lineno, "")
 
 
 def picture(wide: str, narrow: str) -> str:
-    """A drawing, and another one for a phone; the style sheet shows one of them."""
+    """A drawing for wide screens and one for phones; the style sheet shows the one that fits."""
     drawn = "".join(
         f'<div class="picture {kind}">\n{(ROOT / "docs" / name).read_text()}</div>\n'
         for kind, name in (("wide", wide), ("narrow", narrow))
@@ -216,7 +223,7 @@ def picture(wide: str, narrow: str) -> str:
 
 
 def howtos() -> str:
-    """The how-to pages, the everyday ones first."""
+    """The how-to pages, the most used ones first."""
     first = ["model", "prompts", "pairs", "reward", "judge", "outside-judge"]
     return "\n".join(
         f"howto/{n}"
@@ -227,29 +234,29 @@ def howtos() -> str:
     )
 
 
-FOLDERS = {  # folder of nbs/ and of the library -> its page's title, and what it holds
+FOLDERS = {  # folder of nbs/ and of the library -> page title, summary
     "experiment": (
         "The experiment",
-        "The recipe that describes an experiment, the files in which stages meet, and the two programs: `scir doctor` and the command line.",
+        "The recipe of an experiment, the files that stages exchange, the statistics, and the command line.",
     ),
     "data": (
         "Data",
-        "Prompts and labelled pairs: how they are read, in which layouts, as which conversations; and the testbed.",
+        "Prompts and labelled pairs: the layouts that are read, conversations, and the testbed.",
     ),
-    "model": ("Models", "Weights and adapters, text to token ids, log-probabilities, and what generates text."),
+    "model": ("Models", "Weights and adapters, token ids, log-probabilities, and decoding."),
     "stages": (
         "Stages",
-        "What each stage does, from the warm start to the win rates. Every stage has a run notebook of the same number and name.",
+        "What each stage does, from SFT to the report. Each stage has a run notebook of the same number and name.",
     ),
     "run": (
         "Run notebooks",
-        "One per stage: parameters, one call, a table, a plot. papermill runs them one after the other.",
+        "One per stage: parameters, one call, a table, a plot. papermill executes them.",
     ),
     "runner": (
         "Running",
-        "Which stage is to be done, what made a finished one stale, and how notebooks are executed, one by one or side by side.",
+        "Which stages to run, why a stage is stale, and how notebooks are executed, in sequence or in parallel.",
     ),
-    "report": ("Report", "Tables, claims and figures over runs, arms and seeds."),
+    "report": ("Report", "Tables, claims and figures across runs, arms and seeds."),
     "export": ("Export", "Adapters, merged models, preference sets and benchmark files for other tools."),
 }
 
@@ -267,7 +274,7 @@ def folder_page(folder: str) -> str:
 
 
 def extra() -> dict:  # page -> text
-    """Pages that stand nowhere else."""
+    """Pages that have no Markdown source in docs/."""
     log = ROOT / "CHANGELOG.md"
     folders = {f"{folder}/index.md": folder_page(folder) for folder in FOLDERS}
     return (

@@ -1,13 +1,15 @@
 """What the docs site is made from: the bridge, its pages, and links in docs/. No Sphinx, no browser."""
 
-import ast, re, sys
+import ast, pkgutil, re, sys
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat, pytest, torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 import build, pages
+from scir.method.loss import scir_loss
+from scir.stages.evaluate import score_summary
 
 NOTEBOOK = [
     ("markdown", "# Bridges\n> What they carry.\n\nFirst $$a=1,\\qquad b=2$$"),
@@ -176,3 +178,47 @@ def test_the_estimate_follows_the_recipe():
     )  # 5 models x 5000 prompts x 4 answers of 256 tokens
     sizes = [[float(x) for x in line.split("|")[2:-1]] for line in pages.memory().splitlines()[2:]]
     assert len(sizes) == len(MEASURED) and all(0 < as_it_is < min(others) for as_it_is, *others in sizes[:1])
+
+
+def in_code(name: str, fields: set, columns: dict) -> bool:
+    "Whether a name of the glossary is a recipe field, a field of a file, or an object of the library."
+    file, _, field = name.partition(": ")
+    if field:
+        return field in columns[file]
+    if not name.startswith("scir."):
+        return name in fields
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_every_code_name_in_the_glossary_exists():
+    from scir import store
+    from scir.recipe import field_names
+    from scir.report.compare import MEASURES
+
+    margins = {f"m_{r}": torch.zeros(1) for r in "GI"}
+    score, seed = store.Score.model_fields.keys(), store.SeedPair.model_fields.keys()
+    columns = dict.fromkeys(("scores.jsonl", "panel.jsonl", "own.jsonl", "held-out.jsonl"), score)
+    columns |= {"seed_pairs.jsonl": seed, "metrics.jsonl": scir_loss(margins, torch.zeros(1)).metrics.keys()}
+    columns["metrics.json"] = {
+        *MEASURES,
+        "rank_correlation",
+        *score_summary([store.Grade(id="", prompt_id="", score=1)]),
+    }
+    text = (ROOT / "docs/glossary.md").read_text()
+    named = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^Code: (.*?)$(?=\n\n|\n?\Z)", text, re.M | re.S)))
+    assert len(named) > 40
+    assert [n for n in named if not in_code(n, field_names(), columns)] == []
+
+
+def test_files_that_the_docs_name_exist():
+    missing = {
+        f"{page.name}: {path}"
+        for page in (ROOT / "README.md", *ROOT.glob("*/*.md"), *ROOT.glob("docs/howto/*.md"))
+        for path in re.findall(r"`((?:nbs|scir|tests|docs|recipes)/[\w./-]+)`", page.read_text())
+        if not (ROOT / path).exists()
+    }
+    assert not missing
