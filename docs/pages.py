@@ -161,6 +161,14 @@ def memory() -> str:
     return table(["peak, GB", *columns], rows)
 
 
+def gpu() -> str:
+    "The table that `make gpu-check` wrote on a machine with a GPU, or that there is none yet."
+    kept_table = KEPT / "gpu" / "gpu.md"
+    if kept_table.exists():
+        return kept_table.read_text().strip()
+    return "*Not measured yet.* `make gpu-check` on a machine with one NVIDIA GPU fills this place in ten minutes."
+
+
 def effort() -> str:
     """Tokens and hours per stage of recipes/mistral-7b.yaml."""
     r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
@@ -297,6 +305,7 @@ MADE = {
         arms,
         memory,
         effort,
+        gpu,
         api,
         picture,
         howtos,
