@@ -1155,10 +1155,10 @@ def examine(path=None, settings: tuple = (), gpu: float | None = None, probed: b
     yield from (("python", f) for f in well)
     if any(f.state == "fault" for f in well):
         return  # all that follows needs them
-    from scir.runner.work import quiet
+    from scir.runner.work import silence_libraries
     from scir.recipe import ModelSpec
 
-    quiet()
+    silence_libraries()
     recipe, found = open_recipe(path, settings) if path else (None, [])
     model = recipe.model if recipe else ModelSpec()
     here = (precision, model), (attention,), (four_bits, model), (threads_here,), (kernel,), (space,)

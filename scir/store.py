@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Split', 'SECRETS', 'Row', 'Prompt', 'LabelledPair', 'SeedPair', 'Response', 'Grade', 'Score', 'ResponseReward',
            'Vote', 'atomic_path', 'flush', 'write_text', 'hide_secrets', 'write_json', 'read_json', 'write_rows',
-           'read_rows', 'unfinished', 'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'sharded', 'share',
-           'meet', 'exchange', 'peak_bytes', 'Journal', 'digest', 'row_seed', 'hash_path']
+           'read_rows', 'unfinished', 'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'sharded',
+           'own_share', 'barrier', 'all_gather', 'peak_bytes', 'Journal', 'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
 import hashlib, json, os, re, shutil, sys
@@ -258,17 +258,17 @@ def sharded() -> bool:
     return processes() > 1 and os.environ.get("SCIR_SHARD") == "1"
 
 # %% ../nbs/01_store.ipynb #c3c5892d
-def share(items: list) -> list:
+def own_share(items: list) -> list:
     "What of `items` is this process's to do."
     return items[rank() :: processes()]
 
 # %% ../nbs/01_store.ipynb #b4f20e5f
-def meet() -> None:
+def barrier() -> None:
     "Wait here until all processes do."
-    exchange(None)
+    all_gather(None)
 
 # %% ../nbs/01_store.ipynb #01e7f897
-def exchange(value) -> list:  # a value of each process, in order
+def all_gather(value) -> list:  # a value of each process, in order
     "Tell the other processes a value, and hear theirs."
     if processes() == 1:
         return [value]
@@ -302,7 +302,7 @@ class Journal:
             not rank(),
             rank() > 0,
         ):  # the first one has all rows on the disk before the others empty their files
-            meet()  # at first until all have read what there is
+            barrier()  # at first until all have read what there is
             if turn:
                 write_rows(self.part, self.rows)
         if not rank():
@@ -316,7 +316,7 @@ class Journal:
 
     def finish(self, ids: list) -> list:  # rows in the order of `ids`
         self.file.close()
-        meet()
+        barrier()
         if not rank():
             by_id = {
                 r.id: r
@@ -327,7 +327,7 @@ class Journal:
             self.rows = [by_id[i] for i in ids]
             write_rows(self.out, self.rows)
             remove(unfinished_parts(self.out).values())
-        meet()
+        barrier()
         return read_rows(self.out, self.kind) if rank() else self.rows
 
 # %% ../nbs/01_store.ipynb #a211f867

@@ -7,18 +7,18 @@ import pytest
 from typer.testing import CliRunner
 
 from scir.runner import manifest, state as states
-from scir.runner.execute import notebook_of, shown
+from scir.runner.execute import notebook_of, notebook_finished
 from scir.runner.run import run_recipe
 from scir.runner.work import open_run
 from scir.runner.state import status
 from scir.runner.verify import verify
 from scir.cli import app
 from scir.runner.plan import Step, file_name
-from scir.runner.locks import alone
-from scir.runner.work import begin, do, reason
+from scir.runner.locks import file_lock
+from scir.runner.work import start_step, do, reason
 from scir.runner.state import differences, state
 from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import work
+from scir.runner.work import do_step
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 from scir.method.trainer import SEAL, last_checkpoint
@@ -148,7 +148,7 @@ def test_an_interrupted_step_says_what_it_has(copy):
     recipe, run = copy
     rows = (run / "seed0/m1/responses.jsonl").read_text().splitlines(True)
     (run / "seed0/m1/responses.jsonl").unlink()
-    begin(recipe, run, SAMPLE)
+    start_step(recipe, run, SAMPLE)
     unfinished(run / "seed0/m1/responses.jsonl").write_text("".join(rows[:5]))
     assert (
         names(recipe, run)[SAMPLE.key] == "missing"
@@ -163,14 +163,14 @@ def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
     step, answers = Step("evaluate", "seed0/m1"), run / "seed0/m1/evaluation/responses.jsonl"
     kept = answers.read_text()
     (run / "seed0/m1/evaluation/metrics.json").unlink()
-    begin(recipe, run, step)
+    start_step(recipe, run, step)
     assert not answers.exists() and not unfinished(answers).exists()  # nothing of an older try
     answers.write_text(kept)
     monkeypatch.setattr(
         "scir.model.decoding.generate",
         lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"),
     )
-    work(recipe, run, step)
+    do_step(recipe, run, step)
     assert (
         answers.read_text() == kept
         and not list((run / "seed0/m1").rglob("*.partial.jsonl"))
@@ -182,9 +182,9 @@ def test_files_that_are_written_at_once_leave_no_unfinished_ones(copy):
     recipe, run = copy
     step = Step("consistency", "seed0/m1")
     (run / "seed0/m1/consistency/metrics.json").unlink()
-    begin(recipe, run, step)
+    start_step(recipe, run, step)
     (run / "seed0/m1/agreed.jsonl").write_text("{}\n")  # killed between its two outputs
-    work(recipe, run, step)
+    do_step(recipe, run, step)
     assert not list(run.rglob("*.partial.jsonl")) and set(names(recipe, run).values()) == {"done"}
 
 
@@ -194,7 +194,7 @@ def test_litter_of_a_kill_is_swept_and_nothing_else(copy):
         (run / f).write_text("half")
     (run / "seed0/m1/.adapter.tmp").mkdir()
     for step in (Step("warm_start", "seed0/m1"), Step("judge", "seed0/m1"), Step("report")):
-        begin(recipe, run, step)
+        start_step(recipe, run, step)
     assert [f.name for f in run.rglob("*.tmp")] == [".mine.tmp"]
 
 
@@ -212,9 +212,9 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
     }
     for f in litter:
         f.write_text("half")
-    for name in ("start_manifest", "one_by_one"):
+    for name in ("start_manifest", "run_in_order"):
         monkeypatch.setattr(f"scir.runner.run.{name}", lambda *a: None)
-    with alone(run, "judge-seed0-m1.job", 0, "x"):
+    with file_lock(run, "judge-seed0-m1.job", 0, "x"):
         run_recipe(recipe, run)
     assert {*run.rglob("*.tmp")} == litter - {run / "notebooks/.sample-seed0-m1.ipynb.1.tmp"}
     with manifest.manifest_of(run):
@@ -232,7 +232,7 @@ def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkey
     with pytest.raises(
         RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"
     ):
-        begin(recipe, run, Step("judge", "seed0/m1"))
+        start_step(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
 
 
@@ -272,11 +272,11 @@ def test_what_fails_after_the_work_is_noted_too(copy, monkeypatch):
 def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again(copy):
     recipe, run = copy
     book = notebook_of(run, SAMPLE)
-    assert shown(run, SAMPLE)
+    assert notebook_finished(run, SAMPLE)
     half = json.loads(book.read_text())
     next(c for c in half["cells"][::-1] if c["cell_type"] == "code")["execution_count"] = None
     book.write_text(json.dumps(half))
-    assert not shown(run, SAMPLE)
+    assert not notebook_finished(run, SAMPLE)
     before = read_json(run / "manifest.json")["steps"]
     done = scir("run", "recipes/tiny.yaml", "--out", run)
     assert (
@@ -284,7 +284,7 @@ def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again
         and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout
         and done.stdout.count(": unchanged") == 21
     )
-    assert shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
+    assert notebook_finished(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
 
 
 def rehearsed(monkeypatch, run, *words):
@@ -326,14 +326,14 @@ def test_a_rehearsal_refuses_what_the_run_would(copy, monkeypatch, setting, word
 def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
     recipe, run = copy
     (run / "seed0/m1/responses.jsonl").unlink()
-    begin(recipe, run, SAMPLE)
+    start_step(recipe, run, SAMPLE)
     unfinished(run / "seed0/m1/responses.jsonl").write_text("{}\n" * 5)
     changed = load_recipe(run / "recipe.yaml", ("sampling.temperature=0.5",))
     assert (
         why(changed, run, SAMPLE.key) == "begun with other inputs; begins anew"
         and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
     )
-    with alone(run, file_name(SAMPLE), 0, "x"):
+    with file_lock(run, file_name(SAMPLE), 0, "x"):
         assert why(recipe, run, SAMPLE.key) == "at work now"
 
 
@@ -359,7 +359,7 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
 
 # locks ---------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from scir.runner.locks import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from scir.runner.locks import file_lock\nwith file_lock(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -389,15 +389,15 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
     assert not (tmp_path / "manifest.json").exists()
     other.kill()
     other.wait()
-    with alone(tmp_path, "run", 0, "x"):
+    with file_lock(tmp_path, "run", 0, "x"):
         pass  # the system frees what a killed process held
 
 
 def test_an_owner_on_another_machine_is_named_with_it(tmp_path):
-    with alone(tmp_path, "run", 0, "x"):
+    with file_lock(tmp_path, "run", 0, "x"):
         assert (tmp_path / ".locks/run.owner").read_text() == f"{os.getpid()} on {platform.node()}"
         (tmp_path / ".locks/run.owner").write_text("7 on elsewhere")
-        with pytest.raises(RuntimeError, match="x .process 7 on elsewhere.;"), alone(tmp_path, "run", 0, "x"):
+        with pytest.raises(RuntimeError, match="x .process 7 on elsewhere.;"), file_lock(tmp_path, "run", 0, "x"):
             pass
 
 
@@ -406,11 +406,11 @@ def test_two_kernels_do_not_do_a_step_at_once(holder, tmp_path, monkeypatch):
     recipe = load_recipe("recipes/tiny.yaml")
     start_manifest(recipe, tmp_path)
     monkeypatch.setattr(
-        "scir.runner.work.alone", lambda run, what, wait, busy, plain=alone: plain(run, what, 0.2, busy)
+        "scir.runner.work.file_lock", lambda run, what, wait, busy, plain=file_lock: plain(run, what, 0.2, busy)
     )
     other = holder(file_name(SAMPLE))
     with pytest.raises(RuntimeError, match=f"busy with {SAMPLE.key} .process {other.pid}"):
-        work(recipe, tmp_path, SAMPLE)
+        do_step(recipe, tmp_path, SAMPLE)
     assert read_json(tmp_path / "manifest.json")["begun"] == {}
 
 
@@ -603,7 +603,7 @@ def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
     (run / "seed0/m1/responses.jsonl").unlink()
     time.sleep(1.1)
     do("sample", recipe, run, "seed0/m1")
-    assert not shown(run, SAMPLE)
+    assert not notebook_finished(run, SAMPLE)
 
 
 def test_forged_preferences_of_duels_are_found():

@@ -729,9 +729,9 @@ def bench(
     recipe: Recipe, repeats: int = 5, tokens: int = 32, only: str | None = None
 ) -> dict:  # figures, raw times, machine
     "Measure all groups, or one."
-    from scir.runner.work import quiet
+    from scir.runner.work import silence_libraries
 
-    quiet()
+    silence_libraries()
     w, started, figures = Work(recipe, repeats, tokens), time.time(), {}
     for name, group in GROUPS.items():
         if only in (None, name):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data.chat import CLOCK
 from ..recipe import Recipe, dump_recipe
-from .locks import alone
+from .locks import file_lock
 from .plan import Step
 from .state import CODE
 from ..stages.files import STAGES
@@ -71,7 +71,7 @@ def start_manifest(recipe: Recipe, run: Path) -> None:
 @contextmanager
 def manifest_of(run: Path):  # the manifest, to be changed inside
     "Read a run's manifest, and write it again at the end of the block, while no other process may; what a kill cut short is removed."
-    with alone(run, "manifest", 60, "another process keeps its manifest"):
+    with file_lock(run, "manifest", 60, "another process keeps its manifest"):
         remove(f for name in ("manifest.json", "recipe.yaml") for f in run.glob(f".{name}.*.tmp"))
         manifest = read_json(run / "manifest.json", {})
         yield manifest

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'Definition', 'globals_of', 'without_docstrings', 'imports_of', 'names_bound', 'definitions', 'Package',
-           'modules_in', 'read_package', 'imported', 'followed', 'registered', 'reached', 'code_of']
+           'modules_in', 'read_package', 'import_target', 'references', 'registry_entries', 'dependencies', 'code_of']
 
 # %% ../../nbs/runner/01_staleness.ipynb #b4925b32
 import ast, symtable
@@ -123,25 +123,25 @@ def read_package(folder: Path) -> Package:
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
 # %% ../../nbs/runner/01_staleness.ipynb #cc5a0cde
-def imported(p: Package, path: str, name: str) -> tuple:  # module, name there, or None for the whole module
+def import_target(p: Package, path: str, name: str) -> tuple:  # module, name there, or None for the whole module
     "What `from PATH import NAME` names: a definition, or a module."
     whole = ".".join(filter(None, (path, name)))
     return (whole, None) if whole in p.defined else (path, name)
 
 # %% ../../nbs/runner/01_staleness.ipynb #368dbb2b
-def followed(p: Package, module: str, name: str) -> list:  # of (module, name)
+def references(p: Package, module: str, name: str) -> list:  # of (module, name)
     "Where the names lead that a definition mentions."
     d = p.defined[module][name]
     out = [(module, n) for n in d.mentions if n in p.defined[module]]
     named = [*d.imports.values(), *(p.imports[module][n] for n in d.mentions & p.imports[module].keys())]
-    for target, there in (imported(p, *n) for n in named):
+    for target, there in (import_target(p, *n) for n in named):
         if target not in p.defined or target in LEFT_OUT:
             continue
         out += [(target, n) for n in p.defined[target] if there is None or n in (there, "")]
     return out
 
 # %% ../../nbs/runner/01_staleness.ipynb #e654b191
-def registered(p: Package) -> dict:  # registry (module, name) -> definitions that a decorator puts there
+def registry_entries(p: Package) -> dict:  # registry (module, name) -> definitions that a decorator puts there
     "Assignments that a decorator's body mentions, with the functions it decorates."
     out = {}
     for module, defined in p.defined.items():
@@ -157,15 +157,15 @@ def registered(p: Package) -> dict:  # registry (module, name) -> definitions th
     return out
 
 # %% ../../nbs/runner/01_staleness.ipynb #47738464
-def reached(p: Package, module: str, name: str) -> set:  # of (module, name)
+def dependencies(p: Package, module: str, name: str) -> set:  # of (module, name)
     "A definition and everything it depends on in the package."
-    seen, waiting, registries = set(), [(module, name)], registered(p)
+    seen, waiting, registries = set(), [(module, name)], registry_entries(p)
     while waiting:
         at = waiting.pop()
         if at in seen or at[1] not in p.defined.get(at[0], {}):
             continue
         seen.add(at)
-        waiting += [*followed(p, *at), *registries.get(at, ())]
+        waiting += [*references(p, *at), *registries.get(at, ())]
         if "" in p.defined[at[0]]:
             waiting.append((at[0], ""))
     return seen
@@ -174,6 +174,6 @@ def reached(p: Package, module: str, name: str) -> set:  # of (module, name)
 def code_of(p: Package, module: str, name: str) -> dict:  # module -> hash
     "The code that a function depends on: for each module, one hash of the definitions it reaches there."
     by = {}
-    for m, n in sorted(reached(p, module, name)):
+    for m, n in sorted(dependencies(p, module, name)):
         by.setdefault(m, []).append((n, p.defined[m][n].source))
     return {m: digest(found) for m, found in by.items()}

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 import scir
 from ..recipe import MODELS, Recipe, locate, node_parts, notebook_folder
-from .locks import busy
-from .plan import Step, file_name, needed, plan
+from .locks import is_locked
+from .plan import Step, file_name, prerequisites, plan
 from .staleness import Package, code_of, modules_in, read_package
 from ..stages.files import STAGES
 from ..store import digest, hash_path, read_json, unfinished_parts
@@ -41,13 +41,13 @@ def code_hashes(stage: str, package: Package = LOADED) -> dict:  # module -> has
 # %% ../../nbs/runner/04_state.ipynb #07e43965
 def check_code(stage: str) -> None:
     "Raise RuntimeError when code that a stage needs was changed under this process: the old code would run and be recorded as the new."
-    needed = code_hashes(stage)
-    for m in needed:
+    hashes = code_hashes(stage)
+    for m in hashes:
         import_module(f"scir.{m}")  # not later, when its file may be another
     if files_of(CODE) == FILES:
         return
     now = code_hashes(stage, read_package(CODE))
-    if changed := [f"scir.{m}" for m in needed if now.get(m) != needed[m]]:
+    if changed := [f"scir.{m}" for m in hashes if now.get(m) != hashes[m]]:
         raise RuntimeError(f"the code of {'; '.join(changed)} changed since this process started; start it again")
 
 # %% ../../nbs/runner/04_state.ipynb #e2849a5e
@@ -197,7 +197,7 @@ def differences(before: dict, now: dict) -> list:  # of phrases
 
 def _interrupted(recipe, run, step, begun):
     "What an interrupted try left, if it can be gone on with."
-    if busy(run, file_name(step)):
+    if is_locked(run, file_name(step)):
         return "at work now"
     if begun != fingerprint(recipe, run, step):
         return "begun with other inputs; begins anew"
@@ -224,7 +224,7 @@ def status(recipe: Recipe, run) -> list:  # of (Step, State), in the order of th
     "Where every step of a run stands under a recipe."
     found, open_steps = [], set()
     for step in plan(recipe):
-        s, before = state(recipe, Path(run), step), [b for b in needed(recipe, step) if b in open_steps]
+        s, before = state(recipe, Path(run), step), [b for b in prerequisites(recipe, step) if b in open_steps]
         if s.name == "done" and before:
             s = State("stale", f"after {before[-1].key}, unless that comes out as it was")
         if s.name != "done":
