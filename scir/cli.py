@@ -542,7 +542,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ):
-    """Hash a run's files again and derive its margins, figures and tables again.
+    """Check a run's files against their hashes, and its margins and labels against its rows.
 
     Exit code 1 when anything is not as recorded."""
     from scir.runner.verify import verify as ask

@@ -496,7 +496,7 @@ def faults(run):
 
 def test_a_run_that_nobody_touched_verifies(copy):
     assert not any(faults(copy[1]).values()) and {k: len(v) > 7 for k, v in verify(copy[1]).items()} == dict.fromkeys(
-        ("files", "inputs", "margins", "figures", "tables"), True
+        ("files", "inputs", "margins"), True
     )
     done = CliRunner().invoke(app, ["verify", str(copy[1])])
     assert done.exit_code == 0 and "files: 59 of 59 as they should be" in done.stdout
@@ -518,21 +518,10 @@ def margin(text):
     return "".join(json.dumps(r) + "\n" for r in rows)
 
 
-def figure(text):
-    found = json.loads(text)
-    found["sets"]["held-out"]["inconsistency"]["value"] += 0.1
-    return json.dumps(found)
-
-
 def test_a_forged_margin_is_found(copy):
     touched(copy[1], "seed0/scir/m2/evaluation/held-out.jsonl", margin)
     found = faults(copy[1])
-    assert (
-        not found["files"]
-        and len(found["margins"]) == 1
-        and "seed0/scir/m2/evaluation/held-out.jsonl" in found["figures"]
-        and found["tables"]
-    )
+    assert not found["files"] and len(found["margins"]) == 1
 
 
 def test_forged_scores_are_another_input(copy):
@@ -544,42 +533,25 @@ def test_forged_scores_are_another_input(copy):
     assert not faults(copy[1])["files"] and any("optimise:seed0/scir/m2" in w for w in faults(copy[1])["inputs"])
 
 
-def test_a_forged_figure_is_found(copy):
-    touched(copy[1], "seed0/scir/m2/evaluation/metrics.json", figure)
-    assert faults(copy[1])["figures"] == ["seed0/scir/m2/evaluation/held-out.jsonl"]
-
-
-def test_a_forged_table_is_found(copy):
-    csv = copy[1] / "report/inconsistency.csv"
-    csv.write_text(csv.read_text().replace("scir M_2", "scir M_9", 1))
-    assert faults(copy[1])["tables"] == ["report/inconsistency.csv"]
-
-
-def test_a_changed_header_is_another_table(copy):
-    csv = copy[1] / "report/summary.csv"
-    csv.write_text(csv.read_text().replace("inconsistency", "consistency", 1))
-    assert faults(copy[1])["tables"] == ["report/summary.csv"]
-
-
 def test_margins_are_those_of_the_settings_they_were_made_with(copy):
     start_manifest(load_recipe(copy[1] / "recipe.yaml", ("train.beta=0.7",)), copy[1])
     assert not faults(copy[1])["margins"] and faults(copy[1])["files"] == []
 
 
 @pytest.mark.parametrize(
-    "file, check",
+    "file, judged",
     [
-        ("seed0/m1/scores.jsonl", "margins"),
-        ("seed0/m0/evaluation/held-out.jsonl", "margins"),
-        ("seed0/m0/evaluation/metrics.json", "figures"),
-        ("seed0/scir/m2/evaluation/responses.jsonl", "figures"),
+        ("seed0/m1/scores.jsonl", True),
+        ("seed0/m0/evaluation/held-out.jsonl", True),
+        ("seed0/m0/evaluation/metrics.json", False),
+        ("seed0/scir/m2/evaluation/responses.jsonl", False),
     ],
 )
-def test_a_truncated_file_is_a_line_among_the_others(copy, file, check):
+def test_a_truncated_file_is_a_line_among_the_others(copy, file, judged):
     path = copy[1] / file
     path.write_bytes(path.read_bytes()[:-30])
     found = faults(copy[1])
-    assert file in found["files"] and len(found[check]) >= 1 and len(verify(copy[1])["margins"]) > 50
+    assert file in found["files"] and bool(found["margins"]) == judged and len(verify(copy[1])["margins"]) > 50
 
 
 @pytest.mark.parametrize(
@@ -595,7 +567,7 @@ def test_a_truncated_file_is_a_line_among_the_others(copy, file, check):
 def test_an_emptied_or_odd_file_does_not_stop_verify(copy, file, text):
     (copy[1] / file).write_text(text)
     found = faults(copy[1])
-    assert found["files"] == [file] and len(found) == 5
+    assert found["files"] == [file] and len(found) == 3
 
 
 def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
@@ -604,31 +576,6 @@ def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
     time.sleep(1.1)
     do("sample", recipe, run, "seed0/m1")
     assert not notebook_finished(run, SAMPLE)
-
-
-def test_forged_preferences_of_duels_are_found():
-    from scir.stages.align import Duel, summarise
-    from scir.runner.verify import WINS, same, win_figures
-    from scir.recipe import AlignmentSpec
-    import tempfile
-
-    duels = [
-        Duel(
-            id=str(i),
-            instruction=f"q{i}",
-            output="a" * i,
-            reference="b",
-            verdicts=(i / 12, 0.4),
-            preference=(1 + i / 12 - 0.4) / 2,
-        )
-        for i in range(12)
-    ]
-    kept = summarise(duels, AlignmentSpec(), {})
-    with tempfile.TemporaryDirectory() as d:
-        write_rows(Path(d) / "duels.jsonl", duels)
-        assert same({k: kept[k] for k in WINS}, win_figures(Path(d) / "duels.jsonl"))
-        write_rows(Path(d) / "duels.jsonl", [duels[0].model_copy(update={"verdicts": (0.9, 0.1)}), *duels[1:]])
-        assert not same({k: kept[k] for k in WINS}, win_figures(Path(d) / "duels.jsonl"))
 
 
 def test_verify_takes_a_path_from_where_one_stands(copy, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_broken_file_of_a_run_is_made_again(short, tmp_path, file, damage):
     assert (
         found.returncode == 1
         and any(l.startswith(file.split("/adapter_model")[0].split("/pairs.par")[0]) for l in found.stderr.splitlines())
-        and "tables: " in found.stdout
+        and "margins: " in found.stdout
     )
     mended(run, short)
 
