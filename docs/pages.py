@@ -104,22 +104,22 @@ def recipe(name: str) -> str:
 
 
 def standing() -> str:
-    """Every field of a recipe with its standing, section by section."""
+    """Every field of a recipe with its provenance, section by section."""
     out, rows = [], [(n, f, f.json_schema_extra or {}) for n, f in field_names().items()]
-    counts = pd.Series([x.get("standing", "D") for *_, x in rows]).value_counts()
+    counts = pd.Series([x.get("provenance", "D") for *_, x in rows]).value_counts()
     out.append(
         f"{len(rows)} fields: " + ", ".join(f"{counts.get(k, 0)} {v} (**{k}**)" for k, v in STANDINGS.items()) + "."
     )
     for section in dict.fromkeys(n.rpartition(".")[0] for n, *_ in rows):
         said = Recipe.model_fields[section].annotation.__doc__ if section else "One experiment."
         part = [
-            (f"`{n}`", code(f.default), x.get("unit", ""), f"**{x.get('standing', 'D')}**", plain(f.description))
+            (f"`{n}`", code(f.default), x.get("unit", ""), f"**{x.get('provenance', 'D')}**", plain(f.description))
             for n, f, x in rows
             if n.rpartition(".")[0] == section
         ]
         out.append(
             f"## {section or 'The whole'}\n\n{plain(said)}\n\n"
-            + table(["field", "default", "unit", "standing", "meaning"], part)
+            + table(["field", "default", "unit", "provenance", "meaning"], part)
         )
     return "\n\n".join(out)
 

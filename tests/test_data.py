@@ -556,7 +556,7 @@ def test_shipped_recipe_loads_and_round_trips(path, file):
 
 def test_every_field_says_what_it_is():
     for name, info in field_names().items():
-        assert info.description and info.json_schema_extra["standing"] in "PSD", name
+        assert info.description and info.json_schema_extra["provenance"] in "PSD", name
 
 
 def test_arms_change_valid_fields_only():
