@@ -61,7 +61,9 @@ def test_a_parameter_makes_its_stages_stale_and_all_that_follow_and_none_before(
         "evaluate:seed0/m1",
     }
     assert why(recipe, run, "optimise:seed0/scir/m2") == "train.learning_rate was 0.001, is 0.002"
-    assert why(recipe, run, "sample:seed0/scir/m2") == "after optimise:seed0/scir/m2, unless that comes out as it was"
+    assert (
+        why(recipe, run, "sample:seed0/scir/m2") == "waits for optimise:seed0/scir/m2; skipped if that changes nothing"
+    )
 
 
 def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
@@ -120,7 +122,7 @@ def test_differences_are_phrases():
         "f is gone",
         "the code of scir.m changed",
         "notebook n changed",
-        "b is no longer read",
+        "b is no longer used",
     ]
 
 
@@ -152,7 +154,7 @@ def test_an_interrupted_step_says_what_it_has(copy):
     unfinished(run / "seed0/m1/responses.jsonl").write_text("".join(rows[:5]))
     assert (
         names(recipe, run)[SAMPLE.key] == "missing"
-        and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
+        and why(recipe, run, SAMPLE.key) == "interrupted; will resume after 5 rows"
     )
     assert "interrupted" in scir("status", run).stdout
 
@@ -230,7 +232,7 @@ def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkey
     now.defined["stages.judge"]["run"] = edited(now.defined["stages.judge"]["run"])
     monkeypatch.setattr(states, "read_package", lambda folder: now)
     with pytest.raises(
-        RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"
+        RuntimeError, match="the code of scir.stages.judge changed since this process started; restart it"
     ):
         start_step(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
@@ -330,11 +332,11 @@ def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
     unfinished(run / "seed0/m1/responses.jsonl").write_text("{}\n" * 5)
     changed = load_recipe(run / "recipe.yaml", ("sampling.temperature=0.5",))
     assert (
-        why(changed, run, SAMPLE.key) == "begun with other inputs; begins anew"
-        and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
+        why(changed, run, SAMPLE.key) == "inputs changed since it started; will restart"
+        and why(recipe, run, SAMPLE.key) == "interrupted; will resume after 5 rows"
     )
     with file_lock(run, file_name(SAMPLE), 0, "x"):
-        assert why(recipe, run, SAMPLE.key) == "at work now"
+        assert why(recipe, run, SAMPLE.key) == "running"
 
 
 def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, monkeypatch):
@@ -349,7 +351,7 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
     monkeypatch.setattr("scir.stages.sample.run", call)
     (run / "seed0/m1/responses.jsonl").unlink()
     do("sample", recipe, run, "seed0/m1")
-    assert state(recipe, run, SAMPLE) == ("incomplete", "2 questions without an answer; they are asked again")
+    assert state(recipe, run, SAMPLE) == ("incomplete", "2 questions without an answer; the next run asks them again")
     monkeypatch.setattr("scir.stages.judge.run", lambda *a: {})
     do("judge", recipe, run, "seed0/m1")
     assert len(asked) == 1  # good enough for what comes after
@@ -383,7 +385,7 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
     done = scir("run", "recipes/tiny.yaml", "--out", tmp_path)
     assert (
         done.returncode == 1
-        and f"another `scir run` works on it (process {other.pid}); wait for it, or end it" in done.stderr
+        and f"another `scir run` works on it (process {other.pid}); wait for it or stop it" in done.stderr
         and len(done.stderr.strip().splitlines()) == 1
     )
     assert not (tmp_path / "manifest.json").exists()

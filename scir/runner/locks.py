@@ -15,18 +15,23 @@ LOCKS = ".locks"  # in the run directory
 
 
 @contextmanager
-def file_lock(run: Path, what: str, wait: float, message: str):
-    "Hold a lock of the run directory (the system frees it when this process ends, however it ends). Raises RuntimeError when another process keeps it longer than `wait` seconds (-1: waits for ever)."
+def file_lock(
+    run: Path,
+    what: str,  # name of the lock
+    wait: float,  # seconds; -1: for ever
+    message: str,  # of the error
+):
+    "Hold a lock of the run directory until the block or the process ends. Raises RuntimeError after waiting in vain."
     from filelock import FileLock, Timeout
 
     (run / LOCKS).mkdir(parents=True, exist_ok=True)
-    lock, owner, here = FileLock(run / LOCKS / f"{what}.lock"), run / LOCKS / f"{what}.owner", f" on {platform.node()}"
+    lock, owner = FileLock(run / LOCKS / f"{what}.lock"), run / LOCKS / f"{what}.owner"
+    here = f" on {platform.node()}"
     try:
         lock.acquire(timeout=wait)
     except Timeout:
-        raise RuntimeError(
-            f"{run}: {message} (process {owner.read_text().removesuffix(here) if owner.exists() else 'unknown'}); wait for it, or end it"
-        ) from None
+        process = owner.read_text().removesuffix(here) if owner.exists() else "unknown"
+        raise RuntimeError(f"{run}: {message} (process {process}); wait for it or stop it") from None
     try:
         owner.write_text(f"{os.getpid()}{here}")
         yield
@@ -46,4 +51,4 @@ def is_locked(run: Path, what: str) -> bool:
     except Timeout:
         return True
     except OSError:
-        return False  # nobody works where nobody may write
+        return False  # a directory that nobody may write to
