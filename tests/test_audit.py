@@ -251,7 +251,7 @@ def test_a_notebook_does_not_change_the_recipe_of_a_run_at_work(holder, tmp_path
     monkeypatch.chdir(ROOT)
     start_manifest(load_recipe("recipes/tiny.yaml", ("iterations=1",)), tmp_path)
     other = holder("run")
-    with pytest.raises(RuntimeError, match=f"a `scir run` works on it .process {other.pid}"):
+    with pytest.raises(RuntimeError, match=f"a `scir run` is using it .process {other.pid}"):
         open_run("recipes/tiny.yaml", str(tmp_path))
     assert load_recipe(tmp_path / "recipe.yaml").iterations == 1
     assert open_run(None, str(tmp_path))[0].iterations == 1  # as the run's own kernels do
@@ -283,7 +283,7 @@ def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again
     done = scir("run", "recipes/tiny.yaml", "--out", run)
     assert (
         done.returncode == 0
-        and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout
+        and "sample:seed0/m1: done: but its notebook is missing or incomplete; executing it again" in done.stdout
         and done.stdout.count(": unchanged") == 21
     )
     assert notebook_finished(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
@@ -385,7 +385,7 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
     done = scir("run", "recipes/tiny.yaml", "--out", tmp_path)
     assert (
         done.returncode == 1
-        and f"another `scir run` works on it (process {other.pid}); wait for it or stop it" in done.stderr
+        and f"another `scir run` is using it (process {other.pid}); wait for it or stop it" in done.stderr
         and len(done.stderr.strip().splitlines()) == 1
     )
     assert not (tmp_path / "manifest.json").exists()
@@ -411,7 +411,7 @@ def test_two_kernels_do_not_do_a_step_at_once(holder, tmp_path, monkeypatch):
         "scir.runner.work.file_lock", lambda run, what, wait, busy, plain=file_lock: plain(run, what, 0.2, busy)
     )
     other = holder(file_name(SAMPLE))
-    with pytest.raises(RuntimeError, match=f"busy with {SAMPLE.key} .process {other.pid}"):
+    with pytest.raises(RuntimeError, match=f"another process is running {SAMPLE.key} .process {other.pid}"):
         do_step(recipe, tmp_path, SAMPLE)
     assert read_json(tmp_path / "manifest.json")["begun"] == {}
 
@@ -462,7 +462,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, damage):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("[Errno 28] No space left on device", "the disk is full: free some"),
+        ("[Errno 28] No space left on device", "the disk is full: free some space"),
         ("Error while serializing: I/O error: StorageFull", "the disk is full"),
         ("[Errno 13] Permission denied: 'x'", "let this user write there"),
         ("[Errno 30] Read-only file system: 'x'", "let this user write there"),

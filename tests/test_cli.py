@@ -734,7 +734,7 @@ def test_data_of_the_package_is_not_taken_silently(tmp_path):
     )
     assert (
         done.returncode == 0
-        and f"data/pairs.jsonl: no such file in {tmp_path}; the one that comes with scir is read" in done.stdout
+        and f"data/pairs.jsonl: no such file in {tmp_path}; using the one that comes with scir" in done.stdout
     )
 
 

@@ -348,7 +348,7 @@ def test_a_step_that_fails_in_several_processes_is_said_by_the_first_one(tmp_pat
     with pytest.raises(RuntimeError), failure_recorded(tmp_path, Step("judge", "seed0/m1")):
         raise closed
     assert (
-        "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed"
+        "another process of this step ended; see its error or, if it printed none, it was killed"
         in store.read_json(tmp_path / "manifest.json")["failed"]["judge:seed0/m1"]["reason"]
     )
 
@@ -366,7 +366,7 @@ def test_jobs_in_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("scir.runner.run.join_process_group", lambda shard: None)
-    with pytest.raises(ValueError, match="2 jobs in 2 processes: take one of them"):
+    with pytest.raises(ValueError, match="2 jobs in 2 processes: use either --jobs or --processes"):
         run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, jobs=2)
 
 
@@ -401,7 +401,7 @@ def test_deepspeed_is_refused_with_the_reason(monkeypatch):
     )  # which would wait for the others for days
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items():
         monkeypatch.setenv(k, v)
-    with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"):
+    with pytest.raises(RuntimeError, match="ZeRO-3 splits the weights.*--multi_gpu.*--use_fsdp"):
         join_process_group()
 
 

@@ -52,7 +52,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("kilobytes", [4, 60, 250, 700, 1200])
 def test_a_full_disk(small_disk, short, kilobytes):
     folder = small_disk(kilobytes)
-    one_line(run_into(folder / "run"), "the disk is full: free some of it and run again")
+    one_line(run_into(folder / "run"), "the disk is full: free some space and rerun")
     subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
     mended(folder / "run", short)
 
