@@ -160,7 +160,7 @@ def memory() -> str:
 def effort() -> str:
     """Tokens and hours by stage of recipes/mistral-7b.yaml."""
     r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
-    todo = planner.work(r, planner.assumed_sizes(r))
+    todo = planner.planned_tasks(r, planner.assumed_sizes(r))
     rows = [
         (
             f"`{w.stage}`",
