@@ -6,7 +6,7 @@
 __all__ = ['Split', 'SECRETS', 'Row', 'Prompt', 'LabelledPair', 'SeedPair', 'Response', 'Grade', 'Score', 'ResponseReward',
            'Vote', 'atomic_path', 'flush', 'write_text', 'hide_secrets', 'write_json', 'read_json', 'write_rows',
            'read_rows', 'unfinished', 'unfinished_parts', 'remove', 'salvage', 'rank', 'processes', 'sharded',
-           'own_share', 'barrier', 'all_gather', 'peak_bytes', 'Journal', 'digest', 'row_seed', 'hash_path']
+           'local_items', 'barrier', 'all_gather', 'peak_bytes', 'Journal', 'digest', 'row_seed', 'hash_path']
 
 # %% ../nbs/01_store.ipynb #642bb248
 import hashlib, json, os, re, shutil, sys
@@ -258,7 +258,7 @@ def sharded() -> bool:
     return processes() > 1 and os.environ.get("SCIR_SHARD") == "1"
 
 # %% ../nbs/01_store.ipynb #c3c5892d
-def own_share(items: list) -> list:
+def local_items(items: list) -> list:
     "The items that this process works on."
     return items[rank() :: processes()]
 

@@ -18,7 +18,7 @@ from scir.runner.manifest import note_failure, start_manifest
 from scir.runner.work import failure_recorded
 from scir.runner.run import run_recipe
 from scir.recipe import load_recipe
-from scir.store import Journal, Prompt, read_rows, own_share, unfinished, unfinished_parts
+from scir.store import Journal, Prompt, read_rows, local_items, unfinished, unfinished_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {
@@ -182,7 +182,7 @@ def test_every_row_is_somebodys(monkeypatch):
     found = []
     for k in "012":
         monkeypatch.setenv("RANK", k)
-        found += own_share(list(range(8)))
+        found += local_items(list(range(8)))
     assert sorted(found) == list(range(8))
 
 

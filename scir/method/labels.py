@@ -13,7 +13,7 @@ from collections import defaultdict
 import numpy as np
 
 from ..recipe import LabelSpec, Recipe, TrainSpec
-from ..store import Journal, ResponseReward, Score, Vote, processes, rank, row_seed, own_share
+from ..store import Journal, ResponseReward, Score, Vote, processes, rank, row_seed, local_items
 
 # %% ../../nbs/method/05_labels.ipynb #2c48c46f
 def agreed(score: Score) -> float | None:  # 1.0: all say a; 0.0: all say b; None: they differ
@@ -154,7 +154,7 @@ def vote(
         for n in range(spec.votes)
     ]
     left = [(key, ids, row_seed(seed, key)) for key, ids in jobs if key not in journal.done]
-    rows = engine(own_share(left), how)
+    rows = engine(local_items(left), how)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="votes", unit="vote", disable=rank() > 0) as bar:
         for key, ids, finished in rows:
             text = text_of(tokenizer, ids, finished)

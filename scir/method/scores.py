@@ -19,7 +19,7 @@ from ..data.load import better_side, find_grader
 from ..model.logprobs import batches, encode_prompt, encode_response, in_batches, response_logps
 from ..recipe import Recipe
 from .rewards import Pair, View, margins
-from ..store import Journal, Response, Score, all_gather, processes, rank, row_seed, own_share, sharded
+from ..store import Journal, Response, Score, all_gather, processes, rank, row_seed, local_items, sharded
 
 # %% ../../nbs/method/04_scores.ipynb #6fffa2fe
 def candidate_pairs(
@@ -158,10 +158,10 @@ def _together(pairs, sizes, budget, read):
     "`read` on this process's share of batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].prompt_ids), pairs[i].prompt_ids))
     parts = [[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)]
-    idle = sharded() and len(own_share(parts)) < len(
+    idle = sharded() and len(local_items(parts)) < len(
         parts[:: processes()]
     )  # the others have one batch more, for which all gather the weights
-    return in_batches(read, own_share(parts) + parts[:idle], sizes)
+    return in_batches(read, local_items(parts) + parts[:idle], sizes)
 
 # %% ../../nbs/method/04_scores.ipynb #eb16bd75
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..recipe import RecipeError
 from .rewards import View
 from ..model.weights import out_of_memory
-from ..store import all_gather, flush, barrier, processes, rank, read_json, own_share, write_json, write_rows
+from ..store import all_gather, flush, barrier, processes, rank, read_json, local_items, write_json, write_rows
 
 # %% ../../nbs/method/06_trainer.ipynb #2daccbd1
 def through(model, function):
@@ -75,7 +75,7 @@ class PairTrainer(Trainer):
     def training_step(self, model, inputs, *args, **kw):
         "One batch; of several processes each has a share of its pairs, and DDP takes the mean."
         pairs = inputs["pairs"]
-        mine = own_share(pairs)
+        mine = local_items(pairs)
         part = {
             "pairs": mine or pairs[:1],
             "share": processes() * len(mine) / len(pairs),
