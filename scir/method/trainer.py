@@ -194,7 +194,6 @@ def arguments(
     batch_size: int,
     accumulation: int = 1,
     learning_rate: float,
-    max_grad_norm: float = 1.0,
     optimizer: str = "adamw_torch",
     save_steps: int = 10,
 ):
@@ -207,7 +206,7 @@ def arguments(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=1.0,
         optim=optimizer,
         warmup_steps=steps // 10,
         weight_decay=0.0,

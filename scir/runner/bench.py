@@ -20,6 +20,7 @@ import torch
 from ..data.chat import as_text
 from ..data.load import load_pairs, merged, prompt_pool
 from ..method.judge import judge_ids, verdict_margins
+from ..method.labels import VOTE_TEMPLATE
 from ..model.logprobs import batches, encode_chat, encode_prompt, trees
 from scir.model.weights import (
     body,
@@ -232,7 +233,7 @@ def judge_figures(w: Workload) -> dict:
     base, theirs, few, many = load_base(w.recipe.model), w.theirs(), w.pairs[:4], w.pairs[:32]
     seqs = w.presentations(many)
     votes = [
-        encode_chat(w.tokenizer, w.recipe.labels.vote_template, {"prompt": as_text(p.prompt), "response": r}, None)
+        encode_chat(w.tokenizer, VOTE_TEMPLATE, {"prompt": as_text(p.prompt), "response": r}, None)
         for p in few
         for r in (p.response_a, p.response_b)
         for _ in range(3)

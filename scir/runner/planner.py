@@ -374,7 +374,7 @@ def training_peak(
         if not accumulated:
             optimizer.zero_grad()
         loss(View(model, tiny_tokenizer(), pairs, recipe)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
     return peak_of(recipe, kind, model, run)

@@ -196,7 +196,6 @@ def train(model, tokenizer, pairs: list, recipe: Recipe, folder: Path, seed: int
         batch_size=spec.batch_size,
         accumulation=spec.accumulation,
         learning_rate=spec.learning_rate,
-        max_grad_norm=spec.max_grad_norm,
         optimizer=spec.optimizer,
         save_steps=spec.save_steps,
     )
