@@ -14,7 +14,6 @@ from scir.runner.bench import (
     library_generate,
     meets_target,
     peak_bytes,
-    markdown_table,
 )
 from scir.cli import app
 from scir.model.logprobs import encode_prompt
@@ -26,6 +25,18 @@ SCIR = str(Path(sys.executable).parent / "scir")
 @pytest.fixture(scope="module")
 def work(recipe):
     return Workload(recipe, repeats=1, tokens=4)
+
+
+def markdown_table(found: dict) -> str:
+    "The figures as a Markdown table."
+    sign = lambda f: "met" if f["met"] else "**missed**"
+    return "\n".join(
+        ["| figure | ratio | target | | what |", "|---|---|---|---|---|"]
+        + [
+            f"| `{k}` | {f['ratio']:.3g} | {f['target']} | {sign(f)} | {f['what']} |"
+            for k, f in found["figures"].items()
+        ]
+    )
 
 
 def test_every_figure_is_there_with_its_raw_numbers(tmp_path):

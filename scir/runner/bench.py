@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SMALL', 'LARGE', 'GROUPS', 'meets_target', 'figure', 'alternate', 'timed', 'median_ratio', 'Workload',
-           'with_random_adapter', 'library_generate', 'judge_figures', 'judge_steps', 'judge_gradient_figures',
-           'trl_step', 'our_step', 'training_figures', 'machine_limits', 'floor_seconds', 'continuous_batching',
-           'sampling_figures', 'growth', 'measure_in_child', 'run_in_child', 'growth_figures', 'machine',
-           'plot_figures', 'markdown_table', 'bench', 'main']
+           'with_random_adapter', 'library_generate', 'read_verdicts', 'vote_figure', 'forward_figure', 'judge_figures',
+           'judge_steps', 'judge_gradient_figures', 'trl_trainer', 'trl_step', 'our_step', 'training_figures',
+           'machine_limits', 'floor_seconds', 'continuous_batching', 'sampling_figures', 'growth', 'measure_in_child',
+           'run_in_child', 'growth_figures', 'machine', 'plot_figures', 'bench', 'main']
 
 # %% ../../nbs/runner/14_bench.ipynb #7d189168
 import gc, json, platform, statistics, subprocess, sys, tempfile, time
@@ -20,7 +20,7 @@ import torch
 from ..data.chat import as_text
 from ..data.load import load_pairs, merged, prompt_pool
 from ..method.judge import judge_ids, verdict_margins
-from ..method.labels import VOTE_TEMPLATE
+from ..method.labels import VOTE_SAMPLING, VOTE_TEMPLATE
 from ..model.logprobs import batches, encode_chat, encode_prompt, trees
 from scir.model.weights import (
     body,
@@ -227,27 +227,31 @@ def _until_end(ids, end):
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 # %% ../../nbs/runner/14_bench.ipynb #cc2d438a
-@torch.no_grad()
-def judge_figures(w: Workload) -> dict:
-    "Verdicts from logits compared with sampled votes, and with a bare forward pass."
-    base, theirs, few, many = load_base(w.recipe.model), w.theirs(), w.pairs[:4], w.pairs[:32]
-    seqs = w.presentations(many)
+def read_verdicts(w: Workload, base, pairs: list) -> None:
+    "Read the verdicts of `pairs` from the logits, in both orders."
+    orders = w.presentations(pairs)
+    for batch in batches([len(s) for s in orders], w.recipe.judge.batch_tokens):
+        verdict_margins(base, [orders[i] for i in batch], View(base, w.tokenizer, [], w.recipe).verdicts)
+
+# %% ../../nbs/runner/14_bench.ipynb #2c74a35e
+def vote_figure(w: Workload, base, pairs: list) -> dict:
+    "Verdicts from logits compared with three sampled votes per response."
     votes = [
         encode_chat(w.tokenizer, VOTE_TEMPLATE, {"prompt": as_text(p.prompt), "response": r}, None)
-        for p in few
+        for p in pairs
         for r in (p.response_a, p.response_b)
         for _ in range(3)
     ]
-    sampled = SamplingSpec(temperature=0.7, top_p=0.9, max_new_tokens=w.recipe.labels.vote_tokens)
+    theirs, spec = w.theirs(), SamplingSpec(**VOTE_SAMPLING, max_new_tokens=w.recipe.labels.vote_tokens)
+    vote = lambda: library_generate(theirs, w.tokenizer, votes, spec)
+    seconds = alternate({"ours": lambda: read_verdicts(w, base, pairs), "theirs": vote}, w.repeats)
+    ratio = median_ratio(seconds["theirs"], seconds["ours"])
+    return figure("judge_vs_generated_votes", ratio, pairs=len(pairs), seconds=seconds)
 
-    def read(pairs):
-        orders = w.presentations(pairs)
-        for batch in batches([len(s) for s in orders], w.recipe.judge.batch_tokens):
-            verdict_margins(base, [orders[i] for i in batch], View(base, w.tokenizer, [], w.recipe).verdicts)
-
-    voting = alternate(
-        {"ours": lambda: read(few), "theirs": lambda: library_generate(theirs, w.tokenizer, votes, sampled)}, w.repeats
-    )
+# %% ../../nbs/runner/14_bench.ipynb #cdf36e5b
+def forward_figure(w: Workload, base, pairs: list) -> dict:
+    "Verdicts from logits compared with bare forward passes of as many tokens."
+    seqs = w.presentations(pairs)
     split = batches([len(s) for s in seqs], w.recipe.judge.batch_tokens)
     presented = sum(map(len, seqs))
     computed = sum(len(t.ids) for b in split for t in trees([seqs[i] for i in b], w.width))
@@ -258,20 +262,24 @@ def judge_figures(w: Workload) -> dict:
         for part in rows.split(max(1, w.recipe.judge.batch_tokens // length)):
             body(base)[1](input_ids=part, use_cache=False)
 
-    reading = alternate(
-        {"ours": lambda: read(many), "presented": lambda: forward(presented), "computed": lambda: forward(computed)},
-        w.repeats,
-    )
+    ways = {"ours": lambda: read_verdicts(w, base, pairs)}
+    ways |= {"presented": lambda: forward(presented), "computed": lambda: forward(computed)}
+    seconds = alternate(ways, w.repeats)
     return figure(
-        "judge_vs_generated_votes", median_ratio(voting["theirs"], voting["ours"]), pairs=len(few), seconds=voting
-    ) | figure(
         "judge_vs_forward_limit",
-        median_ratio(reading["computed"], reading["ours"]),
-        all_orders_counted=median_ratio(reading["presented"], reading["ours"]),
+        median_ratio(seconds["computed"], seconds["ours"]),
+        all_orders_counted=median_ratio(seconds["presented"], seconds["ours"]),
         tokens={"presented": presented, "computed": computed},
-        pairs=len(many),
-        seconds=reading,
+        pairs=len(pairs),
+        seconds=seconds,
     )
+
+# %% ../../nbs/runner/14_bench.ipynb #395f1e3e
+@torch.no_grad()
+def judge_figures(w: Workload) -> dict:
+    "Verdicts from logits compared with sampled votes, and with bare forward passes."
+    base = load_base(w.recipe.model)
+    return vote_figure(w, base, w.pairs[:4]) | forward_figure(w, base, w.pairs[:32])
 
 # %% ../../nbs/runner/14_bench.ipynb #3065b97e
 def judge_steps(w: Workload, full: bool, pairs: list):
@@ -309,8 +317,8 @@ def judge_gradient_figures(w: Workload) -> dict:
     )
 
 # %% ../../nbs/runner/14_bench.ipynb #314ab43c
-def trl_step(w: Workload, pairs: list, precomputed: bool, checkpointing: bool = False):
-    "A function that makes trl's DPO steps over `pairs`, in batches of eight. `checkpointing` is trl's default."
+def trl_trainer(w: Workload, pairs: list, precomputed: bool, checkpointing: bool):
+    "trl's DPOTrainer over `pairs`, with our adapter."
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -331,29 +339,23 @@ def trl_step(w: Workload, pairs: list, precomputed: bool, checkpointing: bool = 
         precompute_ref_log_probs=precomputed,
         average_tokens_across_devices=False,
     )
-    trainer = DPOTrainer(
-        model=(base := w.theirs()),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=w.tokenizer,
-        peft_config=lora_config(base, w.recipe.lora),
-    )
-    with_random_adapter(trainer.model).train()
+    base, data = w.theirs(), Dataset.from_list(rows)
+    how = {"processing_class": w.tokenizer, "peft_config": lora_config(base, w.recipe.lora)}
+    return DPOTrainer(model=base, args=args, train_dataset=data, **how)
+
+# %% ../../nbs/runner/14_bench.ipynb #fd535588
+def trl_step(w: Workload, pairs: list, precomputed: bool, checkpointing: bool = False):
+    "A function that makes trl's DPO steps over `pairs`, in batches of eight. `checkpointing` is trl's default."
+    trainer = trl_trainer(w, pairs, precomputed, checkpointing)
+    model = with_random_adapter(trainer.model).train()
     data = list(trainer.train_dataset)
     for p, row in zip(pairs, data, strict=True):
-        if (row["prompt_ids"], {*map(tuple, (row["chosen_ids"], row["rejected_ids"]))}) != (
-            p.prompt_ids,
-            {tuple(p.ids_a), tuple(p.ids_b)},
-        ):
+        theirs = row["prompt_ids"], {tuple(row["chosen_ids"]), tuple(row["rejected_ids"])}
+        if theirs != (p.prompt_ids, {tuple(p.ids_a), tuple(p.ids_b)}):
             raise ValueError(f"trl tokenises pair {p.id} differently")
-    made = [trainer.data_collator(data[i : i + 8]) for i in range(0, len(data), 8)]
-    return _steps(
-        trainer.model,
-        [
-            lambda b=b: trainer.compute_loss(trainer.model, {k: v.to(trainer.model.device) for k, v in b.items()})
-            for b in made
-        ],
-    )
+    collated = [trainer.data_collator(data[i : i + 8]) for i in range(0, len(data), 8)]
+    loss = lambda batch: trainer.compute_loss(model, {k: v.to(model.device) for k, v in batch.items()})
+    return _steps(model, [lambda b=b: loss(b) for b in collated])
 
 # %% ../../nbs/runner/14_bench.ipynb #bc7a6147
 def our_step(w: Workload, pairs: list, arm: str, recompute=False):
@@ -525,23 +527,18 @@ def sampling_figures(w: Workload) -> dict:
     limits, tokens = machine_limits(compute_dtype(w.recipe.model), model.device), statistics.median(made["ours"])
     floors = floor_seconds(model, limits, sum(map(len, encoded)), tokens, w.spec.batch_size)
     speed = {name: 1 / statistics.median(x) for name, x in per_token.items()}
-    against = {
-        name: figure(f"sample_vs_{name}", speed["ours"] / speed[name]) for name in ("loop", "batched", "continuous")
-    }
-    return (
-        against["loop"]
-        | against["batched"]
-        | against["continuous"]
-        | figure(
-            "sample_vs_limit",
-            max(floors.values()) / statistics.median(s["ours"]),
-            floors=floors,
-            limits=limits,
-            tokens_per_second=speed,
-            seconds=s,
-            tokens=made,
-            rows=len(rows),
-        )
+    found = {}
+    for name in ("loop", "batched", "continuous"):
+        found |= figure(f"sample_vs_{name}", speed["ours"] / speed[name])
+    return found | figure(
+        "sample_vs_limit",
+        max(floors.values()) / statistics.median(s["ours"]),
+        floors=floors,
+        limits=limits,
+        tokens_per_second=speed,
+        seconds=s,
+        tokens=made,
+        rows=len(rows),
     )
 
 # %% ../../nbs/runner/14_bench.ipynb #727bd064
@@ -664,18 +661,6 @@ def plot_figures(found: dict, path) -> None:
     )
     fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
-
-# %% ../../nbs/runner/14_bench.ipynb #339e990d
-def markdown_table(found: dict) -> str:
-    "The figures as a Markdown table."
-    sign = lambda f: "met" if f["met"] else "**missed**"
-    return "\n".join(
-        ["| figure | ratio | target | | what |", "|---|---|---|---|---|"]
-        + [
-            f"| `{k}` | {f['ratio']:.3g} | {f['target']} | {sign(f)} | {f['what']} |"
-            for k, f in found["figures"].items()
-        ]
-    )
 
 # %% ../../nbs/runner/14_bench.ipynb #87c51cb4
 GROUPS = {
