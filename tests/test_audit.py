@@ -140,7 +140,7 @@ def test_a_failure_is_noted_until_the_next_try(copy, monkeypatch):
     assert (
         names(recipe, run)[SAMPLE.key] == "failed"
         and "No space left" in why(recipe, run, SAMPLE.key)
-        and "run again" in why(recipe, run, SAMPLE.key)
+        and "rerun" in why(recipe, run, SAMPLE.key)
     )
     do("sample", recipe, run, "seed0/m1")
     assert set(names(recipe, run).values()) == {"done"}
