@@ -217,7 +217,7 @@ def test_a_kernel_that_is_killed(short, tmp_path):
     one_line(
         subprocess.CompletedProcess([], process.returncode, "", process.stderr.read()),
         "warm_start:seed0/m1: its kernel was killed",
-        "run again",
+        "rerun",
     )
     assert "failed" in state(run, "warm_start:seed0/m1")
     errors = [
