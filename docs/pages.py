@@ -110,14 +110,14 @@ def recipe(name: str) -> str:
 def standing() -> str:
     """Every recipe field with its provenance, section by section."""
     out, rows = [], [(n, f, f.json_schema_extra or {}) for n, f in field_names().items()]
-    counts = pd.Series([x.get("standing", "D") for *_, x in rows]).value_counts()
+    counts = pd.Series([x.get("provenance", "D") for *_, x in rows]).value_counts()
     out.append(
         f"{len(rows)} fields: " + ", ".join(f"{counts.get(k, 0)} {v} (**{k}**)" for k, v in STANDINGS.items()) + "."
     )
     for section in dict.fromkeys(n.rpartition(".")[0] for n, *_ in rows):
         said = Recipe.model_fields[section].annotation.__doc__ if section else "One experiment."
         part = [
-            (f"`{n}`", code(f.default), x.get("unit", ""), f"**{x.get('standing', 'D')}**", plain(f.description))
+            (f"`{n}`", code(f.default), x.get("unit", ""), f"**{x.get('provenance', 'D')}**", plain(f.description))
             for n, f, x in rows
             if n.rpartition(".")[0] == section
         ]
@@ -172,7 +172,7 @@ def gpu() -> str:
 def effort() -> str:
     """Tokens and hours per stage of recipes/mistral-7b.yaml."""
     r = load_recipe(ROOT / "recipes" / "mistral-7b.yaml")
-    todo = planner.work(r, planner.assumed_sizes(r))
+    todo = planner.planned_tasks(r, planner.assumed_sizes(r))
     rows = [
         (
             f"`{w.stage}`",

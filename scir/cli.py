@@ -77,12 +77,12 @@ def _reason(error):
     "A recipe's faults each on its line, any other error on one."
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install {error.name}, and scir doctor says what else is missing"
-    from scir.runner.work import reason, wait_for_the_end
+    from scir.runner.work import reason, wait_for_exit
     from scir.recipe import RecipeError
 
     if isinstance(error, RecipeError):
         return error
-    wait_for_the_end(error)
+    wait_for_exit(error)
     return reason(error) + (
         " (the executed notebook in the run's notebooks/ has the traceback)" if hasattr(error, "ename") else ""
     )
@@ -336,11 +336,11 @@ def rehearse(recipe, out: Path, here: Path, words: list, jobs: int, processes: i
     "Print every step's state, and how to start the run on one machine and, where no steps are side by side, on several."
     from scir.runner.state import status as ask
     from scir.runner.processes import launch_line
-    from scir.runner.execute import seen
-    from scir.runner.execute import told as state
+    from scir.runner.execute import step_state
+    from scir.runner.execute import status_text as state
 
     shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
-    steps = [(step.key, seen(recipe, out, step) if s.name == "done" else s) for step, s in ask(recipe, out)]
+    steps = [(step.key, step_state(recipe, out, step) if s.name == "done" else s) for step, s in ask(recipe, out)]
     lines = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])} | (
         {"on two, on each": shell(launch_line(words, processes, machines=2))} if jobs == 1 else {}
     )
@@ -438,7 +438,7 @@ def run(
     debug: Debug = False,
 ):
     "Run a recipe: every stage that is not finished, each notebook in a fresh kernel."
-    from scir.runner.run import place, ready, run_recipe
+    from scir.runner.run import run_directory, prepare_recipe, run_recipe
     from scir.recipe import load_recipe
     from scir.store import rank
 
@@ -446,7 +446,7 @@ def run(
     loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
     if dry_run or processes > 1:  # the faults of a recipe are said once, before several processes would
         with aside(json):
-            settled = ready(loaded, folder := place(loaded, out), shard, say=dry_run)
+            settled = prepare_recipe(loaded, folder := run_directory(loaded, out), shard, say=dry_run)
         if dry_run:
             return rehearse(settled, folder, here, words_again(), jobs, processes, json)
         os.chdir(here)
@@ -464,15 +464,15 @@ def run(
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
     "A run directory with its own recipe, or with another one. Goes to the project's folder, where recipes name their data from."
-    from scir.runner.work import quiet, settled
+    from scir.runner.work import silence_libraries, with_dtype
     from scir.recipe import root
     from scir.recipe import load_recipe, own_recipe
 
-    quiet()
+    silence_libraries()
     own = own_recipe(run)
     loaded, run = load_recipe(recipe or own, tuple(setting)), run.resolve()
     os.chdir(root(run))
-    return settled(loaded, run), run
+    return with_dtype(loaded, run), run
 
 # %% ../nbs/04_cli.ipynb #c59f4a2a
 def standing(recipe, run: Path) -> list:  # dicts
@@ -542,7 +542,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ):
-    """Hash a run's files again and derive its margins, figures and tables again.
+    """Check a run's files against their hashes, and its margins and labels against its rows.
 
     Exit code 1 when anything is not as recorded."""
     from scir.runner.verify import verify as ask
@@ -600,11 +600,11 @@ def judge(
 ):
     "Score labelled pairs with a model's internal reward models, a Parquet row each."
     from scir.stages.evaluate import judge_file
-    from scir.runner.work import quiet, say_shipped
+    from scir.runner.work import silence_libraries, print_shipped_sources
 
     with aside(json):
-        quiet()
-        say_shipped([pairs])
+        silence_libraries()
+        print_shipped_sources([pairs])
         model, base = settle(model, recipe, setting)
         for name in filter(None, (model, reference)):
             check(name, base)
@@ -643,12 +643,12 @@ def sample(
 
     An interrupted try goes on with the same command."""
     from scir.stages.evaluate import resolve
-    from scir.runner.work import quiet, say_shipped
+    from scir.runner.work import silence_libraries, print_shipped_sources
     from scir.model.engines import sample_file
 
     with aside(json):
-        quiet()
-        say_shipped([prompts])
+        silence_libraries()
+        print_shipped_sources([prompts])
         settled, adapter = resolve(*settle(model, recipe, setting))
         usable_tokenizer(settled)
         found = sample_file(settled, adapter, prompts, out, candidates, seed, limit)
@@ -731,7 +731,7 @@ def export(
     Or answer or judge a benchmark, in the file that its own program reads."""
     from scir.export.benchmarks import EXPORTS
     from scir.export.folders import FOLDERS, check_push, push as upload
-    from scir.runner.work import quiet, say_shipped
+    from scir.runner.work import silence_libraries, print_shipped_sources
 
     suits(
         to,
@@ -739,14 +739,14 @@ def export(
         {"--licence": licence, "--push": push},
     )
     with aside(json):
-        quiet()
+        silence_libraries()
         if to in FOLDERS:
             if push:
                 check_push(model, to, push)
             found = FOLDERS[to](model, out, licence, push) | ({"pushed": upload(out, push, to)} if push else {})
         else:
             not_a_folder(out)
-            say_shipped([data])
+            print_shipped_sources([data])
             model, base = settle(model, recipe, setting)
             check(model, base)
             found = EXPORTS[to](
@@ -780,11 +780,11 @@ def fit_reward_model(
     "Fit a small reward model to labelled pairs, for the external arm or as judge of win rates."
     from scir.model.outside import fit_reward
     from scir.data.load import load_pairs, row_split
-    from scir.runner.work import quiet, say_shipped
+    from scir.runner.work import silence_libraries, print_shipped_sources
 
     with aside(json):
-        quiet()
-        say_shipped([pairs])
+        silence_libraries()
+        print_shipped_sources([pairs])
         rows, dropped = load_pairs(pairs)
         found = fit_reward(model, [r for r in rows if row_split(r) in split][:limit], out)
     told(found | {"dropped": dropped}, json, model=out)

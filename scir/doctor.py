@@ -930,11 +930,11 @@ def adapter_bytes(recipe) -> int:
 def row_bytes(recipe, train: int, held: int, labelled: int, seeds: int) -> int:
     "All rows of a run, at most. `train`, `held`: prompts; `labelled`: pairs in the evaluation sets; `seeds`: labelled pairs of the warm start."
     from scir.runner.plan import plan
-    from scir.runner.planner import pairs_each
+    from scir.runner.planner import pairs_per_prompt
     from scir.recipe import all_nodes
 
     s, d, steps = recipe.sampling, recipe.data, [step.stage for step in plan(recipe)]
-    pairs = pairs_each(s)
+    pairs = pairs_per_prompt(s)
     judged = lambda n: n * pairs * (d.max_prompt_tokens + 2 * s.max_new_tokens)
     answers = lambda n: n * s.candidates * (d.max_prompt_tokens + s.max_new_tokens) + judged(n)
     written = lambda n: n * (d.max_prompt_tokens + 2 * d.max_response_tokens)
@@ -1031,9 +1031,9 @@ def stage_memory(recipe, sizes, kind: str, free: float | None, here: bool) -> li
 # %% ../nbs/03_doctor.ipynb #7d4c9661
 def duration(recipe, sizes, probed: bool) -> Finding:
     "Hours on this machine, or the tokens alone."
-    from scir.runner.planner import hours, probe, work
+    from scir.runner.planner import hours, probe, planned_tasks
 
-    todo = work(recipe, sizes)
+    todo = planned_tasks(recipe, sizes)
     tokens = ", ".join(
         f"{sum(w.tokens for w in todo if w.kind == k) / 1e6:.3g} million tokens {k}"
         for k in dict.fromkeys(w.kind for w in todo)
@@ -1155,10 +1155,10 @@ def examine(path=None, settings: tuple = (), gpu: float | None = None, probed: b
     yield from (("python", f) for f in well)
     if any(f.state == "fault" for f in well):
         return  # all that follows needs them
-    from scir.runner.work import quiet
+    from scir.runner.work import silence_libraries
     from scir.recipe import ModelSpec
 
-    quiet()
+    silence_libraries()
     recipe, found = open_recipe(path, settings) if path else (None, [])
     model = recipe.model if recipe else ModelSpec()
     here = (precision, model), (attention,), (four_bits, model), (threads_here,), (kernel,), (space,)

@@ -734,7 +734,7 @@ def test_data_of_the_package_is_not_taken_silently(tmp_path):
     )
     assert (
         done.returncode == 0
-        and f"data/pairs.jsonl: no such file in {tmp_path}; the one that comes with scir is read" in done.stdout
+        and f"data/pairs.jsonl: no such file in {tmp_path}; using the one that comes with scir" in done.stdout
     )
 
 
@@ -917,7 +917,7 @@ def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path)
     def broken(*a, **kw):
         raise LookupError("lost")
 
-    monkeypatch.setattr(f"scir.{where.get(name, 'runner.work.quiet')}", broken)
+    monkeypatch.setattr(f"scir.{where.get(name, 'runner.work.silence_libraries')}", broken)
     plain, debug = (CliRunner().invoke(app, [name, *given, *more]) for more in ([], ["--debug"]))
     assert plain.exit_code == 1 and plain.stderr == "scir: lost\n" and isinstance(debug.exception, LookupError)
 

@@ -147,7 +147,7 @@ def test_wheel_runs_outside_the_checkout(wheel, tmp_path):
     )
     done = scir_("run", "recipes/tiny.yaml", "--set", "iterations=1")
     assert done.returncode == 0, done.stderr
-    assert f"data/pairs.jsonl: no such file in {elsewhere}; the one that comes with scir is read" in done.stdout
+    assert f"data/pairs.jsonl: no such file in {elsewhere}; using the one that comes with scir" in done.stdout
     manifest = json.loads((elsewhere / "data/runs/tiny/manifest.json").read_text())
     assert manifest["steps"]["report"]["commit"] is None and (elsewhere / "data/runs/tiny/report/results.md").exists()
     again = scir_("status", "data/runs/tiny")

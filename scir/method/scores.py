@@ -19,7 +19,7 @@ from ..data.load import better_side, find_grader
 from ..model.logprobs import batches, encode_prompt, encode_response, in_batches, response_logps
 from ..recipe import Recipe
 from .rewards import Pair, View, margins
-from ..store import Journal, Response, Score, exchange, processes, rank, row_seed, share, sharded
+from ..store import Journal, Response, Score, all_gather, processes, rank, row_seed, local_items, sharded
 
 # %% ../../nbs/method/04_scores.ipynb #6fffa2fe
 def candidate_pairs(
@@ -158,10 +158,10 @@ def _together(pairs, sizes, budget, read):
     "`read` on this process's share of batches of at most `budget` tokens (row numbers), long prompts first, those of a prompt side by side; yields (row numbers, what was read)."
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].prompt_ids), pairs[i].prompt_ids))
     parts = [[order[i] for i in b] for b in batches([sizes[i] for i in order], budget)]
-    idle = sharded() and len(share(parts)) < len(
+    idle = sharded() and len(local_items(parts)) < len(
         parts[:: processes()]
     )  # the others have one batch more, for which all gather the weights
-    return in_batches(read, share(parts) + parts[:idle], sizes)
+    return in_batches(read, local_items(parts) + parts[:idle], sizes)
 
 # %% ../../nbs/method/04_scores.ipynb #eb16bd75
 @torch.no_grad()
@@ -180,7 +180,7 @@ def pair_logps(model, pairs: list, budget: int, desc: str) -> list:  # of (log-p
         for rows, logps in _together(pairs, sizes, budget, read):
             out |= dict(zip(rows, map(tuple, logps.view(-1, 2).tolist())))
             bar.update(min(len(rows) * processes(), bar.total - bar.n))
-    out = dict(chain(*(found.items() for found in exchange(out))))
+    out = dict(chain(*(found.items() for found in all_gather(out))))
     return [out[i] for i in range(len(pairs))]
 
 # %% ../../nbs/method/04_scores.ipynb #2d2b8ee2

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..recipe import RecipeError
 from .rewards import View
 from ..model.weights import out_of_memory
-from ..store import exchange, flush, meet, processes, rank, read_json, share, write_json, write_rows
+from ..store import all_gather, flush, barrier, processes, rank, read_json, local_items, write_json, write_rows
 
 # %% ../../nbs/method/06_trainer.ipynb #2daccbd1
 def through(model, function):
@@ -75,7 +75,7 @@ class PairTrainer(Trainer):
     def training_step(self, model, inputs, *args, **kw):
         "One batch; of several processes each has a share of its pairs, and DDP takes the mean."
         pairs = inputs["pairs"]
-        mine = share(pairs)
+        mine = local_items(pairs)
         part = {
             "pairs": mine or pairs[:1],
             "share": processes() * len(mine) / len(pairs),
@@ -194,7 +194,6 @@ def arguments(
     batch_size: int,
     accumulation: int = 1,
     learning_rate: float,
-    max_grad_norm: float = 1.0,
     optimizer: str = "adamw_torch",
     save_steps: int = 10,
 ):
@@ -207,7 +206,7 @@ def arguments(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=1.0,
         optim=optimizer,
         warmup_steps=steps // 10,
         weight_decay=0.0,
@@ -233,7 +232,7 @@ class Seal(TrainerCallback):
     "Note in every checkpoint, once it is on the disk, which files it has and how large they are."
 
     def on_save(self, args, state, control, **kw):
-        meet()
+        barrier()
         if rank():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -266,7 +265,7 @@ def fit(model, tokenizer, pairs: list, loss_of, recipe, folder, args: TrainingAr
     "Train, resuming from a checkpoint in `folder` if there is one; writes adapter/ and metrics.jsonl."
     folder = Path(folder)
     args._n_gpu = min(args.n_gpu, 1)
-    last = exchange(last_checkpoint(Path(args.output_dir)) if not rank() else None)[0]
+    last = all_gather(last_checkpoint(Path(args.output_dir)) if not rank() else None)[0]
     if last and not rank():
         print(f"resuming from {last}")
     node = re.search(r"seed\d+/.*|[^/]*$", folder.as_posix())[0]  # no place of this machine in a tracker's name for it
@@ -282,7 +281,7 @@ def fit(model, tokenizer, pairs: list, loss_of, recipe, folder, args: TrainingAr
         write_rows(folder / "metrics.jsonl", history)
         save_adapter(model, folder / "adapter")
         shutil.rmtree(args.output_dir, ignore_errors=True)
-    meet()
+    barrier()
     return history
 
 # %% ../../nbs/method/06_trainer.ipynb #54e73d3f

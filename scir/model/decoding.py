@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .logprobs import turn_end
 from .weights import make_room, out_of_memory
 from ..recipe import SamplingSpec
-from ..store import exchange, sharded
+from ..store import all_gather, sharded
 
 # %% ../../nbs/model/03_decoding.ipynb #5f3e8f75
 def draw(
@@ -155,7 +155,7 @@ class Pool:
 
     def _forward(self, ids, mask, positions, cache):
         if sharded():
-            exchange(True)  # a forward is to come, for which all gather the weights
+            all_gather(True)  # a forward is to come, for which all gather the weights
         if cache.layers:
             mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
         return self.model(
@@ -218,7 +218,7 @@ def generate(
         if full:
             spec = spec.model_copy(update={"batch_size": min(spec.batch_size, len(left) + 1) // 2})
             make_room(f"{spec.batch_size} responses decoded together")
-    while sharded() and any(exchange(False)):
+    while sharded() and any(all_gather(False)):
         model(
             input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False
         )  # the weights are gathered for others

@@ -368,11 +368,12 @@ def check_engine(recipe: Recipe) -> None:
         raise RecipeError(
             "sampling.engine vllm computes adapters in 16 bits only, and model.dtype is float32 here; set it to bfloat16 or float16, or leave the engine out"
         )
-    for section, t in (("sampling", recipe.sampling.temperature), ("labels", recipe.labels.temperature)):
-        if name != "transformers" and not TEMPERATURES[0] <= t <= TEMPERATURES[1]:
-            raise RecipeError(
-                f"{section}.temperature {t:g}: sampling.engine {name} draws with one of {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}; name such a one, or leave the engine out"
-            )
+    t = recipe.sampling.temperature
+    if name != "transformers" and not TEMPERATURES[0] <= t <= TEMPERATURES[1]:
+        raise RecipeError(
+            f"sampling.temperature {t:g}: sampling.engine {name} draws with one of {TEMPERATURES[0]:g} to "
+            f"{TEMPERATURES[1]:g}; choose one of these, or leave the engine out"
+        )
 
 # %% ../../nbs/model/04_engines.ipynb #e0862ea7
 @contextmanager

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.chat import DATE, Message, Prompted, messages, stop_clock
 from .weights import additive_mask, body, make_room, out_of_memory
-from ..store import exchange, sharded
+from ..store import all_gather, sharded
 
 # %% ../../nbs/model/02_logprobs.ipynb #24d3a97b
 PLAIN_TEMPLATE = "### Instruction:\n{content}\n\n### Response:\n"  # for base models, which have no chat template
@@ -398,7 +398,7 @@ def hidden_at(
     groups, wanted = [[t] for t in rows] if recompute else similar(rows, model.device.type), [*wanted, []]
     if sharded():
         groups += [[Tree([0], [0], {len(seqs): [0]})]] * (
-            max(exchange(len(groups))) - len(groups)
+            max(all_gather(len(groups))) - len(groups)
         )  # of which nothing is wanted
     read, anchor = (
         partial(checkpoint, _read, use_reentrant=False) if recompute else _read,

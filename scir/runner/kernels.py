@@ -21,7 +21,7 @@ LONGEST_PATH = 100  # bytes of a socket file's path; Linux allows 107, macOS 103
 
 
 class SocketManager(AsyncKernelManager):
-    "A kernel manager whose kernel listens on socket files, where their path is short enough."
+    "A kernel manager whose kernel listens on socket files, if their path is short enough."
 
     def __init__(self, **kw):
         folder = Path(mkdtemp(prefix="scir-"))
@@ -31,7 +31,7 @@ class SocketManager(AsyncKernelManager):
         super().__init__(connection_file=str(folder / "kernel.json"), **where, **kw)
 
 # %% ../../nbs/runner/10_kernels.ipynb #63478b4e
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package of faster kernels for 4 bits on a CPU
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no advice to install faster CPU kernels
 
 PRELOAD = [
     "scir.runner.kernels",
@@ -45,7 +45,7 @@ PRELOAD = [
 
 
 def _die_with(owner, server):
-    "End this kernel, and the fork server, when the process that started them is gone, even by kill -9."
+    "End this kernel and the fork server when their owner is gone, even after kill -9."
     while True:
         time.sleep(1)
         try:
@@ -69,11 +69,11 @@ def _serve(connection_file, cwd, owner):
             argv=["-f", connection_file, "--IPKernelApp.log_level=50", f"--IPKernelApp.parent_handle={server}"]
         )
     finally:
-        atexit._run_exitfuncs()  # a forked process leaves without them, and a tracker writes its last lines there
+        atexit._run_exitfuncs()  # a forked process skips them, but trackers write their last lines there
 
 # %% ../../nbs/runner/10_kernels.ipynb #31eb5877
 class Forked:
-    "A forked process with the part of Popen's interface that a provisioner uses."
+    "A forked process with the methods of Popen that a provisioner uses."
 
     stdin = stdout = stderr = None
 
@@ -99,15 +99,13 @@ class Forked:
 
 # %% ../../nbs/runner/10_kernels.ipynb #ead1a84a
 class WarmProvisioner(LocalProvisioner):
-    "Start kernels by forking a process in which the heavy imports are already done."
+    "Start kernels by forking a process that has done the slow imports."
 
     async def launch_kernel(self, cmd: list, **kwargs) -> dict:  # connection info
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        resource_tracker.ensure_running()  # first, since it takes the mask off
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # Ctrl-C is for this process, not for the server in the midst of its imports
+        resource_tracker.ensure_running()  # first, since it unblocks signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C must not interrupt the imports
         try:
             forkserver.ensure_running()
         finally:
@@ -122,8 +120,8 @@ class WarmProvisioner(LocalProvisioner):
         return self.connection_info
 
 # %% ../../nbs/runner/10_kernels.ipynb #d27111be
-def use_warm_kernels() -> bool:  # whether they can be had here
-    "Make warm kernels the default of this process: on Linux without an NVIDIA driver, since CUDA does not survive a fork."
+def use_warm_kernels() -> bool:  # whether this machine can
+    "Make warm kernels the default. Only on Linux without an NVIDIA driver, since CUDA does not survive a fork."
     if sys.platform != "linux" or os.path.exists("/dev/nvidiactl"):
         return False
     KernelProvisionerFactory.instance().default_provisioner_name = "scir-warm"

@@ -18,7 +18,7 @@ from ..method.loss import scir_loss
 from ..recipe import Recipe, TrainSpec, node_name, node_parts, parent_node
 from ..method.rewards import View, implicit, margins
 from ..method.scores import scored_pairs, set_reference
-from ..store import ResponseReward, Score, meet, rank, read_rows, row_seed, write_rows
+from ..store import ResponseReward, Score, barrier, rank, read_rows, row_seed, write_rows
 from .warm_start import read_seeds, warm_start_loss
 
 # %% ../../nbs/stages/06_optimise.ipynb #8f6bef5e
@@ -196,7 +196,6 @@ def train(model, tokenizer, pairs: list, recipe: Recipe, folder: Path, seed: int
         batch_size=spec.batch_size,
         accumulation=spec.accumulation,
         learning_rate=spec.learning_rate,
-        max_grad_norm=spec.max_grad_norm,
         optimizer=spec.optimizer,
         save_steps=spec.save_steps,
     )
@@ -212,5 +211,5 @@ def unchanged(arm: str, parent: Path, folder: Path) -> dict:  # summary
         shutil.copytree(parent / "adapter", folder / "adapter")
         for name in ("metrics.jsonl", "preferences.jsonl"):
             write_rows(folder / name, [])
-    meet()
+    barrier()
     return {"pairs": 0, "replayed": 0, "steps": 0, "retained": 0.0, "final": None}

@@ -16,7 +16,7 @@ from ..model.engines import open_engine
 from ..model.logprobs import encode_prompt, turn_end
 from ..model.weights import load_tokenizer
 from ..recipe import Recipe, SamplingSpec, node_parts
-from ..store import Journal, Response, processes, rank, row_seed, share
+from ..store import Journal, Response, processes, rank, row_seed, local_items
 
 # %% ../../nbs/stages/02_sample.ipynb #28b17fe5
 def sample(
@@ -37,7 +37,7 @@ def sample(
         )
     jobs = {f"{p.id}/{c}": (p, c, ids, row_seed(seed, p.id, c)) for p, ids in kept for c in range(spec.candidates)}
     left = [(key, ids, s) for key, (_, _, ids, s) in jobs.items() if key not in journal.done]
-    rows = engine(share(left), spec)  # which may load a model, before the bar's time begins
+    rows = engine(local_items(left), spec)  # which may load a model, before the bar's time begins
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="responses", unit="resp", disable=rank() > 0) as bar:
         for key, ids, finished in rows:
             p, c, _, s = jobs[key]

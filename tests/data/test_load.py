@@ -456,7 +456,7 @@ def test_training_takes_every_seed_source_and_no_evaluation_prompt(file, tokeniz
 
 
 def test_an_arm_may_stop_early():
-    from scir.runner.plan import needed, plan
+    from scir.runner.plan import prerequisites, plan
 
     recipe = parse_recipe(
         {"iterations": 3, "arms": ["sft", "srlm", "scir", "cream"], "stop_after": {"srlm": 1, "cream": 9}}
@@ -468,7 +468,7 @@ def test_an_arm_may_stop_early():
     assert {s.node for s in steps if s.stage == "evaluate"} == set(all_nodes(recipe)) and not [
         s for s in steps if s.stage in ("sample", "judge", "label") and "srlm" in s.node
     ]
-    assert set(needed(recipe, steps[-1])) == {s for s in steps[:-1] if s.stage != "consistency"}, (
+    assert set(prerequisites(recipe, steps[-1])) == {s for s in steps[:-1] if s.stage != "consistency"}, (
         "nothing is done that nobody reads"
     )
     with pytest.raises(RecipeError, match="stop_after"):
@@ -557,7 +557,7 @@ def test_shipped_recipe_loads_and_round_trips(path, file):
 
 def test_every_field_says_what_it_is():
     for name, info in field_names().items():
-        assert info.description and info.json_schema_extra["standing"] in "PSD", name
+        assert info.description and info.json_schema_extra["provenance"] in "PSD", name
 
 
 def test_arms_change_valid_fields_only():

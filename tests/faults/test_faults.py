@@ -52,7 +52,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("kilobytes", [4, 60, 250, 700, 1200])
 def test_a_full_disk(small_disk, short, kilobytes):
     folder = small_disk(kilobytes)
-    one_line(run_into(folder / "run"), "the disk is full: free some of it and run again")
+    one_line(run_into(folder / "run"), "the disk is full: free some space and rerun")
     subprocess.run(["mount", "-o", "remount,size=100m", str(folder)], check=True)
     mended(folder / "run", short)
 
@@ -109,7 +109,7 @@ def test_a_broken_file_of_a_run_is_made_again(short, tmp_path, file, damage):
     assert (
         found.returncode == 1
         and any(l.startswith(file.split("/adapter_model")[0].split("/pairs.par")[0]) for l in found.stderr.splitlines())
-        and "tables: " in found.stdout
+        and "margins: " in found.stdout
     )
     mended(run, short)
 
@@ -217,7 +217,7 @@ def test_a_kernel_that_is_killed(short, tmp_path):
     one_line(
         subprocess.CompletedProcess([], process.returncode, "", process.stderr.read()),
         "warm_start:seed0/m1: its kernel was killed",
-        "run again",
+        "rerun",
     )
     assert "failed" in state(run, "warm_start:seed0/m1")
     errors = [

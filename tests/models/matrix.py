@@ -29,7 +29,7 @@ from scir.recipe import adapters
 from scir.model.weights import dense, for_sampling, for_scoring, load_tokenizer, reach_summary
 from scir.recipe import load_recipe
 from scir.runner.work import do
-from scir.runner.run import ready
+from scir.runner.run import prepare_recipe
 from scir.runner.manifest import start_manifest
 from scir.model.decoding import end_ids, generate
 
@@ -142,7 +142,7 @@ def steps_of(name: str, folder: Path):  # yields (column, what it says)
     """All that is done with a model; stops with the exception of what fails."""
     recipe = load_recipe(ROOT / "recipes/tiny.yaml", (*SETTINGS, f"model.name={save(name, folder / 'model')}"))
     try:
-        recipe = ready(recipe, folder / "run", say=False)
+        recipe = prepare_recipe(recipe, folder / "run", say=False)
     except ValueError as e:
         yield "says", str(e)
     tokenizer = load_tokenizer(recipe.model)

@@ -7,18 +7,18 @@ import pytest
 from typer.testing import CliRunner
 
 from scir.runner import manifest, state as states
-from scir.runner.execute import notebook_of, shown
+from scir.runner.execute import notebook_of, notebook_finished
 from scir.runner.run import run_recipe
 from scir.runner.work import open_run
 from scir.runner.state import status
 from scir.runner.verify import verify
 from scir.cli import app
 from scir.runner.plan import Step, file_name
-from scir.runner.locks import alone
-from scir.runner.work import begin, do, reason
+from scir.runner.locks import file_lock
+from scir.runner.work import start_step, do, reason
 from scir.runner.state import differences, state
 from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import work
+from scir.runner.work import do_step
 from scir.recipe import load_recipe
 from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 from scir.method.trainer import SEAL, last_checkpoint
@@ -60,7 +60,9 @@ def test_a_parameter_makes_its_stages_stale_and_all_that_follow_and_none_before(
         "evaluate:seed0/m1",
     }
     assert why(recipe, run, "optimise:seed0/scir/m2") == "train.learning_rate was 0.001, is 0.002"
-    assert why(recipe, run, "sample:seed0/scir/m2") == "after optimise:seed0/scir/m2, unless that comes out as it was"
+    assert (
+        why(recipe, run, "sample:seed0/scir/m2") == "waits for optimise:seed0/scir/m2; skipped if that changes nothing"
+    )
 
 
 def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
@@ -119,7 +121,7 @@ def test_differences_are_phrases():
         "f is gone",
         "the code of scir.m changed",
         "notebook n changed",
-        "b is no longer read",
+        "b is no longer used",
     ]
 
 
@@ -137,7 +139,7 @@ def test_a_failure_is_noted_until_the_next_try(copy, monkeypatch):
     assert (
         names(recipe, run)[SAMPLE.key] == "failed"
         and "No space left" in why(recipe, run, SAMPLE.key)
-        and "run again" in why(recipe, run, SAMPLE.key)
+        and "rerun" in why(recipe, run, SAMPLE.key)
     )
     do("sample", recipe, run, "seed0/m1")
     assert set(names(recipe, run).values()) == {"done"}
@@ -147,11 +149,11 @@ def test_an_interrupted_step_says_what_it_has(copy):
     recipe, run = copy
     rows = (run / "seed0/m1/responses.jsonl").read_text().splitlines(True)
     (run / "seed0/m1/responses.jsonl").unlink()
-    begin(recipe, run, SAMPLE)
+    start_step(recipe, run, SAMPLE)
     unfinished(run / "seed0/m1/responses.jsonl").write_text("".join(rows[:5]))
     assert (
         names(recipe, run)[SAMPLE.key] == "missing"
-        and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
+        and why(recipe, run, SAMPLE.key) == "interrupted; will resume after 5 rows"
     )
     assert "interrupted" in scir("status", run).stdout
 
@@ -162,14 +164,14 @@ def test_a_part_that_was_whole_is_not_made_again(copy, monkeypatch):
     step, answers = Step("evaluate", "seed0/m1"), run / "seed0/m1/evaluation/responses.jsonl"
     kept = answers.read_text()
     (run / "seed0/m1/evaluation/metrics.json").unlink()
-    begin(recipe, run, step)
+    start_step(recipe, run, step)
     assert not answers.exists() and not unfinished(answers).exists()  # nothing of an older try
     answers.write_text(kept)
     monkeypatch.setattr(
         "scir.model.decoding.generate",
         lambda model, tokenizer, jobs, spec: iter(()) if not jobs else pytest.fail("sampled again"),
     )
-    work(recipe, run, step)
+    do_step(recipe, run, step)
     assert (
         answers.read_text() == kept
         and not list((run / "seed0/m1").rglob("*.partial.jsonl"))
@@ -181,9 +183,9 @@ def test_files_that_are_written_at_once_leave_no_unfinished_ones(copy):
     recipe, run = copy
     step = Step("consistency", "seed0/m1")
     (run / "seed0/m1/consistency/metrics.json").unlink()
-    begin(recipe, run, step)
+    start_step(recipe, run, step)
     (run / "seed0/m1/agreed.jsonl").write_text("{}\n")  # killed between its two outputs
-    work(recipe, run, step)
+    do_step(recipe, run, step)
     assert not list(run.rglob("*.partial.jsonl")) and set(names(recipe, run).values()) == {"done"}
 
 
@@ -193,7 +195,7 @@ def test_litter_of_a_kill_is_swept_and_nothing_else(copy):
         (run / f).write_text("half")
     (run / "seed0/m1/.adapter.tmp").mkdir()
     for step in (Step("warm_start", "seed0/m1"), Step("judge", "seed0/m1"), Step("report")):
-        begin(recipe, run, step)
+        start_step(recipe, run, step)
     assert [f.name for f in run.rglob("*.tmp")] == [".mine.tmp"]
 
 
@@ -211,9 +213,9 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
     }
     for f in litter:
         f.write_text("half")
-    for name in ("start_manifest", "one_by_one"):
+    for name in ("start_manifest", "run_in_order"):
         monkeypatch.setattr(f"scir.runner.run.{name}", lambda *a: None)
-    with alone(run, "judge-seed0-m1.job", 0, "x"):
+    with file_lock(run, "judge-seed0-m1.job", 0, "x"):
         run_recipe(recipe, run)
     assert {*run.rglob("*.tmp")} == litter - {run / "notebooks/.sample-seed0-m1.ipynb.1.tmp"}
     with manifest.manifest_of(run):
@@ -229,9 +231,9 @@ def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkey
     now.defined["stages.judge"]["run"] = edited(now.defined["stages.judge"]["run"])
     monkeypatch.setattr(states, "read_package", lambda folder: now)
     with pytest.raises(
-        RuntimeError, match="the code of scir.stages.judge changed since this process started; start it again"
+        RuntimeError, match="the code of scir.stages.judge changed since this process started; restart it"
     ):
-        begin(recipe, run, Step("judge", "seed0/m1"))
+        start_step(recipe, run, Step("judge", "seed0/m1"))
     assert (run / "seed0/m1/scores.jsonl").exists()
 
 
@@ -248,7 +250,7 @@ def test_a_notebook_does_not_change_the_recipe_of_a_run_at_work(holder, tmp_path
     monkeypatch.chdir(ROOT)
     start_manifest(load_recipe("recipes/tiny.yaml", ("iterations=1",)), tmp_path)
     other = holder("run")
-    with pytest.raises(RuntimeError, match=f"a `scir run` works on it .process {other.pid}"):
+    with pytest.raises(RuntimeError, match=f"a `scir run` is using it .process {other.pid}"):
         open_run("recipes/tiny.yaml", str(tmp_path))
     assert load_recipe(tmp_path / "recipe.yaml").iterations == 1
     assert open_run(None, str(tmp_path))[0].iterations == 1  # as the run's own kernels do
@@ -271,19 +273,19 @@ def test_what_fails_after_the_work_is_noted_too(copy, monkeypatch):
 def test_an_unfinished_notebook_is_executed_again_and_its_step_is_not_done_again(copy):
     recipe, run = copy
     book = notebook_of(run, SAMPLE)
-    assert shown(run, SAMPLE)
+    assert notebook_finished(run, SAMPLE)
     half = json.loads(book.read_text())
     next(c for c in half["cells"][::-1] if c["cell_type"] == "code")["execution_count"] = None
     book.write_text(json.dumps(half))
-    assert not shown(run, SAMPLE)
+    assert not notebook_finished(run, SAMPLE)
     before = read_json(run / "manifest.json")["steps"]
     done = scir("run", "recipes/tiny.yaml", "--out", run)
     assert (
         done.returncode == 0
-        and "sample:seed0/m1: done: but its notebook is missing or was cut short; executed again" in done.stdout
+        and "sample:seed0/m1: done: but its notebook is missing or incomplete; executing it again" in done.stdout
         and done.stdout.count(": unchanged") == 21
     )
-    assert shown(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
+    assert notebook_finished(run, SAMPLE) and read_json(run / "manifest.json")["steps"] == before
 
 
 def rehearsed(monkeypatch, run, *words):
@@ -325,15 +327,15 @@ def test_a_rehearsal_refuses_what_the_run_would(copy, monkeypatch, setting, word
 def test_an_interrupted_step_whose_inputs_changed_begins_anew(copy):
     recipe, run = copy
     (run / "seed0/m1/responses.jsonl").unlink()
-    begin(recipe, run, SAMPLE)
+    start_step(recipe, run, SAMPLE)
     unfinished(run / "seed0/m1/responses.jsonl").write_text("{}\n" * 5)
     changed = load_recipe(run / "recipe.yaml", ("sampling.temperature=0.5",))
     assert (
-        why(changed, run, SAMPLE.key) == "begun with other inputs; begins anew"
-        and why(recipe, run, SAMPLE.key) == "interrupted; goes on after 5 rows"
+        why(changed, run, SAMPLE.key) == "inputs changed since it started; will restart"
+        and why(recipe, run, SAMPLE.key) == "interrupted; will resume after 5 rows"
     )
-    with alone(run, file_name(SAMPLE), 0, "x"):
-        assert why(recipe, run, SAMPLE.key) == "at work now"
+    with file_lock(run, file_name(SAMPLE), 0, "x"):
+        assert why(recipe, run, SAMPLE.key) == "running"
 
 
 def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, monkeypatch):
@@ -348,7 +350,7 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
     monkeypatch.setattr("scir.stages.sample.run", call)
     (run / "seed0/m1/responses.jsonl").unlink()
     do("sample", recipe, run, "seed0/m1")
-    assert state(recipe, run, SAMPLE) == ("incomplete", "2 questions without an answer; they are asked again")
+    assert state(recipe, run, SAMPLE) == ("incomplete", "2 questions without an answer; the next run asks them again")
     monkeypatch.setattr("scir.stages.judge.run", lambda *a: {})
     do("judge", recipe, run, "seed0/m1")
     assert len(asked) == 1  # good enough for what comes after
@@ -358,7 +360,7 @@ def test_unanswered_questions_leave_a_step_incomplete_and_are_asked_again(copy, 
 
 # locks ---------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from scir.runner.locks import alone\nwith alone(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from scir.runner.locks import file_lock\nwith file_lock(Path(sys.argv[1]), sys.argv[2], 0, 'x'):\n    print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -382,21 +384,21 @@ def test_the_second_run_says_so_and_stops(holder, tmp_path):
     done = scir("run", "recipes/tiny.yaml", "--out", tmp_path)
     assert (
         done.returncode == 1
-        and f"another `scir run` works on it (process {other.pid}); wait for it, or end it" in done.stderr
+        and f"another `scir run` is using it (process {other.pid}); wait for it or stop it" in done.stderr
         and len(done.stderr.strip().splitlines()) == 1
     )
     assert not (tmp_path / "manifest.json").exists()
     other.kill()
     other.wait()
-    with alone(tmp_path, "run", 0, "x"):
+    with file_lock(tmp_path, "run", 0, "x"):
         pass  # the system frees what a killed process held
 
 
 def test_an_owner_on_another_machine_is_named_with_it(tmp_path):
-    with alone(tmp_path, "run", 0, "x"):
+    with file_lock(tmp_path, "run", 0, "x"):
         assert (tmp_path / ".locks/run.owner").read_text() == f"{os.getpid()} on {platform.node()}"
         (tmp_path / ".locks/run.owner").write_text("7 on elsewhere")
-        with pytest.raises(RuntimeError, match="x .process 7 on elsewhere.;"), alone(tmp_path, "run", 0, "x"):
+        with pytest.raises(RuntimeError, match="x .process 7 on elsewhere.;"), file_lock(tmp_path, "run", 0, "x"):
             pass
 
 
@@ -405,11 +407,11 @@ def test_two_kernels_do_not_do_a_step_at_once(holder, tmp_path, monkeypatch):
     recipe = load_recipe("recipes/tiny.yaml")
     start_manifest(recipe, tmp_path)
     monkeypatch.setattr(
-        "scir.runner.work.alone", lambda run, what, wait, busy, plain=alone: plain(run, what, 0.2, busy)
+        "scir.runner.work.file_lock", lambda run, what, wait, busy, plain=file_lock: plain(run, what, 0.2, busy)
     )
     other = holder(file_name(SAMPLE))
-    with pytest.raises(RuntimeError, match=f"busy with {SAMPLE.key} .process {other.pid}"):
-        work(recipe, tmp_path, SAMPLE)
+    with pytest.raises(RuntimeError, match=f"another process is running {SAMPLE.key} .process {other.pid}"):
+        do_step(recipe, tmp_path, SAMPLE)
     assert read_json(tmp_path / "manifest.json")["begun"] == {}
 
 
@@ -459,7 +461,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, damage):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("[Errno 28] No space left on device", "the disk is full: free some"),
+        ("[Errno 28] No space left on device", "the disk is full: free some space"),
         ("Error while serializing: I/O error: StorageFull", "the disk is full"),
         ("[Errno 13] Permission denied: 'x'", "let this user write there"),
         ("[Errno 30] Read-only file system: 'x'", "let this user write there"),
@@ -495,7 +497,7 @@ def faults(run):
 
 def test_a_run_that_nobody_touched_verifies(copy):
     assert not any(faults(copy[1]).values()) and {k: len(v) > 7 for k, v in verify(copy[1]).items()} == dict.fromkeys(
-        ("files", "inputs", "margins", "figures", "tables"), True
+        ("files", "inputs", "margins"), True
     )
     done = CliRunner().invoke(app, ["verify", str(copy[1])])
     assert done.exit_code == 0 and "files: 59 of 59 as they should be" in done.stdout
@@ -517,21 +519,10 @@ def margin(text):
     return "".join(json.dumps(r) + "\n" for r in rows)
 
 
-def figure(text):
-    found = json.loads(text)
-    found["sets"]["held-out"]["inconsistency"]["value"] += 0.1
-    return json.dumps(found)
-
-
 def test_a_forged_margin_is_found(copy):
     touched(copy[1], "seed0/scir/m2/evaluation/held-out.jsonl", margin)
     found = faults(copy[1])
-    assert (
-        not found["files"]
-        and len(found["margins"]) == 1
-        and "seed0/scir/m2/evaluation/held-out.jsonl" in found["figures"]
-        and found["tables"]
-    )
+    assert not found["files"] and len(found["margins"]) == 1
 
 
 def test_forged_scores_are_another_input(copy):
@@ -543,42 +534,25 @@ def test_forged_scores_are_another_input(copy):
     assert not faults(copy[1])["files"] and any("optimise:seed0/scir/m2" in w for w in faults(copy[1])["inputs"])
 
 
-def test_a_forged_figure_is_found(copy):
-    touched(copy[1], "seed0/scir/m2/evaluation/metrics.json", figure)
-    assert faults(copy[1])["figures"] == ["seed0/scir/m2/evaluation/held-out.jsonl"]
-
-
-def test_a_forged_table_is_found(copy):
-    csv = copy[1] / "report/inconsistency.csv"
-    csv.write_text(csv.read_text().replace("scir M_2", "scir M_9", 1))
-    assert faults(copy[1])["tables"] == ["report/inconsistency.csv"]
-
-
-def test_a_changed_header_is_another_table(copy):
-    csv = copy[1] / "report/summary.csv"
-    csv.write_text(csv.read_text().replace("inconsistency", "consistency", 1))
-    assert faults(copy[1])["tables"] == ["report/summary.csv"]
-
-
 def test_margins_are_those_of_the_settings_they_were_made_with(copy):
     start_manifest(load_recipe(copy[1] / "recipe.yaml", ("train.beta=0.7",)), copy[1])
     assert not faults(copy[1])["margins"] and faults(copy[1])["files"] == []
 
 
 @pytest.mark.parametrize(
-    "file, check",
+    "file, judged",
     [
-        ("seed0/m1/scores.jsonl", "margins"),
-        ("seed0/m0/evaluation/held-out.jsonl", "margins"),
-        ("seed0/m0/evaluation/metrics.json", "figures"),
-        ("seed0/scir/m2/evaluation/responses.jsonl", "figures"),
+        ("seed0/m1/scores.jsonl", True),
+        ("seed0/m0/evaluation/held-out.jsonl", True),
+        ("seed0/m0/evaluation/metrics.json", False),
+        ("seed0/scir/m2/evaluation/responses.jsonl", False),
     ],
 )
-def test_a_truncated_file_is_a_line_among_the_others(copy, file, check):
+def test_a_truncated_file_is_a_line_among_the_others(copy, file, judged):
     path = copy[1] / file
     path.write_bytes(path.read_bytes()[:-30])
     found = faults(copy[1])
-    assert file in found["files"] and len(found[check]) >= 1 and len(verify(copy[1])["margins"]) > 50
+    assert file in found["files"] and bool(found["margins"]) == judged and len(verify(copy[1])["margins"]) > 50
 
 
 @pytest.mark.parametrize(
@@ -594,7 +568,7 @@ def test_a_truncated_file_is_a_line_among_the_others(copy, file, check):
 def test_an_emptied_or_odd_file_does_not_stop_verify(copy, file, text):
     (copy[1] / file).write_text(text)
     found = faults(copy[1])
-    assert found["files"] == [file] and len(found) == 5
+    assert found["files"] == [file] and len(found) == 3
 
 
 def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
@@ -602,32 +576,7 @@ def test_an_older_notebook_of_a_step_done_again_is_executed_again(copy):
     (run / "seed0/m1/responses.jsonl").unlink()
     time.sleep(1.1)
     do("sample", recipe, run, "seed0/m1")
-    assert not shown(run, SAMPLE)
-
-
-def test_forged_preferences_of_duels_are_found():
-    from scir.stages.align import Duel, summarise
-    from scir.runner.verify import WINS, same, win_figures
-    from scir.recipe import AlignmentSpec
-    import tempfile
-
-    duels = [
-        Duel(
-            id=str(i),
-            instruction=f"q{i}",
-            output="a" * i,
-            reference="b",
-            verdicts=(i / 12, 0.4),
-            preference=(1 + i / 12 - 0.4) / 2,
-        )
-        for i in range(12)
-    ]
-    kept = summarise(duels, AlignmentSpec(), {})
-    with tempfile.TemporaryDirectory() as d:
-        write_rows(Path(d) / "duels.jsonl", duels)
-        assert same({k: kept[k] for k in WINS}, win_figures(Path(d) / "duels.jsonl"))
-        write_rows(Path(d) / "duels.jsonl", [duels[0].model_copy(update={"verdicts": (0.9, 0.1)}), *duels[1:]])
-        assert not same({k: kept[k] for k in WINS}, win_figures(Path(d) / "duels.jsonl"))
+    assert not notebook_finished(run, SAMPLE)
 
 
 def test_verify_takes_a_path_from_where_one_stands(copy, monkeypatch):

@@ -23,7 +23,7 @@ from scir.doctor import (
     token_ids,
 )
 from scir.model.weights import load_base, save_tiny, tiny_model
-from scir.runner.run import look_ahead, ready
+from scir.runner.run import check_data_and_model, prepare_recipe
 from scir.recipe import RecipeError, load_recipe, parse_recipe
 from scir.store import write_rows
 
@@ -69,7 +69,7 @@ def test_the_doctor_asks_all_that_a_run_asks():
 
 
 def test_a_run_says_what_its_adapter_reaches(capsys):
-    look_ahead(tiny())
+    check_data_and_model(tiny())
     assert "adapter: self_attn.q_proj x2" in capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_prompts_are_read_before_the_warm_start(tmp_path, rows):
     setting = f"data.prompts={tmp_path}/p.jsonl"
     assert [f.state for f in data(tiny(setting))] == ["fault"]
     with pytest.raises(RecipeError, match="data"):
-        ready(tiny(setting), tmp_path / "run")
+        prepare_recipe(tiny(setting), tmp_path / "run")
     done = CliRunner().invoke(
         app, ["run", "recipes/tiny.yaml", "--set", setting, "--out", str(tmp_path / "run"), "--dry-run"]
     )
@@ -99,7 +99,7 @@ def test_a_model_that_is_not_causal_is_named_once_and_in_one_line(tmp_path, kind
     tiny_model()[1].save_pretrained(tmp_path / "model")
     recipe = tiny(f"model.name={tmp_path}/model")
     with pytest.raises(RecipeError, match=f"^model .*: {kind} is not a causal language model") as e:
-        ready(recipe, tmp_path / "run")
+        prepare_recipe(recipe, tmp_path / "run")
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match=f"{kind} is not a causal language model"):
         load_base(recipe.model)
@@ -124,14 +124,14 @@ def test_a_context_is_compared_with_the_rows(tmp_path):
     fix = [w for w in found.mend.split(", ")[0].split() if "=" in w]
     assert context(tiny(short, *fix)).state != "fault" and "keeps" in found.mend
     with pytest.raises(RecipeError, match="300 tokens.*add --set data.max_prompt_tokens"):
-        look_ahead(tiny(short))
+        check_data_and_model(tiny(short))
 
 
 def test_a_model_that_cannot_be_sampled_is_refused_first(tmp_path):
     name = saved(tmp_path / "m", "lfm2", layer_types=["conv", "full_attention"])
     assert decoding(tiny(name)).state == "fault" and decoding(tiny()) is None
     with pytest.raises(RecipeError, match="keeps a state"):
-        look_ahead(tiny(name))
+        check_data_and_model(tiny(name))
 
 
 def test_targets_that_reach_nothing_are_refused_first():

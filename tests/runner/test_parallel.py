@@ -15,10 +15,10 @@ from scir.runner import parallel
 from scir.runner.run import run_recipe
 from scir.runner.work import open_run
 from scir.runner.state import State
-from scir.runner.plan import Step, file_name, needed, plan
-from scir.runner.locks import busy
-from scir.runner.parallel import gpus
-from scir.runner.parallel import in_turn, side_by_side
+from scir.runner.plan import Step, file_name, prerequisites, plan
+from scir.runner.locks import is_locked
+from scir.runner.parallel import visible_gpus
+from scir.runner.parallel import run_step, run_parallel
 from scir.runner.execute import notebook_of
 from scir.runner.manifest import now
 from scir.runner.work import reason
@@ -92,7 +92,9 @@ class At:
         self.order, self.most, self.open, self.failing = [], 0, {}, failing
 
     def submit(self, function, run, step, notebooks):
-        assert not {s for s in needed(self.recipe, step)} - {s for s in self.order}, f"{step.key} before what it needs"
+        assert not {s for s in prerequisites(self.recipe, step)} - {s for s in self.order}, (
+            f"{step.key} before what it needs"
+        )
         self.open[step], self.most = Future(), max(self.most, len(self.open) + 1)
         at, job = self, self.open[step]
 
@@ -114,8 +116,8 @@ class At:
 def scheduled(monkeypatch):
     def go(at, jobs=3):
         recipe = at.recipe = load_recipe(ROOT / "recipes/tiny.yaml", ("seeds=[0,1]",))
-        monkeypatch.setattr(parallel, "seen", lambda *a: State("missing"))
-        side_by_side(recipe, Path("x"), plan(recipe), at, jobs)
+        monkeypatch.setattr(parallel, "step_state", lambda *a: State("missing"))
+        run_parallel(recipe, Path("x"), plan(recipe), at, jobs)
         return recipe
 
     return go
@@ -144,16 +146,16 @@ def test_what_a_failed_step_is_not_needed_for_is_done(scheduled, capsys):
 
 def test_gpus_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert gpus() == ["2", "5"]
+    assert visible_gpus() == ["2", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert gpus() == ["0", "1", "2"]
+    assert visible_gpus() == ["0", "1", "2"]
 
 
 def test_gpus_are_dealt_out_among_the_processes(monkeypatch):
     "And each ends with the process that started it."
     owners = []
-    monkeypatch.setattr(parallel, "end_with", owners.append)
+    monkeypatch.setattr(parallel, "exit_with", owners.append)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     taken, found = multiprocessing.get_context("spawn").Value("i", 0), []
     for _ in range(3):
@@ -163,10 +165,10 @@ def test_gpus_are_dealt_out_among_the_processes(monkeypatch):
 
 
 def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
-    with parallel.executor(tmp_path, 2) as at:
+    with parallel.job_executor(tmp_path, 2) as at:
         with pytest.raises(BrokenExecutor) as killed:
             at.submit(os._exit, 1).result()
-        assert "killed, most often for want of memory; run again, if need be with fewer --jobs" in reason(killed.value)
+        assert "killed, probably out of memory; rerun, with fewer --jobs if needed" in reason(killed.value)
         assert at.submit(divmod, 17, 5).result() == (3, 2)
 
 
@@ -174,11 +176,11 @@ CTRL_C = """
 import os, signal, time
 from pathlib import Path
 from scir.runner.plan import Step
-from scir.runner.parallel import executor, in_turn
+from scir.runner.parallel import job_executor, run_step
 if __name__ == "__main__":
     os.setpgrp()
-    with executor(Path("run"), 2) as at:
-        jobs = [at.submit(in_turn, Path("run"), Step("report"), Path("nowhere")) for _ in range(2)]
+    with job_executor(Path("run"), 2) as at:
+        jobs = [at.submit(run_step, Path("run"), Step("report"), Path("nowhere")) for _ in range(2)]
         try:
             os.killpg(0, signal.SIGINT)  # as a terminal does, while both are at their imports
             time.sleep(9)
@@ -201,12 +203,12 @@ def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
 SIGNALLED = """
 import signal, time
 from pathlib import Path
-from scir.runner.parallel import executor, hearing_ctrl_c
+from scir.runner.parallel import job_executor, ctrl_c_allowed
 def sleep():
-    with hearing_ctrl_c(): time.sleep(600)
+    with ctrl_c_allowed(): time.sleep(600)
 if __name__ == "__main__":
     try:
-        with executor(Path("run"), 1) as at:
+        with job_executor(Path("run"), 1) as at:
             job = at.submit(sleep)
             signal.raise_signal(signal.SIGINT)  # to this process alone, as kill -INT does
     except KeyboardInterrupt: print(type(job.exception()).__name__)
@@ -237,7 +239,9 @@ def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
             asked.append(kw)
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    with parallel.executor(tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}) as at:
+    with parallel.job_executor(
+        tmp_path / "x", 2, {"cluster": "slurm", "timeout_min": 5, "slurm_partition": "gpu"}
+    ) as at:
         assert isinstance(at, Executor)
     assert asked == [
         ((tmp_path / "x/.jobs",), {"cluster": "slurm"}),
@@ -248,8 +252,8 @@ def test_settings_of_a_cluster_are_submitits(tmp_path, monkeypatch):
 def test_a_cluster_is_not_ignored_where_one_job_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = []
-    monkeypatch.setattr("scir.runner.run.executor", lambda *a: asked.append(a) or nullcontext())
-    monkeypatch.setattr("scir.runner.run.side_by_side", lambda *a: None)
+    monkeypatch.setattr("scir.runner.run.job_executor", lambda *a: asked.append(a) or nullcontext())
+    monkeypatch.setattr("scir.runner.run.run_parallel", lambda *a: None)
     run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, cluster={"cluster": "slurm"})
     assert asked == [(tmp_path, 1, {"cluster": "slurm"})]
 
@@ -260,17 +264,17 @@ def test_a_job_of_an_earlier_command_is_waited_for(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(ROOT)
     recipe, run = open_run("recipes/tiny.yaml", str(tmp_path))
     step = plan(recipe)[0]
-    with parallel.executor(run, 1, {"cluster": "local", "timeout_min": 5}) as at:
-        at.submit(in_turn, run, step, notebook_folder())
+    with parallel.job_executor(run, 1, {"cluster": "local", "timeout_min": 5}) as at:
+        at.submit(run_step, run, step, notebook_folder())
         until = time.time() + 60
         while not (run / "notebooks").exists() and time.time() < until:
             time.sleep(0.1)
-        assert busy(run, f"{file_name(step)}.job")
+        assert is_locked(run, f"{file_name(step)}.job")
         begun = now()
-        side_by_side(recipe, run, [step], at, 1)
-    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and parallel.seen(recipe, run, step) == State(
-        "done"
-    )
+        run_parallel(recipe, run, [step], at, 1)
+    assert capsys.readouterr().out.endswith("sft:seed0/sft: done\n") and parallel.step_state(
+        recipe, run, step
+    ) == State("done")
     assert read_json(notebook_of(run, step))["metadata"]["papermill"]["start_time"] <= begun  # not executed again
 
 

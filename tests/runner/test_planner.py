@@ -15,29 +15,29 @@ from scir.runner.planner import (
     MEASURED,
     Task,
     answer_tokens,
-    as_on,
+    emulate_device,
     assumed_sizes,
     config_of,
     counted_sizes,
     hours,
     judged_pairs,
     largest_batch,
-    lengths_met,
+    sampled_lengths,
     letter_judge,
     letter_pairs,
-    lettered,
-    line,
+    with_letter_rows,
+    extrapolate,
     longest_answers,
     longest_rows,
     pair_tokens,
-    pairs_each,
+    pairs_per_prompt,
     peak,
     probe,
     sampled_rows,
     seconds_of,
     shallow,
     skeleton,
-    work,
+    planned_tasks,
 )
 from scir.recipe import SamplingSpec, load_recipe
 from scir.method.rewards import View, margins
@@ -66,7 +66,7 @@ def at_root(monkeypatch):
 def the_work(stage, recipe, sizes):
     "A stage's largest piece of work with a real model: () -> None."
     known, sampled, prompts = longest_rows(recipe, sizes)
-    tokenizer, letters = tiny_tokenizer(), lettered(recipe, sizes)
+    tokenizer, letters = tiny_tokenizer(), with_letter_rows(recipe, sizes)
     if stage == "judge":
         model, pairs = (
             new_adapter(load_base(recipe.model), recipe.lora).eval(),
@@ -147,7 +147,9 @@ def test_a_step_of_several_batches_keeps_their_gradients_and_a_copy(monkeypatch,
     pairs = letter_pairs(longest_rows(recipe, sizes)[1][:1] * 2 * accumulation)
     model = for_training(new_adapter(load_base(recipe.model), recipe.lora), recipe.model)
     weights = sum(p.nbytes for p in model.parameters())
-    real = allocated(lambda: train(model, tiny_tokenizer(), pairs, lettered(recipe, sizes), tmp_path, 0), first=False)
+    real = allocated(
+        lambda: train(model, tiny_tokenizer(), pairs, with_letter_rows(recipe, sizes), tmp_path, 0), first=False
+    )
     assert abs(peak("optimise", recipe, sizes, "cpu") - weights - real) < 0.1 * real
 
 
@@ -267,7 +269,7 @@ def test_what_takes_more_is_planned_as_more():
 @pytest.mark.parametrize("kind, name", [("cpu", "grouped"), ("cuda", "sdpa")])
 def test_attention_is_that_of_the_device(kind, name):
     model = skeleton(load_recipe("recipes/tiny.yaml"), kind)
-    with as_on(kind, model):
+    with emulate_device(kind, model):
         assert model.get_base_model().config._attn_implementation == name
 
 
@@ -310,7 +312,7 @@ def test_all_pairs_of_the_longest_prompts_are_met():
 
 def test_the_probes_lengths_are_those_of_the_run():
     sizes = assumed_sizes(load_recipe("recipes/tiny.yaml"))._replace(prompts=[9, 30])
-    met = lambda answer, limit: lengths_met(SamplingSpec(max_new_tokens=limit), sizes._replace(answer=answer), 2000)
+    met = lambda answer, limit: sampled_lengths(SamplingSpec(max_new_tokens=limit), sizes._replace(answer=answer), 2000)
     prompts, first, second = zip(*met(20, 100))
     assert (
         set(prompts) == {9, 30} and 4 <= min(first) < 5 and 37 < max(second) <= 39 and abs(sum(first) / 2000 - 20) < 1
@@ -327,7 +329,7 @@ def test_judged_pairs_share_a_prompt_and_its_answers():
         and len({p.prompt for p in pairs}) == 2
     )
     assert {(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs} == {(60, 20, 20)} and len(pairs) == 8
-    each = lambda *settings: pairs_each(load_recipe("recipes/tiny.yaml", settings).sampling)
+    each = lambda *settings: pairs_per_prompt(load_recipe("recipes/tiny.yaml", settings).sampling)
     assert (
         each() == 1
         and each("sampling.candidates=4", "sampling.pairs_per_prompt=2") == 2
@@ -338,7 +340,7 @@ def test_judged_pairs_share_a_prompt_and_its_answers():
 def test_the_work_is_that_of_the_run(tiny_run):
     "Rows as the run's files have them."
     recipe = load_recipe(tiny_run / "recipe.yaml")
-    rows = {(w.stage, w.kind): w for w in work(recipe, counted_sizes(recipe))}
+    rows = {(w.stage, w.kind): w for w in planned_tasks(recipe, counted_sizes(recipe))}
     steps = read_json(tiny_run / "manifest.json")["steps"]
     total = lambda stage, field: sum(s["summary"][field] for k, s in steps.items() if k.split(":")[0] == stage)
     assert rows["sample", "decoded"].rows == total("sample", "responses") and rows["evaluate", "decoded"].rows == total(
@@ -359,12 +361,12 @@ def test_evaluation_reads_every_set_and_the_reference_once():
     sizes = assumed_sizes(recipe)
     pair, n = lambda lengths, judged: pair_tokens(lengths, sizes.frame, judged), len(sizes.held) + len(sizes.labelled)
     own = (sizes.prompts[0], sizes.answer, sizes.answer)
-    found = next(w for w in work(recipe, sizes) if (w.stage, w.kind) == ("evaluate", "read"))
+    found = next(w for w in planned_tasks(recipe, sizes) if (w.stage, w.kind) == ("evaluate", "read"))
     prefill = 6 * len(sizes.held)
     assert found.rows == prefill + (6 + 2) * n + 2 * 5 * len(sizes.held)
     previous = next(
         w
-        for w in work(load_recipe("recipes/tiny.yaml", ("train.reference=previous",)), sizes)
+        for w in planned_tasks(load_recipe("recipes/tiny.yaml", ("train.reference=previous",)), sizes)
         if (w.stage, w.kind) == ("evaluate", "read")
     )
     assert previous.rows == prefill + (6 + 6) * n + 2 * 5 * len(sizes.held)  # every trained model reads its predecessor
@@ -388,7 +390,7 @@ def test_the_warm_start_answers_its_prompts_and_learns_from_the_pairs():
         ),
     )
     sizes = counted_sizes(recipe)
-    rows = {w.kind: w.rows for w in work(recipe, sizes) if w.stage == "warm_start"}
+    rows = {w.kind: w.rows for w in planned_tasks(recipe, sizes) if w.stage == "warm_start"}
     assert (
         rows == {"decoded": 15, "trained": 2 * (16 + 10), "read": 5 + 16 + 10}
         and len(sizes.seeds) == 16
@@ -404,7 +406,7 @@ def test_the_warm_start_answers_its_prompts_and_learns_from_the_pairs():
 def test_replayed_pairs_have_their_reference_read():
     def read(*settings):
         recipe = load_recipe("recipes/tiny.yaml", ("arms=[srlm]", "iterations=1", *settings))
-        return {w.kind: w.rows for w in work(recipe, counted_sizes(recipe)) if w.stage == "optimise"}
+        return {w.kind: w.rows for w in planned_tasks(recipe, counted_sizes(recipe)) if w.stage == "optimise"}
 
     assert read() == {"trained": 8} and read("train.replay=0.2") == {"trained": 10, "read": 2}
 
@@ -412,7 +414,7 @@ def test_replayed_pairs_have_their_reference_read():
 def test_votes_are_read_and_decoded_in_the_rounds_that_need_them():
     def label(*settings):
         recipe = load_recipe("recipes/tiny-arms.yaml", ("arms=[srlm-pointwise, cream]", "iterations=2", *settings))
-        return {w.kind: w for w in work(recipe, assumed_sizes(recipe)) if w.stage == "label"}
+        return {w.kind: w for w in planned_tasks(recipe, assumed_sizes(recipe)) if w.stage == "label"}
 
     both, once = label(), label("stop_after={srlm-pointwise: 1}")
     assert both["decoded"].rows == 2 * once["decoded"].rows == 2 * 8 * 3 and once["read"].rows == 8 * 3
@@ -436,7 +438,9 @@ def test_arms_do_the_work_that_they_do():
 
     def trained(arm, *settings):
         recipe = load_recipe("recipes/tiny.yaml", (f"arms=[{arm}]", "iterations=1", "sampling.candidates=4", *settings))
-        return next(w for w in work(recipe, counted_sizes(recipe)) if (w.stage, w.kind) == ("optimise", "trained"))
+        return next(
+            w for w in planned_tasks(recipe, counted_sizes(recipe)) if (w.stage, w.kind) == ("optimise", "trained")
+        )
 
     assert (
         trained("scir").rows == 6 * trained("srlm").rows == 48 and trained("scir").tokens > 6 * trained("srlm").tokens
@@ -445,7 +449,11 @@ def test_arms_do_the_work_that_they_do():
 
 
 def test_a_line_through_two_depths():
-    assert line([1.0, 1.5], 30) == 1.5 + 0.25 * 26 and line([2.0, 1.9], 30) == 1.9 and line([3.0], 2) == 3.0
+    assert (
+        extrapolate([1.0, 1.5], 30) == 1.5 + 0.25 * 26
+        and extrapolate([2.0, 1.9], 30) == 1.9
+        and extrapolate([3.0], 2) == 3.0
+    )
     assert hours([Task("judge", "read", 1, 7200), Task("judge", "decoded", 1, 3600)], {"read": 1, "decoded": 0.5}) == {
         "judge": 2.5
     }

@@ -13,12 +13,12 @@ from scir import cli
 from scir.runner import processes
 from scir import store
 from scir.runner.plan import Step
-from scir.runner.processes import assist, by_itself, join_others, launch_line
+from scir.runner.processes import run_announced_steps, without_launcher, join_process_group, launch_line
 from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import noted
+from scir.runner.work import failure_recorded
 from scir.runner.run import run_recipe
 from scir.recipe import load_recipe
-from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
+from scir.store import Journal, Prompt, read_rows, local_items, unfinished, unfinished_parts
 
 from helpers import ENVIRONMENT, ROOT, difference, scir, together
 
@@ -30,13 +30,13 @@ from types import SimpleNamespace
 from helpers import TEXTS
 from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.stages.optimise import pair_loss
-from scir.runner.processes import join_others
+from scir.runner.processes import join_process_group
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
 from scir.store import rank
 from scir.method.trainer import PairTrainer, arguments
 folder, out, pairs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-join_others()
+join_process_group()
 recipe = parse_recipe({"model": {"name": str(folder / "tiny"), "dtype": "float32"}, "lora": {"r": 4, "alpha": 8}})
 tokenizer, policy, g = load_tokenizer(recipe.model), new_adapter(load_base(recipe.model), recipe.lora, 0), torch.Generator().manual_seed(0)
 with torch.no_grad():
@@ -143,7 +143,7 @@ def test_every_row_is_somebodys(monkeypatch):
     found = []
     for k in "012":
         monkeypatch.setenv("RANK", k)
-        found += share(list(range(8)))
+        found += local_items(list(range(8)))
     assert sorted(found) == list(range(8))
 
 
@@ -162,7 +162,7 @@ def test_unfinished_rows_of_three_processes_are_continued_by_one(tmp_path, monke
 def test_journals_of_two_processes_make_one_file(tmp_path, monkeypatch):
     "The second one's rows are in its own file until the first one puts all in order."
     out, row = tmp_path / "prompts.jsonl", lambda i: Prompt(id=i, prompt="?")
-    monkeypatch.setattr(store, "meet", lambda: None)
+    monkeypatch.setattr(store, "barrier", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     second = Journal(out, Prompt)
@@ -213,7 +213,7 @@ def test_kernels_are_started_outside_the_group(monkeypatch):
     }
     for k, v in given.items():
         monkeypatch.setenv(k, v)
-    with by_itself():
+    with without_launcher():
         assert not given.keys() & os.environ.keys()
     assert given.items() <= os.environ.items()
 
@@ -303,49 +303,49 @@ def test_a_step_that_fails_in_several_processes_is_said_by_the_first_one(tmp_pat
     )
     start_manifest(load_recipe(ROOT / "recipes/tiny.yaml"), tmp_path)
     note_failure(tmp_path, step, "no luck")
-    with pytest.raises(SystemExit), noted(tmp_path, step):
+    with pytest.raises(SystemExit), failure_recorded(tmp_path, step):
         raise closed
     assert store.read_json(tmp_path / "manifest.json")["failed"][step.key]["reason"] == "no luck"
-    with pytest.raises(RuntimeError), noted(tmp_path, Step("judge", "seed0/m1")):
+    with pytest.raises(RuntimeError), failure_recorded(tmp_path, Step("judge", "seed0/m1")):
         raise closed
     assert (
-        "another of the processes that share this step ended; the reason is what it said, or, where it said nothing, that it was killed"
+        "another process of this step ended; see its error or, if it printed none, it was killed"
         in store.read_json(tmp_path / "manifest.json")["failed"]["judge:seed0/m1"]["reason"]
     )
 
 
 def test_the_others_leave_it_to_the_first_one_to_say_why_it_ended(tmp_path, monkeypatch):
-    def exchange(value):
+    def all_gather(value):
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(processes, "exchange", exchange)
+    monkeypatch.setattr(processes, "all_gather", all_gather)
     with pytest.raises(SystemExit):
-        assist(tmp_path)
+        run_announced_steps(tmp_path)
 
 
 def test_jobs_in_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("scir.runner.run.join_others", lambda shard: None)
-    with pytest.raises(ValueError, match="2 jobs in 2 processes: take one of them"):
+    monkeypatch.setattr("scir.runner.run.join_process_group", lambda shard: None)
+    with pytest.raises(ValueError, match="2 jobs in 2 processes: use either --jobs or --processes"):
         run_recipe(load_recipe("recipes/tiny.yaml"), tmp_path, jobs=2)
 
 
 def test_others_are_waited_for_as_long_as_a_report_takes_and_left_in_order(monkeypatch):
     asked = []
     monkeypatch.setattr("accelerate.PartialState", lambda **kw: asked.append(kw["timeout"]))
-    monkeypatch.setattr(processes, "end_with", asked.append)
+    monkeypatch.setattr(processes, "exit_with", asked.append)
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(k, v)
     monkeypatch.setattr(processes, "atexit", SimpleNamespace(register=asked.append))
-    join_others()
-    assert asked == [os.getppid(), timedelta(days=2), processes.leave_others]
+    join_process_group()
+    assert asked == [os.getppid(), timedelta(days=2), processes.leave_process_group]
 
 
 def test_a_number_of_processes_that_no_launcher_set_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2 .* unset WORLD_SIZE"):
-        join_others()
+        join_process_group()
 
 
 def test_processes_do_not_start_processes_again(monkeypatch):
@@ -356,14 +356,14 @@ def test_processes_do_not_start_processes_again(monkeypatch):
 
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(processes, "end_with", lambda owner: None)
+    monkeypatch.setattr(processes, "exit_with", lambda owner: None)
     monkeypatch.setattr(
         "accelerate.PartialState", lambda **kw: pytest.fail("joined")
     )  # which would wait for the others for days
     for k, v in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "ACCELERATE_USE_DEEPSPEED": "true"}.items():
         monkeypatch.setenv(k, v)
-    with pytest.raises(RuntimeError, match="ZeRO-3 takes the weights apart.*--multi_gpu.*--use_fsdp"):
-        join_others()
+    with pytest.raises(RuntimeError, match="ZeRO-3 splits the weights.*--multi_gpu.*--use_fsdp"):
+        join_process_group()
 
 
 def test_launch_line():

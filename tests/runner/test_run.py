@@ -160,9 +160,9 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
 def test_staleness_follows_what_is_called():
     from scir.runner.state import LOADED, code_hashes
     from scir.stages.files import STAGES
-    from scir.runner.staleness import reached
+    from scir.runner.staleness import dependencies
 
-    reach = {stage: reached(LOADED, f"stages.{stage}", "run") for stage in STAGES}
+    reach = {stage: dependencies(LOADED, f"stages.{stage}", "run") for stage in STAGES}
     assert {
         ("method.loss", "scir_loss"),
         ("method.rewards", "implicit"),
@@ -181,7 +181,7 @@ def test_staleness_follows_what_is_called():
 
 def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
     from scir.runner.plan import Step
-    from scir.runner.work import begin
+    from scir.runner.work import start_step
     from scir.runner.manifest import start_manifest
     from scir.recipe import load_recipe
 
@@ -189,12 +189,12 @@ def test_an_interrupted_try_is_continued_only_if_nothing_changed(tmp_path):
     step, part = Step("sample", "seed0/m1"), tmp_path / "seed0/m1/responses.partial.jsonl"
     recipe, changed = load_recipe("recipes/tiny.yaml"), load_recipe("recipes/tiny.yaml", ("sampling.temperature=0.5",))
     start_manifest(recipe, tmp_path)
-    begin(recipe, tmp_path, step)
+    start_step(recipe, tmp_path, step)
     part.parent.mkdir(parents=True)
     part.write_text("{}")
-    begin(recipe, tmp_path, step)
+    start_step(recipe, tmp_path, step)
     assert part.exists()
-    begin(changed, tmp_path, step)
+    start_step(changed, tmp_path, step)
     assert not part.exists()
 
 
@@ -488,7 +488,7 @@ def test_auto_dtype_is_what_the_machine_is_fast_in_and_stays_with_the_run(tmp_pa
 def test_a_kernel_that_never_began_is_started_again(monkeypatch, message, deaths, tries):
     "And one that did its work is not."
     import papermill
-    from scir.runner.execute import in_a_kernel
+    from scir.runner.execute import execute_in_kernel
 
     asked = []
 
@@ -499,5 +499,5 @@ def test_a_kernel_that_never_began_is_started_again(monkeypatch, message, deaths
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     with nullcontext() if deaths < tries else pytest.raises(RuntimeError, match=message):
-        in_a_kernel("a notebook")
+        execute_in_kernel("a notebook")
     assert asked == [("a notebook",)] * tries

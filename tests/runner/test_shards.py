@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from scir.cli import app
-from scir.runner.processes import check_shards, join_others
+from scir.runner.processes import check_shards, join_process_group
 from scir.recipe import RecipeError, parse_recipe
 from scir.store import read_rows, sharded
 from helpers import ENVIRONMENT, ROOT, difference, together
@@ -21,16 +21,16 @@ from helpers import TEXTS
 from scir.model.engines import open_engine
 from scir.model.weights import for_scoring, for_training, load_base, load_tokenizer, new_adapter
 from scir.stages.optimise import pair_loss
-from scir.runner.processes import join_others
+from scir.runner.processes import join_process_group
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
 from scir.stages.sample import sample
 from scir.method.scores import score, set_reference
-from scir.store import Prompt, exchange, rank, unfinished, write_rows
+from scir.store import Prompt, all_gather, rank, unfinished, write_rows
 from scir.method.trainer import PairTrainer, arguments, save_adapter
 from scir.stages.warm_start import warm_start_loss
 folder, shard = Path(sys.argv[1]), "--shard" in sys.argv
-join_others(shard)
+join_process_group(shard)
 spec = lambda how: parse_recipe({"model": {"name": sys.argv[2], "dtype": "float32", "gradient_checkpointing": how}, "lora": {"r": 4, "alpha": 8}, "judge": {"batch_tokens": 300},
                                  "sampling": {"candidates": 3, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "batch_size": 2}})
 def policy(recipe):
@@ -56,17 +56,17 @@ for how in (False, True):
             found |= {f"{how} {kind} {n} {k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
             model.zero_grad()
     parts = [p for p in model.parameters() if isinstance(p, DTensor)]
-    held = exchange((sum(p.to_local().numel() for p in parts), sum(p.numel() for p in parts)))
+    held = all_gather((sum(p.to_local().numel() for p in parts), sum(p.numel() for p in parts)))
     if not rank(): print(f"parts {held}", flush=True)
 if not rank():
     save_file(found, folder / "gradients.safetensors")
     save_adapter(model, folder / "adapter")
-exchange(None)
+all_gather(None)
 judge = for_scoring(recipe.model, folder / "adapter", folder / "adapter")
 set_reference(judge, rows, 250)
 whole = score(judge, tokenizer, rows, recipe, folder / "scores.jsonl")
 if not rank(): write_rows(unfinished(folder / "again.jsonl"), whole[:3])  # of a try that was killed
-exchange(None)
+all_gather(None)
 assert len(score(judge, tokenizer, rows, recipe, folder / "again.jsonl")) == len(rows)
 prompts = [Prompt(id=str(i), prompt=t[0]) for i, t in enumerate(TEXTS[:7])]
 with open_engine(recipe, tokenizer, folder / "adapter") as engine: sample(engine, tokenizer, prompts, recipe.sampling, folder / "responses.jsonl", 1)
@@ -185,7 +185,7 @@ def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch)
     "accelerate must not do it too, so its variable is gone."
     import accelerate
 
-    monkeypatch.setattr("scir.runner.processes.end_with", lambda owner: None)
+    monkeypatch.setattr("scir.runner.processes.exit_with", lambda owner: None)
     monkeypatch.setattr(accelerate, "PartialState", lambda **kw: None)
     for k, v in {
         "WORLD_SIZE": "2",
@@ -196,10 +196,10 @@ def test_a_launcher_that_says_fsdp2_is_understood_and_fsdp1_refused(monkeypatch)
     }.items():
         monkeypatch.setenv(k, v)
     with pytest.raises(RuntimeError, match="FSDP1 is not supported.*--fsdp_version 2"):
-        join_others()
+        join_process_group()
     for k, v in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(k, v)
-    join_others()
+    join_process_group()
     assert sharded() and "ACCELERATE_USE_FSDP" not in os.environ
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not sharded()

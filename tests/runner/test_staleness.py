@@ -9,7 +9,7 @@ from helpers import edit
 
 from scir.runner.state import LOADED, code_hashes
 from scir.stages.files import STAGES
-from scir.runner.staleness import Package, code_of, definitions, reached
+from scir.runner.staleness import Package, code_of, definitions, dependencies
 
 
 def package(**sources):
@@ -36,7 +36,9 @@ def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, modul
 
 def test_what_is_registered_is_reached():
     "The recipe names a reward model; no code does."
-    assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= reached(LOADED, "stages.judge", "run")
+    assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= dependencies(
+        LOADED, "stages.judge", "run"
+    )
 
 
 SOURCE = """
@@ -82,7 +84,7 @@ def test_imports_in_functions_and_whole_modules_are_followed():
         b="def helper(y): return y",
         c="x = 1\nprint(x)",
     )
-    assert reached(made, "a", "stage") == {("a", "stage"), ("b", "helper"), ("c", "x"), ("c", "")}
+    assert dependencies(made, "a", "stage") == {("a", "stage"), ("b", "helper"), ("c", "x"), ("c", "")}
 
 
 @pytest.mark.parametrize(

@@ -352,8 +352,6 @@ def test_a_graded_run_verifies_with_its_labels(graded):
         "inputs",
         "margins",
         "labels",
-        "figures",
-        "tables",
     ]
     of = lambda end: [what for what, _ in found["labels"] if end in what]
     assert (
@@ -397,7 +395,7 @@ def test_an_odd_file_of_labels_does_not_stop_verify(copy, file, text):
 def test_lost_scores_are_found(copy):
     file = "seed0/m0/evaluation/grades.jsonl"
     write_rows(copy / file, read_rows(copy / file)[:-1])
-    assert faults(copy)["labels"] == [file] and "seed0/m0/evaluation/responses.jsonl" in faults(copy)["figures"]
+    assert faults(copy)["labels"] == [file]
 
 
 def test_a_grader_that_is_gone_is_a_line_of_verify(copy):
