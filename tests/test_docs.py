@@ -1,11 +1,12 @@
 """What the docs site is made from: the bridge, its pages, and links in docs/. No Sphinx, no browser."""
 
 import ast, re, sys
-from pathlib import Path
 
 import nbformat, pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
+
+
 sys.path.insert(0, str(ROOT / "docs"))
 import build, pages
 

@@ -1,21 +1,22 @@
 import json, math, shutil
 
 import pytest, torch
-from helpers import TEXTS, scir
 from safetensors.torch import load_file
 
-from scir.model.logprobs import response_logps
-from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base
-from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged
-from scir.stages.files import STAGES
-from scir.runner.run import check_recipe
-from scir.runner.state import read_fields
-from scir.recipe import RecipeError, parse_recipe
 from scir.method.rewards import View, text_pair
 from scir.method.scores import score, set_reference
 from scir.method.trainer import arguments, fit, save_adapter
+from scir.model.logprobs import response_logps
+from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base
+from scir.recipe import RecipeError, parse_recipe
+from scir.runner.run import check_recipe
+from scir.runner.state import read_fields
+from scir.stages.files import STAGES
+from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged
 from scir.stages.sft import sft_loss
 from scir.stages.warm_start import warm_start_loss
+
+from helpers import TEXTS, scir
 
 
 def adapter(folder):

@@ -1,11 +1,11 @@
-import json, subprocess, sys
-from pathlib import Path
+import json, subprocess
 
 import pytest, torch
-
-from helpers import ROOT
 from typer.main import get_command
 
+from scir.cli import app
+from scir.model.decoding import end_ids, generate
+from scir.model.logprobs import encode_prompt
 from scir.runner.bench import (
     GROUPS,
     TARGETS,
@@ -18,11 +18,8 @@ from scir.runner.bench import (
     peak_bytes,
     table,
 )
-from scir.cli import app
-from scir.model.logprobs import encode_prompt
-from scir.model.decoding import end_ids, generate
 
-SCIR = str(Path(sys.executable).parent / "scir")
+from helpers import ROOT, SCIR
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Steps side by side: two arms and two seeds at once are one run with one report, the same as one after another."""
 
-import os, re, subprocess, sys, time
-import multiprocessing
+import multiprocessing, os, re, subprocess, sys, time
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,22 +9,20 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from scir.recipe import notebook_folder
+from scir.recipe import load_recipe, notebook_folder
 from scir.runner import parallel
-from scir.runner.run import run_recipe
-from scir.runner.work import open_run
-from scir.runner.state import State
-from scir.runner.plan import Step, file_name, needed, plan
-from scir.runner.locks import busy
-from scir.runner.parallel import gpus
-from scir.runner.parallel import in_turn, side_by_side
 from scir.runner.execute import notebook_of
+from scir.runner.locks import busy
 from scir.runner.manifest import now
-from scir.runner.work import reason
-from scir.recipe import load_recipe
+from scir.runner.parallel import gpus, in_turn, side_by_side
+from scir.runner.plan import Step, file_name, needed, plan
+from scir.runner.run import run_recipe
+from scir.runner.state import State
+from scir.runner.work import open_run, reason
 from scir.store import hash_path, read_json
 
 from helpers import ROOT
+
 
 SWEEP = ("--set", "seeds=[0, 1]", "--set", "iterations=1")
 

@@ -9,18 +9,18 @@ import psutil, pytest, typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from scir import cli
+from scir import cli, store
+from scir.recipe import load_recipe
 from scir.runner import processes
-from scir import store
+from scir.runner.manifest import note_failure, start_manifest
 from scir.runner.plan import Step
 from scir.runner.processes import assist, by_itself, join_others, launch_line
-from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import noted
 from scir.runner.run import run_recipe
-from scir.recipe import load_recipe
+from scir.runner.work import noted
 from scir.store import Journal, Prompt, read_rows, share, unfinished, unfinished_parts
 
 from helpers import ENVIRONMENT, ROOT, difference, scir, together
+
 
 GRADIENTS = """
 import sys, torch
