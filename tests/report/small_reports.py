@@ -9,8 +9,6 @@ from scir.report import claims, gather as gathering
 from scir.report.gather import AT, Gathered
 from scir.statistics import derive
 
-from small_reports import EFFECT, FIGURES, NAMES, answers, both, gathered, made, model, pairs, steps, verdicts
-
 
 NAMES = ["generative", "implicit"]
 
