@@ -167,6 +167,14 @@ def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
         assert at.submit(divmod, 17, 5).result() == (3, 2)
 
 
+def script(folder, text):
+    (folder / "script.py").write_text(text)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=200
+    )
+
+
 CTRL_C = """
 import os, signal, time
 from pathlib import Path
@@ -184,14 +192,7 @@ if __name__ == "__main__":
 
 
 def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
-    (tmp_path / "script.py").write_text(CTRL_C)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = script(tmp_path, CTRL_C)
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt KeyboardInterrupt\n", "")
 
 
@@ -211,15 +212,7 @@ if __name__ == "__main__":
 
 
 def test_jobs_do_not_outlast_a_command_that_is_interrupted_alone(tmp_path):
-    (tmp_path / "script.py").write_text(SIGNALLED)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = script(tmp_path, SIGNALLED)
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt\n", "")
 
 
