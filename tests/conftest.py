@@ -1,7 +1,6 @@
 """A tiny random model on disk, an adapter that is not the identity, and a handful of pairs."""
 
-import os
-import signal
+import csv, json, os, signal, sys, types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -11,7 +10,7 @@ import pytest, torch
 from scir.model.weights import load_base, load_tokenizer, new_adapter, save_tiny
 from scir.recipe import parse_recipe
 from scir.method.rewards import text_pair
-from helpers import SMOLLM2, TEXTS, scir
+from helpers import ROOT, SMOLLM2, TEXTS, scir
 
 # a shell ignores Ctrl-C for a job in the background, and the commands under test would too
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,3 +85,36 @@ def tiny_run(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    "In the root of the checkout, where recipes find the tiny model."
+    monkeypatch.chdir(ROOT)
+    save_tiny()
+
+
+@pytest.fixture
+def file(tmp_path):
+    "Writes rows, or a text as it is, and gives the path."
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def alpaca(tmp_path_factory):
+    "alpaca_eval, its hub file replaced by a local one; it asks setuptools for pkg_resources, which setuptools no longer has."
+    sys.modules.setdefault("pkg_resources", types.ModuleType("pkg_resources"))
+    package = pytest.importorskip("alpaca_eval")
+    from alpaca_eval.metrics import glm_winrate
+
+    file = tmp_path_factory.mktemp("alpaca") / "df_gamed.csv"
+    with open(file, "w", newline="") as f:
+        csv.writer(f).writerows([["model", "index", "instruction_difficulty"]] + [["m", i, 0.0] for i in range(1000)])
+    glm_winrate.hf_hub_download = lambda **_: str(file)
+    return package

@@ -10,10 +10,11 @@ from scir.model.decoding import generate
 from scir.runner.staleness import Definition
 from scir.runner.state import LOADED
 from scir.stages.sample import sample
-from scir.store import Prompt, Response, read_rows
+from scir.store import Prompt, Response, Score, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+SCIR = str(BIN / "scir")
 SMOLLM2 = ROOT / "data/models/smollm2-135m-instruct"
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = os.environ | {
@@ -31,6 +32,7 @@ TEXTS = [
     ("Sum up.", "x y z", "z"),
     ("Last one", "yes", "no no"),
 ]
+TALK = ["Name a bird.", "An owl.", "Another, please.", "Rook", "é ☃?"]
 PROMPTS = [
     Prompt(id=f"p{i}", prompt=t)
     for i, t in enumerate(["Hi", "A much longer question than the others?", "Why?", "é", "Count to three."])
@@ -38,9 +40,33 @@ PROMPTS = [
 
 
 def scir(*args, env=None):
-    return subprocess.run(
-        [str(BIN / "scir"), *map(str, args)], cwd=ROOT, env=env or ENV, capture_output=True, text=True
+    "A command of the shell, from the root of the checkout."
+    return subprocess.run([SCIR, *map(str, args)], cwd=ROOT, env=env or ENV, capture_output=True, text=True)
+
+
+def response(prompt_id="p", candidate=0, prompt="Q", text="x", ids=(1,), finished=True, seed=0):
+    "An answer as a stage writes it."
+    return Response(
+        id=f"{prompt_id}/{candidate}",
+        prompt_id=prompt_id,
+        prompt=prompt,
+        candidate=candidate,
+        response=text,
+        response_ids=list(ids),
+        finished=finished,
+        seed=seed,
     )
+
+
+def scored_pair(**fields):
+    "A pair with its margins; `fields` are those that a test is about."
+    plain = {"id": "p/0-1", "prompt_id": "p", "prompt": "Q", "response_a": "a", "response_b": "b"}
+    ids = {"ids_a": [1], "ids_b": [2], "logps": (0, 0), "reference_logps": (0, 0)}
+    return Score(**plain | ids | {"order_margins": (1, -1), "verdict_mass": (1, 1)} | fields)
+
+
+def single_line(error):
+    return "\n" not in str(error.value)
 
 
 def together(*words, processes=2, cwd=None):

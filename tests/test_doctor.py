@@ -1,7 +1,6 @@
 """What `scir doctor` finds, on this machine and on machines that are made up."""
 
 import json, os, shutil, subprocess, sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +12,7 @@ from scir.doctor import (
     adapter_bytes,
     answered,
     ask,
+    constrained,
     context,
     cores,
     data,
@@ -33,7 +33,6 @@ from scir.doctor import (
     package,
     packages,
     precision,
-    constrained,
     python,
     room_on_disk,
     row_bytes,
@@ -42,18 +41,14 @@ from scir.doctor import (
     threads,
     verdicts,
 )
-from scir.model.weights import model_folder, save_tiny
+from scir.model.weights import model_folder
 from scir.recipe import ModelSpec, load_recipe, parse_recipe
 from scir.store import write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-SCIR = str(Path(sys.executable).parent / "scir")
+from helpers import ROOT, SCIR
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    save_tiny()
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def group(folder, **files):

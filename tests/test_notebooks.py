@@ -3,13 +3,14 @@
 import json, os, re, subprocess, sys
 from pathlib import Path
 
-import nbformat
-import pytest
+import nbformat, pytest
 
-from scir.stages.files import STAGES
 from scir.runner.state import notebook_hash
+from scir.stages.files import STAGES
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
+
 RUN = sorted((ROOT / "nbs/run").glob("*.ipynb"))
 LIBRARY = [f for f in sorted((ROOT / "nbs").glob("**/[0-9]*.ipynb")) if f not in RUN]
 TUTORIAL = ROOT / "nbs/getting_started.ipynb"

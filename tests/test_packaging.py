@@ -1,7 +1,6 @@
 """What the packaging files say of the same thing, and the wheel outside the checkout."""
 
 import configparser, json, os, re, subprocess, sys, zipfile
-from pathlib import Path
 
 import pytest, yaml
 from packaging.requirements import Requirement
@@ -9,12 +8,14 @@ from packaging.specifiers import SpecifierSet
 
 import scir
 
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "settings.ini")

@@ -13,7 +13,7 @@ from scir.model.weights import for_scoring, load_base, load_tokenizer, new_adapt
 from scir.recipe import ModelSpec, RecipeError, parse_recipe
 from scir.store import hide_secrets
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
 
 
 def called(tree):

@@ -1,9 +1,5 @@
-import json, subprocess, sys
-
 import pandas as pd
 import pytest
-
-from helpers import ROOT
 
 from scir.data.chat import Message
 from scir.data.load import (
@@ -18,51 +14,11 @@ from scir.data.load import (
     read_source,
     split_of,
 )
-from scir.recipe import (
-    ARMS,
-    DataSpec,
-    Recipe,
-    RecipeError,
-    all_nodes,
-    dump_recipe,
-    field_names,
-    load_recipe,
-    node_name,
-    node_parts,
-    override,
-    parent_node,
-    parse_recipe,
-)
-from scir.store import (
-    Journal,
-    LabelledPair,
-    Prompt,
-    Response,
-    atomic_path,
-    digest,
-    hash_path,
-    read_json,
-    read_rows,
-    row_seed,
-    write_json,
-    write_rows,
-    write_text,
-)
-from scir.stages.sft import good_answers, seed_pairs
+from scir.recipe import DataSpec, RecipeError, parse_recipe
+from scir.stages.sft import seed_pairs
+from scir.store import LabelledPair, Prompt
 
-
-def one_line(error):
-    return "\n" not in str(error.value)
-
-
-@pytest.fixture
-def file(tmp_path):
-    def write(rows, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(r) + "\n" for r in rows))
-        return str(path)
-
-    return write
+from helpers import single_line
 
 
 def say(role, content):
@@ -70,12 +26,13 @@ def say(role, content):
 
 
 # formats ------------------------------------------------------------------
-
 OASST = [
     dict(message_id="m1", parent_id=None, text="Root?", role="prompter", lang="en"),
     dict(message_id="m2", parent_id="m1", text="Answer", role="assistant", lang="en"),
     dict(message_id="m3", parent_id="m2", text="Follow up?", role="prompter", lang="en"),
 ]
+
+
 ULTRA = [
     dict(
         prompt="P?",
@@ -87,7 +44,11 @@ ULTRA = [
         score_rejected=4.0,
     )
 ]
+
+
 ALPACA = [dict(instruction="Do.", output="Done.", generator="text_davinci_003", dataset="helpful_base")]
+
+
 BENCH = [
     dict(
         prompt="P?",
@@ -99,21 +60,31 @@ BENCH = [
         id=30,
     )
 ]
+
+
 HH = [
     dict(
         chosen="\n\nHuman: One?\n\nAssistant: Yes.\n\nHuman: Two?\n\nAssistant: good",
         rejected="\n\nHuman: One?\n\nAssistant: Yes.\n\nHuman: Two?\n\nAssistant: bad",
     )
 ]
+
+
 SELF = [
     dict(instruction="Add.", instances=[dict(input="1 2", output="3"), dict(input="2 2", output="4")]),
     dict(instruction="Sing.", instances=[dict(input="", output="la")]),
 ]
+
+
 MT = [dict(question_id=81, category="writing", turns=["First?", "Second?"])]
+
+
 LLMBAR = [
     dict(prompt="P?", response_a="bad", response_b="good", label="b"),
     dict(prompt="Q?", response_a="fine", response_b="poor", label="A"),
 ]
+
+
 TURNS = (
     Message(role="user", content="One?"),
     Message(role="assistant", content="Yes."),
@@ -198,8 +169,6 @@ def test_a_changed_file_is_read_anew(file):
 
 
 # bad sources --------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text, name, says",
     [
@@ -216,27 +185,27 @@ def test_a_changed_file_is_read_anew(file):
 def test_unusable_file_is_one_clear_line(file, text, name, says):
     with pytest.raises(ValueError, match=says) as e:
         load_prompts(file(text, name))
-    assert one_line(e) and name in str(e.value)
+    assert single_line(e) and name in str(e.value)
 
 
 def test_missing_file_is_named():
     for source in ("./nowhere.jsonl", "nowhere.csv", "/nowhere"):
         with pytest.raises(FileNotFoundError, match="nowhere") as e:
             read_source(source)
-        assert one_line(e)
+        assert single_line(e)
 
 
 def test_unreachable_hub_set_is_one_line():
     with pytest.raises((ValueError, OSError), match="nobody/nothing") as e:
         load_prompts("nobody/nothing:test")
-    assert one_line(e)
+    assert single_line(e)
 
 
 def test_wrong_columns_list_what_was_expected(file):
     for load in (load_prompts, load_pairs, load_instructions):
         with pytest.raises(ValueError, match=r"\['colour'\].*prompt") as e:
             load(file([{"colour": "red"}]))
-        assert one_line(e)
+        assert single_line(e)
 
 
 @pytest.mark.parametrize("label", ["c", True, -1, 3, "gpt-4"])
@@ -244,7 +213,7 @@ def test_wrong_label_names_row_and_label(file, label):
     rows = [dict(prompt="P", response_a="x", response_b="y", label=l) for l in ("a", label)]
     with pytest.raises(ValueError, match="row 2: label .* is neither 'a' nor 'b'") as e:
         load_pairs(file(rows))
-    assert one_line(e) and repr(label) in str(e.value)
+    assert single_line(e) and repr(label) in str(e.value)
 
 
 def test_useless_rows_are_dropped_and_counted(file):
@@ -385,7 +354,7 @@ def test_held_out_prompts_are_not_trained_on(file):
     assert prompt_pool(spec(6, 3))[1] == held
     with pytest.raises(ValueError, match="none left") as e:
         prompt_pool(spec(20))
-    assert one_line(e)
+    assert single_line(e)
     known = file(
         [{"prompt": p.prompt, "chosen": "a", "rejected": "b"} for p in train[:4]], "set.jsonl"
     )  # evaluation prompts never train
@@ -406,7 +375,7 @@ def test_several_sources_are_read_as_one(file):
     clash = [file([{"id": "7", "prompt": p}], f"{p}.jsonl") for p in "ab"]
     with pytest.raises(ValueError, match="'7'.*a.jsonl.*b.jsonl") as e:
         merged(load_prompts, clash)
-    assert one_line(e)
+    assert single_line(e)
 
 
 def test_a_named_seed_source_is_evaluated_on_its_test_split_alone(file):
@@ -429,11 +398,11 @@ def test_a_named_seed_source_is_evaluated_on_its_test_split_alone(file):
     assert mixed == test(theirs) | {f"other {i}" for i in range(60)}
     with pytest.raises(RecipeError, match="held-out") as e:
         parse_recipe({"data": {"pairs": ours, "labelled_sets": {"named": ours}}})
-    assert one_line(e) and "max_prompt_tokens" not in str(e.value)
+    assert single_line(e) and "max_prompt_tokens" not in str(e.value)
     few = file([r for r in labelled(60, "few") if split_of(r["prompt"]) == "train"], "few.jsonl")
     with pytest.raises(ValueError, match="set named: no row of .*few.jsonl falls in the test split") as e:
         evaluation_rows(DataSpec(pairs=[ours, few], labelled_sets={"named": few}))
-    assert one_line(e)
+    assert single_line(e)
 
 
 def test_training_takes_every_seed_source_and_no_evaluation_prompt(file, tokenizer):
@@ -450,279 +419,3 @@ def test_training_takes_every_seed_source_and_no_evaluation_prompt(file, tokeniz
         and dropped == {"in an evaluation set": 3}
         and not {p.prompt for p in fewer} & {r.prompt for r in load_pairs(shared)[0]}
     )
-
-
-# recipe -------------------------------------------------------------------
-
-
-def test_an_arm_may_stop_early():
-    from scir.runner.plan import prerequisites, plan
-
-    recipe = parse_recipe(
-        {"iterations": 3, "arms": ["sft", "srlm", "scir", "cream"], "stop_after": {"srlm": 1, "cream": 9}}
-    )
-    assert [recipe.rounds(a) for a in recipe.arms] == [0, 1, 3, 3]
-    nodes = [n for n in all_nodes(recipe) if "srlm" in n or "scir" in n]
-    assert nodes == ["seed0/srlm/m2", "seed0/scir/m2", "seed0/scir/m3", "seed0/scir/m4"]
-    steps = plan(recipe)
-    assert {s.node for s in steps if s.stage == "evaluate"} == set(all_nodes(recipe)) and not [
-        s for s in steps if s.stage in ("sample", "judge", "label") and "srlm" in s.node
-    ]
-    assert set(prerequisites(recipe, steps[-1])) == {s for s in steps[:-1] if s.stage != "consistency"}, (
-        "nothing is done that nobody reads"
-    )
-    with pytest.raises(RecipeError, match="stop_after"):
-        parse_recipe({"stop_after": {"scir": 0}})
-    with pytest.raises(RecipeError, match="stop_after"):
-        parse_recipe({"stop_after": {"magic": 1}})
-
-
-@pytest.mark.parametrize(
-    "raw, nearest",
-    [
-        ({"train": {"lamda_consistancy": 1}}, "train.lambda_consistency"),
-        ({"iteration": 2}, "iterations"),
-        ({"sampling": {"temprature": 1}}, "sampling.temperature"),
-        ({"model": {"quantise": "nf4"}}, "model.quantize"),
-        ({"trian": {"beta": 1}}, "train"),
-    ],
-)
-def test_unknown_field_names_the_nearest(raw, nearest):
-    with pytest.raises(RecipeError, match=f"is not a field; the nearest is {nearest}") as e:
-        parse_recipe(raw)
-    assert one_line(e)
-
-
-@pytest.mark.parametrize(
-    "raw, name",
-    [
-        ({"train": {"beta": "soft"}}, "train.beta"),
-        ({"train": {"beta": -1}}, "train.beta"),
-        ({"seeds": 3}, "seeds"),
-        ({"seeds": []}, "seeds"),
-        ({"train": 5}, "train"),
-        ({"arms": ["scir", "magic"]}, "arms.1"),
-        ({"judge": {"verdicts": ["A"]}}, "judge.verdicts"),
-        ({"judge": {"verdicts": [True, False]}}, "judge.verdicts.0"),
-        ({"name": "../up"}, "name"),
-        ({"rewards": ["implicit"]}, "rewards"),
-        ({"sampling": {"candidates": 1}}, "sampling.candidates"),
-        ({"model": {"quantize": "int3"}}, "model.quantize"),
-    ],
-)
-def test_ill_typed_value_names_the_field(raw, name):
-    with pytest.raises(RecipeError, match=rf"recipe: {name}[.0-9]* = "):
-        parse_recipe(raw)
-
-
-def test_all_faults_are_told_at_once():
-    with pytest.raises(RecipeError) as e:
-        parse_recipe({"train": {"beta": "x"}, "sampling": {"top_p": 2}})
-    assert len(str(e.value).splitlines()) == 2
-
-
-def test_override(file):
-    raw = {"train": {"beta": 0.1}}
-    done = override(override(raw, "train.beta=0.5"), "sampling.candidates=3")
-    assert done == {"train": {"beta": 0.5}, "sampling": {"candidates": 3}} and raw == {"train": {"beta": 0.1}}
-    recipe = load_recipe(
-        file("name: x\ntrain: {beta: 0.1}", "x.yaml"), ("train.beta=5e-1", "arms=[scir]", "model.quantize=null")
-    )
-    assert recipe.train.beta == 0.5 and recipe.arms == ("scir",) and recipe.model.quantize is None
-
-
-@pytest.mark.parametrize("setting", ["train.beta", "train.bta=1", "train.beta=[1", "name.x=1", "seeds.x=1"])
-def test_bad_override_is_a_recipe_error(file, setting):
-    with pytest.raises(RecipeError):
-        load_recipe(file("name: x\nseeds: [0]\ntrain: {beta: 0.1}", "x.yaml"), (setting,))
-
-
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "just words", "\tname: x"])
-def test_not_a_recipe(file, text):
-    with pytest.raises(RecipeError, match="x.yaml") as e:
-        load_recipe(file(text, "x.yaml"))
-    assert one_line(e)
-
-
-def test_missing_recipe():
-    with pytest.raises(RecipeError, match="no such recipe"):
-        load_recipe("nowhere.yaml")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_recipe_loads_and_round_trips(path, file):
-    recipe = load_recipe(path)
-    assert recipe.name == path.stem and load_recipe(file(dump_recipe(recipe), "again.yaml")) == recipe
-
-
-def test_every_field_says_what_it_is():
-    for name, info in field_names().items():
-        assert info.description and info.json_schema_extra["provenance"] in "PSD", name
-
-
-def test_arms_change_valid_fields_only():
-    for arm, change in ARMS.items():
-        assert set(change or ()) <= set(type(Recipe().train).model_fields) and type(Recipe().train).model_validate(
-            Recipe().arm(arm).model_dump()
-        )
-
-
-# store --------------------------------------------------------------------
-
-
-def response(i=0, text="x"):
-    return Response(
-        id=f"p/{i}",
-        prompt_id="p",
-        prompt="é?",
-        candidate=i,
-        response=text,
-        response_ids=[1, 2],
-        finished=True,
-        seed=row_seed(0, i),
-    )
-
-
-@pytest.mark.parametrize(
-    "text", ["plain", "two\nlines\r\n", "\u2028 \u2029 \x85", "\x00\x0b\x0c\x1c\x1e", "naïve ☃ 𝄞", "\ufffd\ufeff"]
-)
-def test_any_text_survives_the_file(tmp_path, text):
-    rows = [response(0, text), response(1, text + "!")]
-    write_rows(tmp_path / "r.jsonl", rows)
-    assert read_rows(tmp_path / "r.jsonl", Response) == rows and [
-        r["response"] for r in read_rows(tmp_path / "r.jsonl")
-    ] == [text, text + "!"]
-
-
-def test_truncated_line_names_file_and_line(tmp_path):
-    write_rows(tmp_path / "r.jsonl", [response(0), response(1)])
-    write_text(tmp_path / "r.jsonl", (tmp_path / "r.jsonl").read_text()[:-20])
-    for kind in (Response, dict):
-        with pytest.raises(ValueError, match=r"r\.jsonl, line 2") as e:
-            read_rows(tmp_path / "r.jsonl", kind)
-        assert one_line(e)
-
-
-def test_row_of_another_kind_names_file_and_line(tmp_path):
-    write_rows(tmp_path / "r.jsonl", [{"id": "1", "prompt": "x", "more": 1}])
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 1: not a Prompt row") as e:
-        read_rows(tmp_path / "r.jsonl", Prompt)
-    assert one_line(e)
-
-
-def test_missing_rows_name_the_file():
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl.*stage"):
-        read_rows("nowhere.jsonl")
-
-
-@pytest.mark.parametrize("cut", [1, 5, -1])
-def test_journal_survives_a_kill_at_any_byte(tmp_path, cut):
-    journal = Journal(tmp_path / "r.jsonl", Response)
-    for i in range(3):
-        journal.add(response(i))
-    journal.file.close()
-    data = journal.part.read_bytes()
-    last = data[:-1].rindex(b"\n") + 1
-    journal.part.write_bytes(
-        data[: data.index("é".encode(), last) + 1] if cut == 5 else data[: last + 1] if cut == 1 else data[:-1]
-    )  # 5: within a letter
-    again = Journal(tmp_path / "r.jsonl", Response)
-    assert again.done == {"p/0", "p/1"} and not (tmp_path / "r.jsonl").exists()
-    again.add(response(2))
-    assert (
-        again.finish(["p/2", "p/0", "p/1"])
-        == read_rows(tmp_path / "r.jsonl", Response)
-        == [response(2), response(0), response(1)]
-    )
-    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
-
-
-def test_failed_write_leaves_the_old_file(tmp_path):
-    write_json(tmp_path / "x.json", {"a": 1})
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "x.json", {"a": float("nan")})
-    with pytest.raises(KeyError):
-        with atomic_path(tmp_path / "x.json") as tmp:
-            tmp.write_text("half")
-            raise KeyError
-    assert read_json(tmp_path / "x.json") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
-
-
-def test_hashes_tell_contents_and_names_apart(tmp_path):
-    for folder, name, text in (("a", "x", "1"), ("b", "x", "1"), ("c", "y", "1"), ("d", "x", "2")):
-        write_text(tmp_path / folder / name, text)
-    a, b, c, d = (hash_path(tmp_path / f) for f in "abcd")
-    assert (
-        a == b
-        and len({a, c, d, hash_path(tmp_path / "none")}) == 4
-        and digest({"x": 1, "y": 2}) == digest({"y": 2, "x": 1}) != digest({"x": 2, "y": 1})
-    )
-
-
-def test_row_seeds_are_fixed_and_apart():
-    assert (
-        row_seed(0, "p", 1) == row_seed(0, "p", 1)
-        and len({row_seed(s, p, c) for s in range(3) for p in "abc" for c in range(3)}) == 27
-    )
-    assert all(0 <= row_seed(0, i) < 2**63 for i in range(50))
-
-
-@pytest.mark.parametrize(
-    "node, parts, parent",
-    [
-        ("seed0/m1", (0, None, 1), "seed0/m0"),
-        ("seed3/scir/m2", (3, "scir", 2), "seed3/m1"),
-        ("seed3/scir/m3", (3, "scir", 3), "seed3/scir/m2"),
-    ],
-)
-def test_node_names(node, parts, parent):
-    assert node_parts(node) == parts and node_name(parts[0], parts[2], parts[1]) == node and parent_node(node) == parent
-
-
-@pytest.mark.parametrize("node", ["", "m1", "seedx/m1", "seed0/scir"])
-def test_malformed_node(node):
-    with pytest.raises(ValueError, match="seed0/m1"):
-        node_parts(node)
-
-
-# import -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", ["scir", "scir.recipe", "scir.cli"])
-def test_import_does_not_wait_for_torch(module):
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_good_answers_are_the_chosen_sides_or_instructions(tmp_path, tokenizer):
-    row = lambda i, chosen: {
-        "prompt": f"p{i}",
-        "chosen": chosen,
-        "rejected": f"bad {chosen}",
-        "split": "test" if i == 9 else "train",
-    }
-    write_rows(
-        tmp_path / "pairs.jsonl",
-        [row(0, "good"), row(0, "good") | {"rejected": "worse"}, row(1, "fine"), row(1, "fair"), row(9, "held")],
-    )
-    recipe = parse_recipe({"data": {"pairs": f"{tmp_path}/pairs.jsonl"}})
-    found, _ = good_answers(tokenizer, recipe)
-    assert (
-        sorted((p.prompt, p.response_a) for p in found) == [("p0", "good"), ("p1", "fair"), ("p1", "fine")]
-        and len(seed_pairs(tokenizer, recipe)[0]) == 4
-    )
-    write_rows(
-        tmp_path / "more.jsonl",
-        [
-            {"instruction": "p9", "output": "x"},
-            {"instruction": "q", "output": "y"},
-            {"instruction": "long", "output": "z" * 600},
-        ],
-    )
-    found, dropped = good_answers(
-        tokenizer,
-        parse_recipe({"data": {"pairs": f"{tmp_path}/pairs.jsonl", "instructions": f"{tmp_path}/more.jsonl"}}),
-    )
-    assert [(p.prompt, p.response_a) for p in found] == [("q", "y")] and dropped["in an evaluation set"] == dropped[
-        "too long"
-    ] == 1

@@ -21,10 +21,6 @@ from scir.data.load import (
     seed_prompts,
     split_of,
 )
-from scir.stages.evaluate import file_pairs, graded_answers, score_summary
-from scir.runner.run import check_recipe
-from scir.recipe import RecipeError, parse_recipe
-from scir.store import Grade, Prompt, Response
 from scir.data.testbed import (
     ABOUT,
     GRADERS,
@@ -43,17 +39,20 @@ from scir.data.testbed import (
     words_of,
     write_testbed,
 )
+from scir.recipe import RecipeError, parse_recipe
+from scir.runner.run import check_recipe
+from scir.stages.evaluate import file_pairs, graded_answers, score_summary
 from scir.stages.sft import seed_pairs
+from scir.store import Grade, Prompt
 
-from helpers import ROOT
+from helpers import ROOT, response
+
 
 SPLITS = "train", "validation", "test"
 ASKED = "Write one sentence that uses the words: river, stone, bridge."
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 @pytest.fixture(scope="module")
@@ -249,16 +248,7 @@ def test_a_grader_that_is_not_there_is_refused_before_a_run(mine):
 
 
 def test_scores_of_answers_and_their_summary(mine):
-    of = lambda i, text, prompt="P": Response(
-        id=f"{i}/0",
-        prompt_id=str(i),
-        prompt=prompt,
-        candidate=0,
-        response=text,
-        response_ids=[1],
-        finished=True,
-        seed=0,
-    )
+    of = lambda i, text, prompt="P": response(str(i), prompt=prompt, text=text)
     grades = graded_answers([of(0, ""), of(1, "abc"), of(2, "a", "P?"), of(3, "a" * 10)], mine("short"))
     assert grades == [
         Grade(id="0/0", prompt_id="0", score=1),

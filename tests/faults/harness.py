@@ -1,14 +1,13 @@
 """What the tests of faults share: commands from outside, comparison of runs, the tally."""
 
-import os, subprocess, sys
+import subprocess
 from collections import Counter
-from pathlib import Path
 
 from scir.store import hash_path, read_json
 
-ROOT = Path(__file__).resolve().parents[2]
-SCIR = str(Path(sys.executable).parent / "scir")
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+from helpers import ENV, ROOT, SCIR
+
+
 TALLY = Counter()
 
 

@@ -4,9 +4,11 @@ import json, os, re, shutil, signal, subprocess, sys, time
 
 import nbformat, psutil, pytest
 
-from harness import ENV, ROOT, SCIR, SHORT, command, equal, one_line
 from scir.store import read_json
+
+from harness import ENV, ROOT, SCIR, SHORT, command, equal, one_line
 from helpers import said, server
+
 
 pytestmark = pytest.mark.usefixtures("fault")
 

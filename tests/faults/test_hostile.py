@@ -6,15 +6,17 @@ from functools import partial
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from harness import ROOT, TALLY, command, one_line
 from scir.data.load import load_instructions, load_pairs, load_prompts
 from scir.method.judge import judge_ids
 from scir.method.labels import parse_vote
+from scir.model.decoding import generate
 from scir.model.logprobs import encode_prompt, encode_response, encode_turns
 from scir.recipe import JudgeSpec, Recipe, RecipeError, dump_recipe, load_recipe, override, parse_recipe
-from scir.model.decoding import generate
 from scir.stages.sample import sample
 from scir.store import Prompt, Response, read_rows
+
+from harness import ROOT, TALLY, command, one_line
+
 
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 

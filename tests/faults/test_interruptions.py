@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil, pytest
 
-from harness import ENV, ROOT, SCIR, TALLY, equal
-from scir.runner.plan import plan
 from scir.recipe import load_recipe
+from scir.runner.plan import plan
 from scir.store import read_json
+
+from harness import ENV, ROOT, SCIR, TALLY, equal
 
 
 def started(recipe, folder):

@@ -4,7 +4,8 @@ import json, subprocess, sys
 
 import pytest
 
-from harness import ENV, ROOT, TALLY, equal, uninterrupted, SHORT
+from harness import ENV, ROOT, SHORT, TALLY, equal, uninterrupted
+
 
 SAMPLE = """
 import json, sys

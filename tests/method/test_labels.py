@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 import pytest
 
-from scir.stages.consistency import preferences
 from scir.method.labels import (
     agreed,
     best_against_worst,
@@ -22,10 +21,13 @@ from scir.method.labels import (
     vote,
     without_length,
 )
-from scir.stages.optimise import run as optimise, own_share, preference_rows, replayed, training_pairs
-from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
 from scir.model.decoding import generate
-from scir.store import Response, Score, SeedPair, read_rows, write_rows
+from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
+from scir.stages.consistency import preferences
+from scir.stages.optimise import own_share, preference_rows, replayed, run as optimise, training_pairs
+from scir.store import Score, SeedPair, read_rows, write_rows
+
+from helpers import response
 
 
 def made(pair, generative, implicit=None, lengths=(1, 1), prompt="p", a=None, b=None):
@@ -230,19 +232,7 @@ def test_votes_in_words(text, points):
 
 
 def test_votes_are_kept_with_their_texts_and_continued(policy, tokenizer, recipe, tmp_path):
-    rows = [
-        Response(
-            id=f"p/{c}",
-            prompt_id="p",
-            prompt="Q",
-            candidate=c,
-            response=f"text {c}",
-            response_ids=[1],
-            finished=True,
-            seed=0,
-        )
-        for c in range(3)
-    ]
+    rows = [response(candidate=c, text=f"text {c}") for c in range(3)]
     spec, engine = LabelSpec(votes=2, vote_tokens=4), partial(generate, policy, tokenizer)
     whole = vote(engine, tokenizer, rows, spec, None, 4, tmp_path / "votes.jsonl")
     said = (tmp_path / "votes.jsonl").read_text()
@@ -269,11 +259,7 @@ def test_only_what_an_arm_needs_is_gathered():
         and needed_rewards(recipe, "scir") == []
     )
     assert needed_rewards(parse_recipe({"arms": ["sft", "srlm", "dice", "scir"]}), None) == []
-    rows = [
-        Response(
-            id="p/0", prompt_id="p", prompt="Q", candidate=0, response="r", response_ids=[1], finished=True, seed=0
-        )
-    ]
+    rows = [response(text="r")]
     found, summary = gather(["votes"], {"votes": lambda: {"p/0": None}, "external": lambda: 1 / 0}, rows)
     assert found[0].rewards == {"votes": None} and summary == {"without votes": 1, "responses": 1}
 

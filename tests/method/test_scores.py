@@ -1,16 +1,16 @@
 import math
 
-import numpy as np
 import pytest, torch
 
-from scir.statistics import by_quantile, ece, frame, grouped, metrics, paired, rate, reliability, sign_flip
-from scir.model.logprobs import response_logps
-from scir.stages.optimise import assert_reference, pair_loss
-from scir.recipe import RecipeError
 from scir.method.rewards import REWARDS, View, margins, reward, text_pair
 from scir.method.scores import candidate_pairs, labelled_pairs, score, set_reference
-from scir.store import LabelledPair, Response, Score, read_rows
+from scir.model.logprobs import response_logps
+from scir.recipe import RecipeError
+from scir.stages.optimise import assert_reference, pair_loss
 from scir.stages.warm_start import warm_start_loss
+from scir.store import LabelledPair, Score, read_rows
+
+from helpers import response
 
 THREE = ("generative", "implicit", "pointwise")
 
@@ -166,28 +166,19 @@ def test_score_does_not_depend_on_the_batch_and_goes_on_after_a_kill(
 # pairs --------------------------------------------------------------------
 
 
-def response(prompt, c, text):
-    return Response(
-        id=f"{prompt}/{c}",
-        prompt_id=prompt,
-        prompt="Q",
-        candidate=c,
-        response=text,
-        response_ids=[c + 1, c + 2],
-        finished=False,
-        seed=0,
-    )
+def answer(prompt, c, text):
+    return response(prompt, c, text=text, ids=[c + 1, c + 2], finished=False)
 
 
 def test_useless_candidate_pairs_are_dropped_and_counted(tokenizer):
     pairs, dropped = candidate_pairs(
         tokenizer,
         [
-            response("p", 0, "x"),
-            response("p", 1, "x "),
-            response("p", 2, " "),
-            response("p", 3, "y"),
-            response("q", 0, "z"),
+            answer("p", 0, "x"),
+            answer("p", 1, "x "),
+            answer("p", 2, " "),
+            answer("p", 3, "y"),
+            answer("q", 0, "z"),
         ],
     )
     assert [p.id for p in pairs] in (["p/0-3", "p/1-3"], ["p/1-3", "p/0-3"]) and dropped == {
@@ -197,7 +188,7 @@ def test_useless_candidate_pairs_are_dropped_and_counted(tokenizer):
 
 
 def test_pairs_per_prompt_are_fixed_by_the_seed(tokenizer):
-    rows = [response(p, c, f"text {c}") for p in "pqrs" for c in range(4)]
+    rows = [answer(p, c, f"text {c}") for p in "pqrs" for c in range(4)]
     one, again, other = (
         [x.id for x in candidate_pairs(tokenizer, r, 2, s)[0]] for r, s in ((rows, 0), (rows[::-1], 0), (rows, 1))
     )
@@ -231,198 +222,6 @@ def test_limit_counts_the_pairs_that_fit(tokenizer):
     ]
     pairs, dropped = labelled_pairs(tokenizer, rows, 60, 60, limit=4)
     assert [p.id for p in pairs] == ["0", "2", "4", "6"] and dropped == {"prompt too long": 3}
-
-
-# labels -------------------------------------------------------------------
-
-
-def made(id, g, i, label=None, orders=None, prompt="p", lengths=(1, 1), **kw):
-    return Score(
-        id=id,
-        prompt_id=prompt,
-        prompt="Q",
-        response_a=kw.get("a", "a"),
-        response_b=kw.get("b", "b"),
-        ids_a=kw.get("ids_a", [1] * lengths[0]),
-        ids_b=kw.get("ids_b", [2] * lengths[1]),
-        logps=(0, 0),
-        reference_logps=(0, 0),
-        order_margins=orders or (g, -g),
-        verdict_mass=(0.5, 0.7),
-        margins={"generative": g, "implicit": i},
-        label=label,
-    )
-
-
-# consistency --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "hits, n, low, high", [(8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962)]
-)
-def test_wilson_interval(hits, n, low, high):
-    r = rate([True] * hits + [False] * (n - hits))
-    assert r == {"value": hits / n, "low": pytest.approx(low, abs=1e-4), "high": pytest.approx(high, abs=1e-4), "n": n}
-
-
-def test_rate_of_nothing():
-    assert rate([])["value"] is None
-
-
-def test_paired_by_hand():
-    r = paired([1, 1, 1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1, 1])  # 5 against 1: two-sided p = 2 (6 + 1) / 2^6
-    assert (
-        r["difference"] == 0.5
-        and r["p"] == pytest.approx(14 / 64)
-        and r["n"] == 8
-        and -0.2 < r["low"] < 0.3
-        and 0.7 < r["high"] <= 1
-    )
-    assert paired([1, 0], [1, 0]) == {"difference": 0, "low": 0, "high": 0, "p": 1, "n": 2, "prompts": 2}
-
-
-def test_seeds_and_pairs_of_one_prompt_are_no_new_evidence():
-    first, second = [1, 1, 0, 1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
-    once, thrice = paired(first, second), paired(first * 3, second * 3, list(range(10)) * 3)
-    assert (
-        thrice["n"] == 30
-        and thrice["prompts"] == 10
-        and all(thrice[k] == pytest.approx(once[k]) for k in ("difference", "low", "high", "p"))
-    )
-    wide, narrow = grouped(first * 3, list(range(10)) * 3), rate(first * 3)
-    assert wide["value"] == pytest.approx(narrow["value"]) and wide["high"] - wide["low"] > 1.3 * (
-        narrow["high"] - narrow["low"]
-    )
-    assert grouped(first, range(10)) == rate(first) | {"prompts": 10}
-
-
-def test_one_difference_alone_decides_nothing():
-    assert sign_flip(np.array([0, 2.0, 0])) == sign_flip(np.array([0.0, 1, 0])) == sign_flip(np.zeros(3)) == 1
-
-
-def test_permutation_test_is_mcnemar_where_that_applies():
-    each = np.array([1.0] * 9 + [-1.0] * 3 + [0.0] * 5)
-    exact, drawn = (
-        sign_flip(each),
-        sign_flip(each * 0.5),
-    )  # the same differences in another unit take the permutation path
-    assert exact == pytest.approx(2 * sum(math.comb(12, k) for k in range(4)) / 2**12) and drawn == pytest.approx(
-        exact, abs=0.03
-    )
-
-
-# calibration --------------------------------------------------------------
-
-
-def test_reliability_and_ece_by_hand():
-    m = [
-        made(str(k), math.log(0.8 / 0.2) * s, 1, label)
-        for k, (s, label) in enumerate([(1, "a"), (1, "b"), (-1, "b"), (-1, "b")])
-    ]  # four at 80%, three right
-    t = reliability(frame(m), "generative")
-    assert (
-        len(t) == 1
-        and t.value[0] == 0.75
-        and t.confidence[0] == pytest.approx(0.8)
-        and t.n[0] == 4
-        and ece(t) == pytest.approx(0.05)
-    )
-
-
-def test_a_calibrated_model_has_little_ece_and_a_boaster_much():
-    rng = np.random.default_rng(0)
-    g = rng.normal(size=4000) * 2
-
-    def of(scale):
-        return ece(
-            reliability(
-                frame(
-                    [
-                        made(str(k), scale * x, 1, "a" if rng.random() < 1 / (1 + np.exp(-x)) else "b")
-                        for k, x in enumerate(g)
-                    ]
-                ),
-                "generative",
-            )
-        )
-
-    assert of(1) < 0.03 and of(4) > 0.1
-
-
-SCORES = [
-    made("1", 2, 1, "a"),
-    made("2", -1, 1, "a", orders=(3, 5)),
-    made("3", -1, -3, "a", orders=(-3, -1), lengths=(5, 1)),
-    made("4", 1, 2, "b", orders=(-1, -3)),
-]
-
-
-def H(m):
-    p = 1 / (1 + math.exp(-m))
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
-
-
-def test_metrics_by_hand():
-    m = metrics(SCORES)
-    value = {k: v["value"] if isinstance(v, dict) else v for k, v in m.items()}
-    assert value == pytest.approx(
-        {
-            "flip_rate": 0.75,
-            "verdict_mass": 0.6,
-            "abs_margin_generative": 1.25,
-            "abs_margin_implicit": 1.75,
-            "inconsistency": 0.25,
-            "accuracy_generative": 0.25,
-            "accuracy_implicit": 0.5,
-            "accuracy_agreed": 1 / 3,
-            "accuracy_mean": 0.25,
-            "accuracy_likelihood": 0,
-            "inconsistency_likelihood": 0.5,
-            "labelled": 4,
-            "inconsistency_labelled": 0.25,
-            "rank_correlation": 0.5,
-            "entropy": np.mean([H(x) for s in SCORES for x in s.margins.values()]),
-            "ece_generative": m["ece_generative"],
-            "ece_implicit": m["ece_implicit"],
-        }
-    )
-    assert m["accuracy_agreed"]["n"] == 3
-
-
-def test_unlabelled_pairs_have_no_accuracy():
-    bare = [s.model_copy(update={"label": None}) for s in SCORES]
-    assert not [k for k in metrics(bare) if k.startswith(("accuracy", "ece", "labelled"))]
-
-
-def test_a_pair_without_label_counts_for_agreement_and_not_for_accuracy():
-    "A tie by the grader."
-    with_tie, without = metrics([made("1", 2, 1), *SCORES]), metrics(SCORES)
-    same = [k for k in without if k.startswith(("accuracy", "ece"))]
-    assert {k: with_tie[k] for k in same} == {k: without[k] for k in same} and with_tie["labelled"] == without[
-        "labelled"
-    ] == 4
-    assert with_tie["inconsistency"]["n"] == 5 and with_tie["inconsistency"]["value"] == pytest.approx(0.2)
-
-
-def test_silent_reward_model_is_not_counted_as_inconsistent():
-    m = metrics([made("1", 2, 0, "a"), made("2", -1, 1e-6, "b")])
-    assert "inconsistency" not in m and "accuracy_implicit" not in m and m["accuracy_generative"]["value"] == 1
-
-
-def test_a_tie_is_a_contradiction_and_no_hit():
-    d = frame([made("1", 0, 1, "a"), made("2", 0, 0, "b")])
-    assert not d.agree.any() and not d.right_generative.any()
-
-
-@pytest.mark.parametrize("column", ["confidence", "length_difference"])
-def test_quantile_bins_hold_every_pair(column):
-    assert by_quantile(frame(SCORES), column).n.sum() == 4 and by_quantile(
-        frame(SCORES[:2] * 3), "length_difference"
-    ).n.tolist() == [6]
-    d = frame(SCORES)
-    assert by_quantile(d, column)[column][0].startswith(
-        f"{d[column].min():.3g} to "
-    )  # not just below the least, where quantiles begin
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

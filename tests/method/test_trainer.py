@@ -1,21 +1,22 @@
 import json, math, shutil
 
 import pytest, torch
-from helpers import TEXTS, scir
 from safetensors.torch import load_file
 
-from scir.model.logprobs import response_logps
-from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base
-from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged
-from scir.stages.files import STAGES
-from scir.runner.run import check_recipe
-from scir.runner.state import read_fields
-from scir.recipe import RecipeError, parse_recipe
 from scir.method.rewards import View, text_pair
 from scir.method.scores import score, set_reference
 from scir.method.trainer import arguments, fit, save_adapter
+from scir.model.logprobs import response_logps
+from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base
+from scir.recipe import RecipeError, parse_recipe
+from scir.runner.run import check_recipe
+from scir.runner.state import read_fields
+from scir.stages.files import STAGES
+from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged
 from scir.stages.sft import sft_loss
 from scir.stages.warm_start import warm_start_loss
+
+from helpers import TEXTS, scir
 
 
 def adapter(folder):
@@ -237,15 +238,21 @@ class Killed(Exception):
     pass
 
 
-def test_interrupted_and_run_again_is_uninterrupted(run, recipe):
-    lora, calls = recipe.lora.model_copy(update={"dropout": 0.2}), []
+def dies_at(call, recipe):
+    "A loss that ends the training at its n-th call, and the list of its calls."
+    calls = []
 
-    def dying(view):
+    def loss(view):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == call:
             raise Killed
         return pair_loss(view, recipe.train)
 
+    return loss, calls
+
+
+def test_interrupted_and_run_again_is_uninterrupted(run, recipe):
+    lora, (dying, calls) = recipe.lora.model_copy(update={"dropout": 0.2}), dies_at(6, recipe)
     options = dict(steps=7, batch_size=2, save_steps=3, lora=lora)  # an epoch is four steps
     whole = run("whole", **options)
     with pytest.raises(Killed):
@@ -258,14 +265,7 @@ def test_interrupted_and_run_again_is_uninterrupted(run, recipe):
 
 
 def test_checkpoint_that_a_kill_left_unfinished_is_not_used(run, recipe):
-    calls = []
-
-    def dying(view):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return pair_loss(view, recipe.train)
-
+    dying, _ = dies_at(4, recipe)
     options = dict(steps=4, batch_size=4, save_steps=2)
     whole = run("whole", **options)
     with pytest.raises(Killed):
@@ -457,14 +457,7 @@ def test_a_tracker_sees_our_lines_and_changes_no_byte(run, recipe):
 
 
 def test_a_tracker_sees_every_step_once_after_a_kill_and_nothing_of_an_earlier_run(run, recipe):
-    calls = []
-
-    def dying(view):
-        calls.append(1)
-        if len(calls) == 6:
-            raise Killed
-        return pair_loss(view, recipe.train)
-
+    dying, _ = dies_at(6, recipe)
     options = dict(steps=7, batch_size=2, save_steps=3, report_to=("tensorboard",))
     with pytest.raises(Killed):
         run("x", loss=dying, **options)

@@ -2,16 +2,16 @@ from collections import Counter
 from functools import partial
 
 import pytest, torch
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from scipy.stats import chisquare
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from scir.model.logprobs import encode_prompt
-from scir.model.decoding import Pool, draw
-from scir.stages.sample import distinct, sample, summarise
-from scir.model.decoding import end_ids, generate
 from scir.method.scores import candidate_pairs, score, set_reference
-from helpers import PROMPTS, drawn
+from scir.model.decoding import Pool, draw, end_ids, generate
+from scir.model.logprobs import encode_prompt
+from scir.stages.sample import distinct, sample, summarise
 from scir.store import Response, read_rows, row_seed
+
+from helpers import PROMPTS, drawn
 
 
 def ending(policy, tokenizer, monkeypatch):

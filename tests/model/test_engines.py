@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest, torch
 
 import scir.model.engines as engines
-from helpers import SMOLLM2
 from scir.doctor import engine as engine_here, open_recipe
+from scir.method.labels import vote
+from scir.model.decoding import Pool, _decoded
 from scir.model.engines import (
     adapter_name,
     check_engine,
@@ -22,17 +23,17 @@ from scir.model.engines import (
     serve_line,
     stop_ids,
 )
-from scir.method.labels import vote
 from scir.model.weights import for_sampling, load_tokenizer
-from scir.stages.files import STAGES
+from scir.recipe import ModelSpec, RecipeError, SamplingSpec, load_recipe, parse_recipe
+from scir.runner.plan import Step
 from scir.runner.run import check_recipe
 from scir.runner.state import inputs
-from scir.runner.plan import Step
-from scir.recipe import ModelSpec, RecipeError, SamplingSpec, load_recipe, parse_recipe
-from scir.model.decoding import Pool
+from scir.stages.files import STAGES
 from scir.stages.sample import sample
-from scir.model.decoding import _decoded
 from scir.store import Prompt, Response, read_rows, write_rows
+
+from helpers import SMOLLM2, response
+
 
 PROMPTS = [
     Prompt(id=f"p{i}", prompt=t)
@@ -649,19 +650,7 @@ def test_another_engine_is_another_try(stage, tmp_path):
 
 
 def test_votes_come_from_a_server_as_from_here(recipe, adapter, tmp_path, tokenizer):
-    rows = [
-        Response(
-            id=f"p/{c}",
-            prompt_id="p",
-            prompt="Q",
-            candidate=c,
-            response=f"text {c}",
-            response_ids=[1],
-            finished=True,
-            seed=0,
-        )
-        for c in range(3)
-    ]
+    rows = [response(candidate=c, text=f"text {c}") for c in range(3)]
     spec, texts = recipe.labels.model_copy(update={"votes": 2, "vote_tokens": 5}), []
     with serving(recipe) as (theirs, at):
         for r, name in ((recipe, "ours"), (theirs, "theirs")):

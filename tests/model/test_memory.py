@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest, torch
 
-from scir.model import outside
-from scir.model import decoding as sampling
+from scir.method.scores import score, set_reference
+from scir.method.trainer import arguments, fit
+from scir.model import decoding as sampling, outside
 from scir.model.logprobs import batches, in_batches
 from scir.model.weights import out_of_memory
-from scir.method.scores import score, set_reference
 from scir.store import peak_bytes
-from scir.method.trainer import arguments, fit
+
 from helpers import drawn
+
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

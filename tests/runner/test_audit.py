@@ -6,23 +6,22 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from scir.cli import app
+from scir.method.trainer import SEAL, last_checkpoint
+from scir.recipe import load_recipe
 from scir.runner import manifest, state as states
 from scir.runner.execute import notebook_of, notebook_finished
-from scir.runner.run import run_recipe
-from scir.runner.work import open_run
-from scir.runner.state import status
-from scir.runner.verify import verify
-from scir.cli import app
-from scir.runner.plan import Step, file_name
 from scir.runner.locks import file_lock
-from scir.runner.work import start_step, do, reason
-from scir.runner.state import differences, state
 from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import do_step
-from scir.recipe import load_recipe
+from scir.runner.plan import Step, file_name
+from scir.runner.run import run_recipe
+from scir.runner.state import differences, state, status
+from scir.runner.verify import verify
+from scir.runner.work import start_step, do, open_run, reason
 from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
-from scir.method.trainer import SEAL, last_checkpoint
+
 from helpers import ROOT, edit, edited, scir
+
 
 SAMPLE = Step("sample", "seed0/m1")
 

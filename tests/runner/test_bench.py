@@ -1,10 +1,11 @@
-import json, subprocess, sys
-from pathlib import Path
+import json, subprocess
 
 import pytest, torch
-
 from typer.main import get_command
 
+from scir.cli import app
+from scir.model.decoding import end_ids, generate
+from scir.model.logprobs import encode_prompt
 from scir.runner.bench import (
     GROUPS,
     TARGETS,
@@ -16,11 +17,8 @@ from scir.runner.bench import (
     meets_target,
     peak_bytes,
 )
-from scir.cli import app
-from scir.model.logprobs import encode_prompt
-from scir.model.decoding import end_ids, generate
 
-SCIR = str(Path(sys.executable).parent / "scir")
+from helpers import ROOT, SCIR
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +141,6 @@ def test_both_contestants_of_the_gradient_have_the_same_one(work):
 
 
 def test_the_documented_table_is_that_of_the_kept_run():
-    root = Path(__file__).parents[2]
-    found = json.loads((root / "docs/results/bench/bfloat16.json").read_text())
-    assert list(found["figures"]) == list(TARGETS) and markdown_table(found) in (root / "docs/speed.md").read_text()
+    found = json.loads((ROOT / "docs/results/bench/bfloat16.json").read_text())
+    assert list(found["figures"]) == list(TARGETS) and markdown_table(found) in (ROOT / "docs/speed.md").read_text()
     assert all(f["met"] == meets_target(k, f["ratio"]) for k, f in found["figures"].items())

@@ -22,18 +22,13 @@ from scir.doctor import (
     planned,
     token_ids,
 )
-from scir.model.weights import load_base, save_tiny, tiny_model
-from scir.runner.run import check_data_and_model, prepare_recipe
+from scir.model.weights import load_base, tiny_model
 from scir.recipe import RecipeError, load_recipe, parse_recipe
+from scir.runner.run import check_data_and_model, prepare_recipe
 from scir.store import write_rows
 
-from helpers import ROOT
 
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    save_tiny()
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def tiny(*settings):

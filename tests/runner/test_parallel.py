@@ -1,7 +1,6 @@
 """Steps side by side: two arms and two seeds at once are one run with one report, the same as one after another."""
 
-import os, re, subprocess, sys, time
-import multiprocessing
+import multiprocessing, os, re, subprocess, sys, time
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,22 +9,20 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from scir.recipe import notebook_folder
+from scir.recipe import load_recipe, notebook_folder
 from scir.runner import parallel
-from scir.runner.run import run_recipe
-from scir.runner.work import open_run
-from scir.runner.state import State
-from scir.runner.plan import Step, file_name, prerequisites, plan
-from scir.runner.locks import is_locked
-from scir.runner.parallel import visible_gpus
-from scir.runner.parallel import run_step, run_parallel
 from scir.runner.execute import notebook_of
+from scir.runner.locks import is_locked
 from scir.runner.manifest import now
-from scir.runner.work import reason
-from scir.recipe import load_recipe
+from scir.runner.parallel import visible_gpus, run_step, run_parallel
+from scir.runner.plan import Step, file_name, prerequisites, plan
+from scir.runner.run import run_recipe
+from scir.runner.state import State
+from scir.runner.work import open_run, reason
 from scir.store import hash_path, read_json
 
 from helpers import ROOT
+
 
 SWEEP = ("--set", "seeds=[0, 1]", "--set", "iterations=1")
 
@@ -168,8 +165,16 @@ def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
     with parallel.job_executor(tmp_path, 2) as at:
         with pytest.raises(BrokenExecutor) as killed:
             at.submit(os._exit, 1).result()
-        assert "killed, probably out of memory; rerun, with fewer --jobs if needed" in reason(killed.value)
+        assert "killed, probably out of memory; rerun, with fewer --jobs if prerequisites" in reason(killed.value)
         assert at.submit(divmod, 17, 5).result() == (3, 2)
+
+
+def script(folder, text):
+    (folder / "script.py").write_text(text)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=200
+    )
 
 
 CTRL_C = """
@@ -189,14 +194,7 @@ if __name__ == "__main__":
 
 
 def test_ctrl_c_is_heard_without_tracebacks(tmp_path):
-    (tmp_path / "script.py").write_text(CTRL_C)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = script(tmp_path, CTRL_C)
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt KeyboardInterrupt\n", "")
 
 
@@ -216,15 +214,7 @@ if __name__ == "__main__":
 
 
 def test_jobs_do_not_outlast_a_command_that_is_interrupted_alone(tmp_path):
-    (tmp_path / "script.py").write_text(SIGNALLED)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = script(tmp_path, SIGNALLED)
     assert (done.stdout, done.stderr) == ("KeyboardInterrupt\n", "")
 
 

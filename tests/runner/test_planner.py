@@ -7,9 +7,11 @@ import pytest, torch
 from torch.profiler import ProfilerActivity, profile
 
 from scir import doctor
+from scir.method.rewards import View, margins
+from scir.model.decoding import generate
+from scir.model.weights import for_sampling, for_training, load_base, new_adapter, tiny_tokenizer
+from scir.recipe import SamplingSpec, load_recipe
 from scir.runner import planner
-from scir.model.weights import for_sampling, for_training, load_base, new_adapter, save_tiny, tiny_tokenizer
-from scir.stages.optimise import pair_loss, train
 from scir.runner.planner import (
     ASSUMED,
     MEASURED,
@@ -39,14 +41,13 @@ from scir.runner.planner import (
     skeleton,
     planned_tasks,
 )
-from scir.recipe import SamplingSpec, load_recipe
-from scir.method.rewards import View, margins
-from scir.model.decoding import generate
-from scir.store import Response, read_json, write_rows
+from scir.stages.optimise import pair_loss, train
 from scir.stages.sft import sft_loss
 from scir.stages.warm_start import warm_start_loss
+from scir.store import read_json, write_rows
 
-from helpers import ROOT
+from helpers import ROOT, response
+
 
 LONG = ("sampling.max_new_tokens=120", "sampling.batch_size=32", "train.batch_size=8", "judge.batch_tokens=8192")
 
@@ -57,10 +58,7 @@ class NeverEnds:
     eos_token_id, chat_template = -1, None
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    save_tiny()
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def the_work(stage, recipe, sizes):
@@ -425,9 +423,7 @@ def test_answers_are_as_long_as_those_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr("scir.recipe.root", lambda: tmp_path)
     recipe = load_recipe("recipes/tiny.yaml")
     assert answer_tokens(recipe) == ASSUMED["answer"] * 12
-    row = lambda n: Response(
-        id=f"p/{n}", prompt_id="p", prompt="p", candidate=n, response="x", response_ids=[1] * n, finished=True, seed=0
-    )
+    row = lambda n: response(candidate=n, ids=[1] * n)
     (tmp_path / "data/runs/tiny/seed0/scir/m2").mkdir(parents=True)
     write_rows(tmp_path / "data/runs/tiny/seed0/scir/m2/responses.jsonl", [row(3), row(4)])
     assert answer_tokens(recipe) == 3.5

@@ -9,18 +9,18 @@ import psutil, pytest, typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from scir import cli
+from scir import cli, store
+from scir.recipe import load_recipe
 from scir.runner import processes
-from scir import store
+from scir.runner.manifest import note_failure, start_manifest
 from scir.runner.plan import Step
 from scir.runner.processes import run_announced_steps, without_launcher, join_process_group, launch_line
-from scir.runner.manifest import note_failure, start_manifest
-from scir.runner.work import failure_recorded
 from scir.runner.run import run_recipe
-from scir.recipe import load_recipe
+from scir.runner.work import failure_recorded
 from scir.store import Journal, Prompt, read_rows, local_items, unfinished, unfinished_parts
 
 from helpers import ENVIRONMENT, ROOT, difference, scir, together
+
 
 GRADIENTS = """
 import sys, torch

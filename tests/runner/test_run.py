@@ -3,10 +3,8 @@
 import json, os, subprocess
 from contextlib import nullcontext
 
-import nbformat
 import pandas as pd
-import pytest
-import torch
+import nbformat, pytest, torch
 
 from helpers import BIN, ENV, ROOT, scir
 

@@ -7,10 +7,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from scir.cli import app
-from scir.runner.processes import check_shards, join_process_group
 from scir.recipe import RecipeError, parse_recipe
+from scir.runner.processes import check_shards, join_process_group
 from scir.store import read_rows, sharded
+
 from helpers import ENVIRONMENT, ROOT, difference, together
+
 
 SCRIPT = """
 import sys, torch

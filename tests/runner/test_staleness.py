@@ -1,15 +1,14 @@
 """What makes a finished stage stale: code that it calls, by its meaning."""
 
-import subprocess
-import sys
+import subprocess, sys
 
 import pytest
 
-from helpers import edit
-
+from scir.runner.staleness import Package, code_of, definitions, dependencies
 from scir.runner.state import LOADED, code_hashes
 from scir.stages.files import STAGES
-from scir.runner.staleness import Package, code_of, definitions, dependencies
+
+from helpers import edit
 
 
 def package(**sources):

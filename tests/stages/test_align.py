@@ -1,22 +1,24 @@
 """The win rate, its length-controlled form against AlpacaEval's own, and the judges: logits, rewards, and servers that misbehave."""
 
-import csv, os, signal, socket, subprocess, sys, time, types, urllib.request
+import os, signal, socket, subprocess, sys, time, types, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest, torch
 
+import scir.model.engines as engines
 import scir.model.outside as outside
 import scir.stages.align as alignment
-import scir.model.engines as engines
-from scir.stages.align import Duel, duels, length_controlled, summarise, win_rate
 from scir.model.outside import endpoint_judge, local_judge, parse_verdict, reward_judge, reward_scores
-from scir.statistics import rate
 from scir.model.weights import tiny_model
 from scir.recipe import AlignmentSpec, JudgeSpec
+from scir.stages.align import Duel, duels, length_controlled, summarise, win_rate
+from scir.statistics import rate
 from scir.store import read_rows
+
 from helpers import said, server
+
 
 JUDGE = JudgeSpec(template="Q: {prompt}\nA: {first}\nB: {second}\nA or B?")
 PAIRS = [(str(i), f"Say {i}.", f"{i}" * (i + 1), "none") for i in range(4)]
@@ -70,20 +72,6 @@ def test_interval_of_soft_verdicts_is_narrower_but_no_point():
 # length control
 
 
-@pytest.fixture(scope="session")
-def alpaca(tmp_path_factory):
-    "alpaca_eval, its hub file replaced by a local one; it asks setuptools for pkg_resources, which setuptools no longer has."
-    sys.modules.setdefault("pkg_resources", types.ModuleType("pkg_resources"))
-    pytest.importorskip("alpaca_eval")
-    from alpaca_eval.metrics import glm_winrate
-
-    file = tmp_path_factory.mktemp("alpaca") / "df_gamed.csv"
-    with open(file, "w", newline="") as f:
-        csv.writer(f).writerows([["model", "index", "instruction_difficulty"]] + [["m", i, 0.0] for i in range(1000)])
-    glm_winrate.hf_hub_download = lambda **_: str(file)
-    return glm_winrate
-
-
 def made_preferences(n, seed, hard, slope=1.5, lean=0.4):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(50, 900, n), rng.integers(50, 700, n)
@@ -113,7 +101,9 @@ def test_agrees_with_alpaca_eval(alpaca, n, seed, hard, lean):
         for q, o, r in zip(p, a, b)
     ]
     try:
-        theirs = alpaca.get_length_controlled_winrate(rows, glm_name="length_controlled_minimal", save_weights_dir=None)
+        theirs = alpaca.metrics.glm_winrate.get_length_controlled_winrate(
+            rows, glm_name="length_controlled_minimal", save_weights_dir=None
+        )
     finally:
         sklearn.set_config(enable_metadata_routing=False)  # they leave it on
     ours = length_controlled(p, a, b)

@@ -7,29 +7,28 @@ from types import SimpleNamespace
 
 import pytest, torch
 
-from scir.runner.verify import verify
-from scir.statistics import metrics
 from scir.data.load import better_side, evaluation_prompts, find_grader, grade, load_pairs, row_split, seed_prompts
-from scir.stages.evaluate import score_summary
 from scir.method.labels import needed_rewards
-from scir.recipe import adapters
-from scir.model.weights import for_scoring, load_tokenizer, tiny_model
-from scir.stages.optimise import replayed, training_pairs
-from scir.recipe import load_recipe
 from scir.method.rewards import View, longer, text_pair
 from scir.method.scores import pair_logps
-from scir.store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows, write_rows
-from scir.stages.warm_start import read_seeds, relabel, seed_row, run as warm_start
+from scir.model.weights import for_scoring, load_tokenizer, tiny_model
+from scir.recipe import adapters, load_recipe
+from scir.runner.verify import verify
+from scir.stages.evaluate import score_summary
+from scir.stages.optimise import replayed, training_pairs
 from scir.stages.sft import seed_pairs
-from helpers import ROOT, scir
+from scir.stages.warm_start import read_seeds, relabel, run as warm_start, seed_row
+from scir.statistics import metrics
+from scir.store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows, write_rows
+
+from helpers import scir
+
 
 GRADER = "def score(prompt, answer):\n    return None if not answer.strip() else len(answer) % 3 / 2\n"
 NODES = "m0", "m1", "scir/m2"
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 @pytest.fixture(scope="module")
