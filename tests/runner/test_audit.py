@@ -17,7 +17,7 @@ from scir.runner.plan import Step, file_name
 from scir.runner.run import run_recipe
 from scir.runner.state import differences, state, status
 from scir.runner.verify import verify
-from scir.runner.work import start_step, do, open_run, reason
+from scir.runner.work import do, do_step, open_run, reason, start_step
 from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 
 from helpers import ROOT, edit, edited, scir
