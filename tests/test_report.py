@@ -11,12 +11,12 @@ from scipy.stats import t as student
 
 from scir.report import claims, compare as comparing, document, figures, gather as gathering, tables as tabling
 from scir.report.gather import AT, Gathered, answer_frame
-from scir.report.compare import compare, last, share_gap
-from scir.report.claims import firm
+from scir.report.compare import compare, last, rate_gap
+from scir.report.claims import significant
 from scir.report.gather import gather
 from scir.statistics import derive, grouped, rate
 from scir.recipe import ARMS, all_nodes, dump_recipe, parse_recipe
-from scir.report.figures import course
+from scir.report.figures import training_curve
 from scir.report.document import tables
 from scir.store import Grade, Response, Score, write_json, write_rows, write_text
 
@@ -195,7 +195,7 @@ def test_summary_by_hand():
     row = tabling.reward_table(
         tabling.summary(gathered(pairs("sft", 1, "++-+", "+--+"), pairs("sft", 1, "++++", "----", seed=1)))
     ).iloc[0]
-    assert row["accuracy where they agree"].startswith("67% of 3 [") and row["judge accuracy"].startswith("88% [")
+    assert row["accuracy on agreed pairs"].startswith("67% of 3 [") and row["judge accuracy"].startswith("88% [")
     assert row["judge accuracy"].endswith("(75%-100%)")
 
 
@@ -216,7 +216,9 @@ def test_a_third_reward_model_is_shown():
     )
     assert tabling.reward_table(tabling.summary(g)).iloc[0]["pointwise accuracy"].startswith("50%")
     panel = g._replace(pairs=g.pairs.assign(set="panel"))
-    assert claims.headline(panel)[0].startswith("The internal reward models disagreed on 25%")
+    assert claims.headline(panel)[0].startswith(
+        "On pairs of M_1's own answers, the internal reward models disagree on 25%"
+    )
 
 
 # differences
@@ -236,7 +238,7 @@ def test_arms_meet_on_the_same_pair_of_the_same_seed():
     a, b = comparing.matched(last(g), "scir", "srlm", "held-out")
     assert (a.index == b.index).all()
     assert (a.agree.astype(int) - b.agree.astype(int)).groupby("seed").sum().to_dict() == {0: 3, 1: -4, 2: 0}
-    assert gap["same_way"] < 3 and not firm(gap | {"low": 0.1, "high": 0.2}, 0)
+    assert gap["same_way"] < 3 and not significant(gap | {"low": 0.1, "high": 0.2}, 0)
 
 
 def test_runs_are_never_pooled():
@@ -264,7 +266,7 @@ def test_arms_are_compared_after_the_same_number_of_iterations():
         *(pairs("scir", t, "++", "++", seed=s) for s, t in ((0, 2), (0, 3), (1, 2))),
     )
     assert set(zip(last(g).arm, last(g).iteration)) == {("sft", 1), ("scir", 2), ("srlm", 2)}
-    assert document.rounds_met(g) == " Compared with scir: srlm as M_2."
+    assert document.compared_iterations(g) == " Compared with scir: srlm at M_2."
 
 
 def test_two_arms_meet_where_both_have_been():
@@ -274,11 +276,11 @@ def test_two_arms_meet_where_both_have_been():
         pairs("sft", 1, *both(60)), *at("scir", {2: 10, 3: 20}), *at("srlm", {2: 0, 3: 20}), *at("scir-static", {2: 10})
     )
     t = comparing.comparisons(g).query("quantity == 'judge accuracy'").set_index("arms")
-    assert t["as"].to_dict() == {"scir - M_1": "M_3", "scir - srlm": "M_3", "scir - scir-static": "M_2"}
+    assert t["iteration"].to_dict() == {"scir - M_1": "M_3", "scir - srlm": "M_3", "scir - scir-static": "M_2"}
     assert t.difference.round(3).to_dict() == {"scir - M_1": -0.333, "scir - srlm": 0, "scir - scir-static": 0}
-    assert document.rounds_met(g) == " Compared with scir: srlm as M_3; scir-static as M_2."
+    assert document.compared_iterations(g) == " Compared with scir: srlm at M_3; scir-static at M_2."
     assert set(figures.contrasted(g, "held-out")[0].iteration) == {1, 3}
-    assert set(tabling.ablation_table(g)["as"]) == {"M_2"}
+    assert set(tabling.ablation_table(g)["iteration"]) == {"M_2"}
     assert {a: d.iteration.max() for a, d in figures.latest(g).items()} == {
         "sft": 1,
         "srlm": 3,
@@ -310,7 +312,7 @@ def test_no_width_is_no_certainty():
     ],
 )
 def test_firm(low, high, p, same, is_firm):
-    assert firm({"low": low, "high": high, "seeds": 2, "same_way": same}, p) == is_firm
+    assert significant({"low": low, "high": high, "seeds": 2, "same_way": same}, p) == is_firm
 
 
 def test_holm_within_a_family():
@@ -333,15 +335,15 @@ def test_share_gap_of_independent_shares_is_newcombes():
     rows = lambda k, n, who: pd.DataFrame(
         {"hit": [1.0] * k + [0.0] * (n - k), "prompt": [f"{who}{i}" for i in range(n)], "run": "r", "seed": 0}
     )
-    gap = share_gap(rows(56, 70, "a"), rows(48, 80, "b"))
+    gap = rate_gap(rows(56, 70, "a"), rows(48, 80, "b"))
     assert (gap["difference"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
     assert gap["p"] < 0.05 and gap["n"] == 80
-    assert share_gap(rows(48, 80, "b"), rows(56, 70, "a"))["low"] == pytest.approx(-0.3339, abs=1e-4)
-    few = share_gap(rows(5, 12, "x"), rows(0, 4, "x"))
-    same = share_gap(rows(4, 9, "a"), rows(4, 9, "a"))
+    assert rate_gap(rows(48, 80, "b"), rows(56, 70, "a"))["low"] == pytest.approx(-0.3339, abs=1e-4)
+    few = rate_gap(rows(5, 12, "x"), rows(0, 4, "x"))
+    same = rate_gap(rows(4, 9, "a"), rows(4, 9, "a"))
     assert same["difference"] == 0 and same["high"] - same["low"] < 0.2, "what both miss alike cancels"
-    assert few["low"] < 0 and few["p"] > 0.05 and share_gap(rows(0, 0, "a"), rows(1, 2, "b")) == {}
-    assert share_gap(rows(1, 2, "a"), rows(1, 2, "a")) | {"low": 0, "high": 0} == {
+    assert few["low"] < 0 and few["p"] > 0.05 and rate_gap(rows(0, 0, "a"), rows(1, 2, "b")) == {}
+    assert rate_gap(rows(1, 2, "a"), rows(1, 2, "a")) | {"low": 0, "high": 0} == {
         "difference": 0,
         "low": 0,
         "high": 0,
@@ -466,7 +468,7 @@ def test_alignment_by_hand():
     t = tabling.alignment_table(g).set_index("model")
     assert t.loc["scir M_2", "win rate"] == "65% [40, 85] (60%-70%)"
     assert t.loc["scir M_2", "length-controlled"] == "55% (55%-55%)" and t.loc["srlm M_2", "win rate"] == "50% [40, 80]"
-    elsewhere = t["reported, second-hand"]
+    elsewhere = t["published (second-hand)"]
     assert list(t.index) == ["scir M_2", "srlm M_2"] and elsewhere["scir M_2"].startswith("14.51 (LC win rate")
     assert "11.37" not in elsewhere["srlm M_2"] and "12.58" in elsewhere["srlm M_2"]
     assert "15.38" in elsewhere["srlm M_2"]
@@ -477,7 +479,7 @@ def test_reported_numbers_say_where_they_are_from():
     t = tabling.reported_table()
     assert t.source.str.contains("second-hand|notes").all()
     assert t[t.arm == "scir"].source.str.contains("second-hand").all() and len(t) == 5
-    assert t.iloc[0]["values"] == "14.51, 18.49, 24.92" and t.iloc[0]["of"] == "M_2 to M_4"
+    assert t.iloc[0]["values"] == "14.51, 18.49, 24.92" and t.iloc[0]["iterations"] == "M_2 to M_4"
 
 
 # claims
@@ -520,7 +522,7 @@ def test_significant_needs_every_seed():
         *(pairs("sft", 1, *both(60), seed=s) for s in range(3)),
     )
     row = claims.claim_numbers(g).query("claim == 'b'").iloc[0]
-    assert row.verdict == "not significant" and row["seeds so"] == "2 of 3" and row.p_holm < 0.01
+    assert row.verdict == "not significant" and row["agreeing seeds"] == "2 of 3" and row.p_holm < 0.01
 
 
 def test_holm_is_over_all_tests_of_the_table():
@@ -716,7 +718,7 @@ def test_no_claim_without_its_arms(arms):
     assert letters == (set("adfgj") if arms == ("scir",) else set())
     assert bool(len(made["comparisons"])) == ("scir" in arms) and not len(made["ablation"])
     assert set(document.figures(g, made["summary"])) >= {"headline", "inconsistency", "calibration_held-out"}
-    assert ("No claim applies" in document.document(made, claims.headline(g), "", [])) == (not letters)
+    assert ("No claim can be tested" in document.document(made, claims.headline(g), "", [])) == (not letters)
 
 
 def test_arms_without_a_seed_in_common():
@@ -789,20 +791,20 @@ def test_headline_is_generated_from_the_numbers():
     first, answers, second = claims.headline(g)
     s = tabling.summary(g).set_index(["arm", "set"])
     before, srlm, scir = (f"{s.loc[(a, 'panel'), 'inconsistency']:.0%}" for a in ("sft", "srlm", "scir"))
-    start = "The judge and the implicit reward disagreed on"
-    later = f"on {srlm} after self-rewarding training, on {scir} after SCIR."
-    assert first == f"{start} {before} of the pairs of M_1's own answers; {later}"
+    start = "On pairs of M_1's own answers, the judge and the implicit reward disagree on"
+    later = f"{srlm} after self-rewarding training and {scir} after SCIR."
+    assert first == f"{start} {before} for M_1, {later}"
     right = f"{s.loc[('sft', 'own'), 'accuracy_generative']:.0%}"
-    start = "On each model's own answers, the judge was right on"
-    assert second.startswith(f"{start} {right} of the pairs for M_1, on ")
+    start = "On each model's own answers, judge accuracy is"
+    assert second.startswith(f"{start} {right} for M_1, ")
     good = g.answers.groupby("arm").success.mean()
-    later = f"{good.srlm:.0%} after self-rewarding training, {good.scir:.0%} after SCIR."
-    assert answers == f"{good.sft:.0%} of M_1's answers were fully right by the grader; {later}"
+    later = f"{good.srlm:.0%} after self-rewarding training and {good.scir:.0%} after SCIR."
+    assert answers == f"Answers that the grader scores as fully correct: {good.sft:.0%} for M_1, {later}"
     plain = gathered(
         pairs("sft", 1, "++", "+-", set="panel", label=None), pairs("scir", 2, "++", "++", set="panel", label=None)
     )
-    said = "The judge and the implicit reward disagreed on 50% of the pairs of M_1's own answers; on 0% after SCIR."
-    assert claims.headline(plain) == [said]
+    start = "On pairs of M_1's own answers, the judge and the implicit reward disagree on"
+    assert claims.headline(plain) == [f"{start} 50% for M_1 and 0% after SCIR."]
     assert claims.headline(gathered(pairs("base", 0, "+", [0.0]))) == []
 
 
@@ -862,14 +864,16 @@ def test_courses_by_hand():
         + steps("scir", 3, [0.5], inconsistency=0.5)
         + steps("srlm", 2, [1.0, 1.0]),
     )
-    c = course(g, "scir", "retained")
+    c = training_curve(g, "scir", "retained")
     assert (
         c.step.tolist() == [1, 2, 3] and c.value.tolist() == [0.25, 0.75, 0.5] and c.end.tolist() == [False, True, True]
     )
-    assert course(g, "srlm", "retained").value.tolist() == [0.2, 0.2], "of all scored pairs, not of those it chose"
-    assert course(g, "srlm", "loss_consistency").empty and course(g, "srlm", "loss_confidence").empty
-    assert len(course(g, "scir", "loss_consistency")) == 3 and len(course(g, "srlm", "loss_dpo")) == 2
-    assert course(g, "scir", "absent").empty
+    assert training_curve(g, "srlm", "retained").value.tolist() == [0.2, 0.2], (
+        "of all scored pairs, not of those it chose"
+    )
+    assert training_curve(g, "srlm", "loss_consistency").empty and training_curve(g, "srlm", "loss_confidence").empty
+    assert len(training_curve(g, "scir", "loss_consistency")) == 3 and len(training_curve(g, "srlm", "loss_dpo")) == 2
+    assert training_curve(g, "scir", "absent").empty
 
 
 def test_panels():
@@ -1132,7 +1136,7 @@ def test_several_runs_side_by_side(run, tmp_path, quick):
     for name in ("inconsistency", "reward_models", "alignment", "comparisons", "claims", "claim_numbers", "policy"):
         assert set(pd.read_csv(out / f"{name}.csv").run) == {"made", "other"}, name
     assert (out / "made-inconsistency.png").exists() and (out / "other-inconsistency.png").exists()
-    assert (out / "results.md").read_text().count("![Inconsistency per iteration") == 2
+    assert (out / "results.md").read_text().count("![Inconsistency by iteration") == 2
     assert (out / "made-headline.png").exists()
     alone, side = pd.read_csv(run / "report/claims.csv"), pd.read_csv(out / "claims.csv").query("run == 'made'")
     side = side.drop(columns="run").reset_index(drop=True)
@@ -1144,7 +1148,7 @@ def test_runs_of_one_name_are_seeds(run, tmp_path):
     g = gather([run, second])
     assert set(g.models.seed) == {0, 1}
     assert tabling.summary(g).set_index(["arm", "set"]).loc[("scir", "panel"), "seeds"] == 2
-    with pytest.raises(ValueError, match="run made, seed 0: M_0 comes twice") as e:
+    with pytest.raises(ValueError, match="run made, seed 0: M_0 is in two of the folders") as e:
         gather([run, run])
     assert "\n" not in str(e.value)
 
@@ -1187,7 +1191,7 @@ def test_what_is_missing_is_said_and_old_figures_go(run, tmp_path, capsys):
     with open(again / "report/results.md", "a") as f:
         f.write("![](mine.png)")
     document.report(again)
-    line = f"Not evaluated in again, so not in the tables: {gone.relative_to(again).as_posix()}."
+    line = f"again: not evaluated, so missing from the tables: {gone.relative_to(again).as_posix()}."
     assert line in capsys.readouterr().out and line in (again / "report/results.md").read_text()
     assert not list((again / "report").glob("joint_panel.*")) and (again / "report/mine.png").exists()
     assert (again / "report/joint_held-out.png").exists()
