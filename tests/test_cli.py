@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from scir import __version__
-from scir.cli import app, aside
+from scir.cli import app, stdout_to_stderr
 from scir.data.load import split_of
 from scir.stages.evaluate import file_pairs, judge_file
 from scir.export.benchmarks import EXPORTS
@@ -518,7 +518,7 @@ def test_only_a_runs_model_is_shared(tmp_path):
 def test_a_benchmark_is_no_folder(tmp_path):
     one_line(
         ("export", TINY, "--to", "reward_bench", "--data", "data/pairs.jsonl", "--out", tmp_path),
-        "this is a folder",
+        "is a folder",
         code=2,
     )
 
@@ -678,7 +678,7 @@ def test_an_interrupted_sampling_is_continued_but_not_with_another_seed(prompts,
         done = ask(3)
         assert (
             done.exit_code == 130
-            and done.stderr.splitlines()[-1] == "scir: interrupted; the same command goes on"
+            and done.stderr.splitlines()[-1] == "scir: interrupted; rerun the same command to resume"
             and not (tmp_path / "r.jsonl").exists()
         )
     (part,) = tmp_path.glob(".r.*.partial.jsonl")
@@ -704,9 +704,9 @@ def test_a_sampling_that_cannot_be_done(prompts, tmp_path, args, words):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (("--limit", "0"), ("--limit 0", "from 1 on")),
+        (("--limit", "0"), ("--limit 0", "at least 1")),
         (("--split", "foo"), ("--split foo", "train, validation or test")),
-        (("--out", "."), ("--out .", "this is a folder")),
+        (("--out", "."), ("--out .", "is a folder")),
     ],
 )
 def test_options_that_make_no_sense_are_usage(args, words):
@@ -846,10 +846,10 @@ def test_a_damaged_run_is_said_in_json_too(project, tmp_path):
 
 
 def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
-    with aside(True):
+    with stdout_to_stderr(True):
         print("said by us")
         subprocess.run(["echo", "said by another program"])
-    with aside(False):
+    with stdout_to_stderr(False):
         print("shown")
     found = capfd.readouterr()
     assert found.out == "shown\n" and "said by us" in found.err and "said by another program" in found.err
@@ -873,10 +873,10 @@ def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
         *(
             (("run", "recipes/absent.yaml", *more.split()), 2, (words, "scir run --help"))
             for more, words in (
-                ("--jobs 2 --processes 2", "take one of them"),
-                ("--cluster cluster=local", "--cluster: say with --jobs"),
-                ("--jobs 2 --cluster slurm --dry-run", "--cluster slurm: write it as KEY=VALUE"),
-                ("--jobs 2 --cluster timeout_min=[", "--cluster: a value is not YAML"),
+                ("--jobs 2 --processes 2", "use one or the other"),
+                ("--cluster cluster=local", "with --jobs"),
+                ("--jobs 2 --cluster slurm --dry-run", "--cluster slurm: must be KEY=VALUE"),
+                ("--jobs 2 --cluster timeout_min=[", "--cluster: invalid YAML value"),
                 ("--jobs 0", "--jobs"),
                 ("--processes 0", "--processes"),
             )
@@ -948,7 +948,7 @@ def test_ctrl_c_of_a_run_is_one_line_and_the_run_goes_on(tmp_path):
         assert process.wait(60) == 130
     said = (tmp_path / "err").read_text().splitlines()
     assert (
-        said[-1] == "scir: interrupted; the same command goes on"
+        said[-1] == "scir: interrupted; rerun the same command to resume"
         and "Traceback" not in " ".join(said)
         and (tmp_path / "run/manifest.json").exists()
     )

@@ -280,7 +280,7 @@ def test_processes_end_with_the_command(tmp_path, sent, code):
         assert command.wait(40) == code and len(begun) >= 2
     gone, alive = psutil.wait_procs(begun, 10)
     assert not alive and (tmp_path / "err").read_text() == (
-        "scir: interrupted; the same command goes on\n" if sent == signal.SIGINT else ""
+        "scir: interrupted; rerun the same command to resume\n" if sent == signal.SIGINT else ""
     )
 
 
@@ -315,7 +315,7 @@ def ended(sent):
         (
             failed(-9),
             1,
-            "scir: process 1 of 2 was killed (SIGKILL), most often for want of memory; the same command goes on\n",
+            "scir: process 1 of 2 was killed (SIGKILL), probably out of memory; rerun the same command to resume\n",
         ),
         (ended(15), 143, ""),
     ],
@@ -391,7 +391,7 @@ def test_processes_do_not_start_processes_again(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli, "launch", lambda *a: pytest.fail("started"))
     done = CliRunner().invoke(cli.app, ["run", "recipes/absent.yaml", "--processes", "2"])
-    assert done.exit_code == 2 and "WORLD_SIZE=2 says that a launcher has started several" in done.stderr
+    assert done.exit_code == 2 and "a launcher already started several (WORLD_SIZE=2)" in done.stderr
 
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
