@@ -14,7 +14,7 @@ from scir.export.folders import merged
 from scir.export.origin import Origin, lineage, origin
 from scir.export.benchmarks import alpaca_annotations, answer_questions, mt_bench, rewardbench, usable_questions
 from scir.export.folders import check_push, export_adapter, export_dataset, export_merged, plain_chat, whole_folder
-from scir.export.cards import eval_results, model_card, said_measure
+from scir.export.cards import eval_results, model_card, format_measure
 from scir.stages.align import alpaca_eval
 from scir.model.logprobs import encode_prompt, encode_response, encode_turns
 from scir.model.weights import for_scoring, load_base, load_tokenizer, tiny_model
@@ -367,7 +367,7 @@ def test_questions_that_cannot_be_asked():
     assert usable_questions([*bad, ASKED[0]]) == ([ASKED[0]], {"no turns": 5})
     with pytest.raises(ValueError, match="none of 5 questions"):
         usable_questions(bad)
-    with pytest.raises(ValueError, match="question_id 7 comes twice"):
+    with pytest.raises(ValueError, match="duplicate question_id 7"):
         usable_questions([ASKED[0]] * 2)
 
 
@@ -499,7 +499,7 @@ def test_a_card_holds_the_runs_own_numbers(shared, tiny_run, to, library, relati
     for k, r in (
         (k, r) for m in found.values() for k, r in m.items() if isinstance(r, dict) and r.get("value") is not None
     ):
-        assert said_measure(k, r) in card.text
+        assert format_measure(k, r) in card.text
     assert (
         "| DPO's beta | 5.0 |" in card.text
         and "| iteration | M_3 |" in card.text
@@ -619,7 +619,7 @@ def test_a_local_base_is_named_not_located(elsewhere, tmp_path):
         assert (
             "base_model: my-model\n" in said["README.md"]
             and "license: unknown\n" in said["README.md"]
-            and "It was not evaluated." in said["README.md"]
+            and "Not evaluated." in said["README.md"]
         )
         assert (
             "- org/asked\n- other/known\n" in said["README.md"]
@@ -710,16 +710,16 @@ def test_nf4_and_bfloat16_are_said(elsewhere):
     "judge, said",
     [
         ("reward:/home/me/secret/reward-model", "reward-model"),
-        ("http://10.0.0.7:8000/v1", "a model behind a server"),
+        ("http://10.0.0.7:8000/v1", "a model on a server"),
         ("org/judge", "org/judge"),
     ],
 )
 def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
-    from scir.export.cards import won
+    from scir.export.cards import win_rate_sentence
 
     for f in ("recipe.yaml", "manifest.json", f"{NODE}/evaluation/metrics.json"):
         write_text(tmp_path / f, (tiny_run / f).read_text())
-    assert won(origin(str(tmp_path / NODE))) == ""
+    assert win_rate_sentence(origin(str(tmp_path / NODE))) == ""
     write_json(
         tmp_path / NODE / "alignment" / "metrics.json",
         {
@@ -731,11 +731,11 @@ def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge,
             "reference": "m1",
         },
     )
-    assert won(origin(str(tmp_path / NODE))) == ""
+    assert win_rate_sentence(origin(str(tmp_path / NODE))) == ""
     noted(tmp_path, "align", NODE, "alignment/metrics.json")
     text = model_card(origin(str(tmp_path / NODE)), "merged", "x").text
     assert (
-        f"Win rate against the answers of M_1: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text
+        f"Win rate against M_1's answers: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text
         and "secret" not in text
         and "10.0.0.7" not in text
     )
@@ -835,16 +835,14 @@ def test_data_code_and_place_do_not_matter(moved, tmp_path, recipe, monkeypatch)
     (tmp_path / "data/models/tiny-random").symlink_to(recipe.model.name)
     monkeypatch.chdir(tmp_path)
     card = (export_adapter(str(run / NODE), "out"), Path("out/README.md").read_text())[1]
-    assert "model-index" in card and "It was not evaluated." not in card
+    assert "model-index" in card and "Not evaluated." not in card
 
 
 def test_an_evaluation_of_other_settings_is_not_told(moved, tmp_path, at_root):
     run = moved("data.test_limit=11")
     export_adapter(str(run / NODE), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "It was not evaluated." in card and "model-index" not in card and "| evaluation sets | not evaluated |" in card
-    )
+    assert "Not evaluated." in card and "model-index" not in card and "| evaluation sets | not evaluated |" in card
 
 
 # preferences ----------------------------------------------------------------
@@ -951,7 +949,7 @@ def test_replayed_pairs_and_sides(tiny_run, tmp_path):
     said = (tmp_path / "out" / "README.md").read_text()
     assert (
         "2 preference pairs. 1 are the previous model's own answers" in said
-        and "that the judge preferred" in said
+        and "preferred by the judge" in said
         and "1 are labelled seed pairs from data/pairs.jsonl" in said
     )
 
@@ -1006,7 +1004,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert (tmp_path / "empty" / "f").read_text() == "whole"
     write_text(tmp_path / "file", "mine")
     for taken in ("empty", "file"):
-        with pytest.raises(ValueError, match="name a new or an empty folder"):
+        with pytest.raises(ValueError, match="give a new or empty folder"):
             with whole_folder(tmp_path / taken):
                 pass
     assert (tmp_path / "file").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == [
@@ -1019,7 +1017,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 def test_the_current_folder_is_refused(tiny_run, tmp_path, monkeypatch):
     "A built-in base would be made below it, and pushed."
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="name a new folder in it"):
+    with pytest.raises(ValueError, match="give a subfolder"):
         export_dataset(str(tiny_run / NODE), ".")
     assert not list(tmp_path.iterdir())
 
@@ -1030,18 +1028,18 @@ def test_what_cannot_be_exported(tiny_run, tmp_path, at_root):
     write_rows(tmp_path / "run" / "seed0/srlm/m2" / "preferences.jsonl", [])
     noted(tmp_path / "run", "optimise", "seed0/srlm/m2", "preferences.jsonl")
     for model, words in (
-        ("data/models/tiny-random", "not a run's model"),
-        (tiny_run / "seed0/m0", "M_0 is the base model itself"),
+        ("data/models/tiny-random", "not a model of a run"),
+        (tiny_run / "seed0/m0", "M_0 is the base model"),
         (tiny_run / "seed0/scir/m9", "no adapter there"),
-        (tmp_path / "adapter", "not a run's model"),
+        (tmp_path / "adapter", "not a model of a run"),
     ):
         for make in (export_adapter, export_merged):
             with pytest.raises((ValueError, FileNotFoundError), match=words):
                 make(str(model), tmp_path / "out")
     for model, words in (
-        (tiny_run / "seed0/m1", "name the agreed.jsonl"),
+        (tiny_run / "seed0/m1", "give the agreed.jsonl"),
         (tiny_run / "seed0/m1/scores.jsonl", "preferences.jsonl or agreed.jsonl"),
-        (tmp_path / "run" / "seed0/srlm/m2", "no pair in it"),
+        (tmp_path / "run" / "seed0/srlm/m2", "no pairs to export"),
     ):
         with pytest.raises(ValueError, match=words):
             export_dataset(str(model), tmp_path / "out")
@@ -1178,23 +1176,21 @@ def test_a_push_that_is_refused_says_what_to_do(hub, tiny_run, tmp_path):
     )
     assert (
         done.returncode == 1
-        and done.stderr.splitlines()[-1].startswith(
-            "scir: --push me/pairs: the hub does not know the token; run `hf auth login`"
-        )
+        and done.stderr.splitlines()[-1].startswith("scir: --push me/pairs: invalid hub token; run `hf auth login`")
         and (tmp_path / "pairs" / "README.md").exists()
     )
     assert done.stderr.splitlines()[-1].endswith(
-        f"the folder {tmp_path / 'pairs'} is complete, send it with: hf upload me/pairs {tmp_path / 'pairs'} --repo-type dataset --private"
+        f"the folder {tmp_path / 'pairs'} is complete, upload it with: hf upload me/pairs {tmp_path / 'pairs'} --repo-type dataset --private"
     )
 
 
 def test_a_push_that_cannot_work_is_refused_before_anything_is_made(tiny_run, monkeypatch, at_root):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     for to, name, words in (
-        ("merged", "me/x", "no token for the hub; run `hf auth login`"),
-        ("merged", "x", "write it as OWNER/NAME"),
+        ("merged", "me/x", "no hub token; run `hf auth login`"),
+        ("merged", "x", "must be OWNER/NAME"),
         ("merged", "me/x y", "--push me/x y"),
-        ("adapter", "me/x", "tiny-random, is a folder of this machine"),
+        ("adapter", "me/x", "tiny-random, is a local folder"),
     ):
         with pytest.raises(ValueError, match=words):
             check_push(str(tiny_run / NODE), to, name)
