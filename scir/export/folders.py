@@ -228,7 +228,7 @@ def pairs_text(o: Origin, pairs: int, seeds: int, own: bool) -> str:
     text = (
         f"{pairs} preference pairs. {pairs - seeds} are {'this' if own else 'the previous'} model's own answers to "
         f"prompts from {names(d.prompts)}: `chosen` is the side {AGREED if own else LABELLERS[o.recipe.train.label]}; "
-        "no labels by people."
+        "no person labelled them."
     )
     if seeds:
         graded = f" or from the SFT model's answers, labelled by the program {public_name(d.grader)}"
