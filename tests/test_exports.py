@@ -12,7 +12,7 @@ from scir.data.load import load_pairs
 from scir.export.benchmarks import SECTIONS
 from scir.export.folders import merged
 from scir.export.origin import Origin, lineage, origin
-from scir.export.benchmarks import alpaca_annotations, answer_questions, mt_bench, rewardbench, usable_questions
+from scir.export.benchmarks import answer_questions, mt_bench, rewardbench, usable_questions
 from scir.export.folders import check_push, export_adapter, export_dataset, export_merged, plain_chat, whole_folder
 from scir.export.cards import eval_results, model_card, format_measure
 from scir.stages.align import alpaca_eval
@@ -91,6 +91,23 @@ def test_model_outputs_are_read_back(alpaca, tmp_path):
     assert set(found.columns) == {"instruction", "output", "generator", "dataset", "datasplit"} and set(
         found.dataset
     ) == {"self-instruct"}
+
+
+def alpaca_annotations(duels, generator, reference, annotator):
+    "AlpacaEval's annotations.json: output_1 is the reference, preference = 1 + P(the model's output is better)."
+    return [
+        {
+            "instruction": d.instruction,
+            "output_1": d.reference,
+            "generator_1": reference,
+            "output_2": d.output,
+            "generator_2": generator,
+            "dataset": "scir",
+            "annotator": annotator,
+            "preference": None if d.preference is None else 1 + d.preference,
+        }
+        for d in duels
+    ]
 
 
 def test_its_win_rate_is_ours(alpaca):

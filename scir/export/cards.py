@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEANING', 'REFERENCES', 'FIRST', 'PAPER', 'LIMITS', 'LOAD', 'measures', 'format_measure', 'table', 'measures_table',
            'win_rate_sentence', 'eval_results', 'reference_of', 'trained_on', 'data_facts', 'facts', 'settings',
-           'weights_text', 'evaluation_text', 'model_card']
+           'weights_text', 'evaluation_text', 'card_metadata', 'model_card']
 
 # %% ../../nbs/export/03_cards.ipynb #d53669c1
 from pathlib import Path
@@ -226,14 +226,13 @@ def evaluation_text(o: Origin) -> str:
     return "\n\n".join(filter(None, (measures_table(found), MEANING, win_rate_sentence(o))))
 
 # %% ../../nbs/export/03_cards.ipynb #63c289d3
-def model_card(o: Origin, to: str, place: str, licence: str | None = None):  # huggingface_hub.ModelCard
-    "The card of an exported adapter or merged model; `place` is the folder or hub name to load it from."
-    from huggingface_hub import ModelCard, ModelCardData
+def card_metadata(o: Origin, to: str, known: dict, licence: str | None):  # huggingface_hub.ModelCardData
+    "The metadata of a model card; `known` is the base model's `lineage`."
+    from huggingface_hub import ModelCardData
 
-    known, arm = lineage(o.recipe.model), node_parts(o.node)[1]
-    d = o.recipe.data
+    d, arm = o.recipe.data, node_parts(o.node)[1]
     hub = sorted({n for s in (*d.prompts, *d.pairs, *filter(None, [d.instructions])) if (n := on_hub(s))})
-    data = ModelCardData(
+    return ModelCardData(
         base_model=known["base_model"],
         base_model_relation="adapter" if to == "adapter" else "finetune",
         library_name="peft" if to == "adapter" else "transformers",
@@ -244,8 +243,15 @@ def model_card(o: Origin, to: str, place: str, licence: str | None = None):  # h
         eval_results=eval_results(o) or None,
         **licence_of(known, licence),
     )
+
+# %% ../../nbs/export/03_cards.ipynb #7797841c
+def model_card(o: Origin, to: str, place: str, licence: str | None = None):  # huggingface_hub.ModelCard
+    "The card of an exported adapter or merged model; `place` is the folder or hub name to load it from."
+    from huggingface_hub import ModelCard
+
+    known = lineage(o.recipe.model)
     parts = [
-        f"---\n{data.to_yaml()}\n---",
+        f"---\n{card_metadata(o, to, known, licence).to_yaml()}\n---",
         f"# {o.name}",
         weights_text(o, to, known),
         table(facts(o), ["property", "value"]),

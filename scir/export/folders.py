@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGREED', 'LABELLERS', 'SIZES', 'FOLDERS', 'whole_folder', 'plain_chat', 'save_tokenizer', 'write_card', 'merged',
            'stop_where_answers_end', 'finished', 'export_adapter', 'export_merged', 'preference_file', 'signed_margins',
-           'preference_set', 'dataset_card', 'pairs_text', 'export_dataset', 'check_push', 'push']
+           'preference_set', 'dataset_metadata', 'dataset_card', 'pairs_text', 'export_dataset', 'check_push', 'push']
 
 # %% ../../nbs/export/04_folders.ipynb #54160124
 import os, shlex, shutil
@@ -186,23 +186,30 @@ def preference_set(file: Path, o: Origin) -> list:  # dicts with prompt, chosen,
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 
 
-def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = None):  # huggingface_hub.DatasetCard
-    "The card of an exported preference set; `made` is the datasets.Dataset."
+def dataset_metadata(name: str, made, licence: str | None):  # huggingface_hub.DatasetCardData
+    "The metadata of a preference set's card; `made` is the datasets.Dataset."
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard, DatasetCardData
+    from huggingface_hub import DatasetCardData
 
-    own, seeds = file.name == "agreed.jsonl", sum(m is None for m in made[f"margin_{o.recipe.rewards[0]}"])
     data = DatasetCardData(
         license=licence or "unknown",
-        pretty_name=f"{o.name}, preferences",
+        pretty_name=name,
         size_categories=[SIZES[max(0, len(str(len(made))) - 3)]],
         tags=["preference", "dpo", "scir", "trl"],
     )
-    MetadataConfigs(
-        {"default": {"data_files": [{"split": "train", "path": "data/train.parquet"}]}}
-    ).to_dataset_card_data(data)
+    files = {"data_files": [{"split": "train", "path": "data/train.parquet"}]}
+    MetadataConfigs({"default": files}).to_dataset_card_data(data)
     DatasetInfosDict({"default": made.info}).to_dataset_card_data(data)
+    return data
+
+# %% ../../nbs/export/04_folders.ipynb #8a6e001d
+def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = None):  # huggingface_hub.DatasetCard
+    "The card of an exported preference set; `made` is the datasets.Dataset."
+    from huggingface_hub import DatasetCard
+
+    own, seeds = file.name == "agreed.jsonl", sum(m is None for m in made[f"margin_{o.recipe.rewards[0]}"])
+    data = dataset_metadata(f"{o.name}, preferences", made, licence)
     columns = [
         ("prompt, chosen, rejected", "chat messages"),
         ("margin_*", "log-odds of chosen over rejected by each internal reward model of the model that answered"),

@@ -159,15 +159,9 @@ def plot_iterations(found: pd.DataFrame, panels: list, label: str, chance: bool 
     if not panels:
         return None
     ticks = sorted({t for p in panels for t in has(*p[1:]).iteration})
-    fig, axes = plt.subplots(
-        len(rows),
-        len(panels),
-        figsize=(3.6 * len(panels) + 1.8, 2.9 * len(rows) + 0.3),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    look = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    size = (3.6 * len(panels) + 1.8, 2.9 * len(rows) + 0.3)
+    fig, axes = plt.subplots(len(rows), len(panels), figsize=size, **look)
     for (family, arms), across in zip(rows.items(), axes):
         for ax, (title, name, key) in zip(across, panels):
             _iterations(ax, has(name, key), key, arms)
@@ -176,9 +170,9 @@ def plot_iterations(found: pd.DataFrame, panels: list, label: str, chance: bool 
             ax.set_title(title + (f": {family}" if len(rows) > 1 else ""), fontsize=10)
             ax.set_xticks(ticks, [f"M_{i}" for i in ticks])
         _legend(across[-1], across)
-    tops = max(has(name, key)[f"{key}_high"].max() for _, name, key in panels)
+    top = max(has(name, key)[f"{key}_high"].max() for _, name, key in panels)
     floor = min(has(name, key)[f"{key}_low"].min() for _, name, key in panels) - 0.04 if chance else 0
-    axes[0][0].set_ylim(max(floor, 0), min(1.02, 1.08 * tops + 0.02))
+    axes[0][0].set_ylim(max(floor, 0), min(1.02, 1.08 * top + 0.02))
     fig.supylabel(label, fontsize=10)
     return fig
 
