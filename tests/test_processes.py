@@ -427,4 +427,4 @@ def test_launch_line():
 @pytest.mark.parametrize("words", [("--processes", "2"), ("--processes=2",)])
 def test_the_words_for_each_process_lack_those_for_the_launcher(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["scir", "run", "a.yaml", *words, "--dry-run", "--set", "x=1"])
-    assert cli.words_again() == ["run", "a.yaml", "--set", "x=1"]
+    assert cli.command_words() == ["run", "a.yaml", "--set", "x=1"]

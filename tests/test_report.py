@@ -330,7 +330,7 @@ def test_holm_within_a_family():
     assert c.loc["scir - M_1", "p"] == 1
 
 
-def test_share_gap_of_independent_shares_is_newcombes():
+def test_rate_gap_of_independent_rates_is_newcombes():
     "Newcombe 1998, method 10, table II: 56/70 against 48/80 is .2 [.0524, .3339]; few agreed pairs make no certainty."
     rows = lambda k, n, who: pd.DataFrame(
         {"hit": [1.0] * k + [0.0] * (n - k), "prompt": [f"{who}{i}" for i in range(n)], "run": "r", "seed": 0}
@@ -681,7 +681,7 @@ def test_wrong_labels_by_hand():
     "no-gate trains on all 8 pairs, 3 of them wrong; scir on the 5 on which it agrees, 1 of them wrong: 3/8 - 1/5."
     gate = pairs("scir-no-gate", 2, [-3, -3, -1, -0.5, 1, 1, 1, 1.0], [1, 1, -1, 1, 1, 1, 1, 1.0])
     g = gathered(gate, pairs("scir", 2, "-++++---", "-++++++" + "+"), pairs("sft", 1, *both(8)))
-    ours, theirs, m = claims.moved(last(g), "scir-no-gate", "wrong labels", "held-out")
+    ours, theirs, m = claims.ablation_gap(last(g), "scir-no-gate", "wrong labels", "held-out")
     assert ours["value"] == 3 / 8 and theirs["value"] == 1 / 5 and m["difference"] == pytest.approx(3 / 8 - 1 / 5)
     assert m["n"] == 5 and m["low"] < 0 < m["high"]
     row = tabling.ablation_table(g).iloc[0]
@@ -702,7 +702,7 @@ def test_an_arm_that_did_not_train_decides_nothing():
     )
     at = lambda g: {c: v for (c, s), v in verdicts(g).items() if s == "held-out"}
     g = gathered(*frames, models=models())
-    assert at(g)["a"] == at(g)["b"] == at(g)["c"] == "met" and claims.idle(g) == set()
+    assert at(g)["a"] == at(g)["b"] == at(g)["c"] == "met" and claims.untrained_arms(g) == set()
     g = gathered(*frames, models=models(srlm=0))
     assert at(g)["b"] == at(g)["e"] == "-" and at(g)["a"] == "met"
     assert claims.claim_numbers(g).verdict.str.contains("srlm found no pair to train on").any()
