@@ -459,10 +459,10 @@ def test_export_to_reward_bench(node, tmp_path):
 @pytest.mark.parametrize(
     "to, rows, words",
     [
-        ("alpaca_eval", [{"prompt": "Hi"}], ("alpaca_eval", "data.jsonl", "['prompt']", "instruction needed")),
-        ("mt_bench", [{"turns": ["Hi"]}], ("mt_bench", "data.jsonl", "question_id needed")),
+        ("alpaca_eval", [{"prompt": "Hi"}], ("alpaca_eval", "data.jsonl", "['prompt']", "missing instruction")),
+        ("mt_bench", [{"turns": ["Hi"]}], ("mt_bench", "data.jsonl", "missing question_id")),
         ("mt_bench", [{"question_id": 1, "turns": ["Hi"]}] * 2, ("duplicate question_id 1",)),
-        ("reward_bench", [{"prompt": "Hi", "chosen": "x", "rejected": "y"}], ("reward_bench", "subset needed")),
+        ("reward_bench", [{"prompt": "Hi", "chosen": "x", "rejected": "y"}], ("reward_bench", "missing subset")),
         (
             "reward_bench",
             [{"prompt": "Hi", "chosen": "x", "rejected": "y", "subset": s} for s in ("hep-go", "")],

@@ -382,7 +382,7 @@ def test_questions_that_cannot_be_asked():
         {"question_id": 4, "turns": "text"},
     ]
     assert usable_questions([*bad, ASKED[0]]) == ([ASKED[0]], {"no turns": 5})
-    with pytest.raises(ValueError, match="none of 5 questions"):
+    with pytest.raises(ValueError, match="none of the 5 questions"):
         usable_questions(bad)
     with pytest.raises(ValueError, match="duplicate question_id 7"):
         usable_questions([ASKED[0]] * 2)

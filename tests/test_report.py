@@ -685,7 +685,7 @@ def test_wrong_labels_by_hand():
     assert ours["value"] == 3 / 8 and theirs["value"] == 1 / 5 and m["difference"] == pytest.approx(3 / 8 - 1 / 5)
     assert m["n"] == 5 and m["low"] < 0 < m["high"]
     row = tabling.ablation_table(g).iloc[0]
-    assert row["arm - scir"].startswith("+17.5 [") and row.measure.startswith("wrong labels")
+    assert row["arm - scir"].startswith("+17.5 [") and row.measure.startswith("wrong training labels")
     assert row.without == "agreement gate"
 
 
@@ -705,7 +705,7 @@ def test_an_arm_that_did_not_train_decides_nothing():
     assert at(g)["a"] == at(g)["b"] == at(g)["c"] == "met" and claims.untrained_arms(g) == set()
     g = gathered(*frames, models=models(srlm=0))
     assert at(g)["b"] == at(g)["e"] == "-" and at(g)["a"] == "met"
-    assert claims.claim_numbers(g).verdict.str.contains("srlm found no pair to train on").any()
+    assert claims.claim_numbers(g).verdict.str.contains("no pairs to train on: srlm").any()
     assert set(verdicts(gathered(*frames, models=models(scir=0))).values()) == {"-"}
 
 
