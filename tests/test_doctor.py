@@ -10,7 +10,7 @@ from scir.cli import app
 from scir.doctor import (
     Finding,
     adapter_bytes,
-    answered,
+    kernel_python,
     ask,
     constrained,
     context,
@@ -20,7 +20,7 @@ from scir.doctor import (
     examine,
     fits,
     four_bits,
-    from_hub,
+    data_found,
     hub_token,
     kernel,
     lines,
@@ -80,7 +80,7 @@ def test_memory_of_a_container(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, state, mend",
+    "args, state, fix",
     [
         ((None, None, "", None), "ok", ""),
         (("550", None, "", None), "warn", "pip install torch"),
@@ -88,13 +88,13 @@ def test_memory_of_a_container(tmp_path):
         (("550", "12.8", "driver too old", None), "warn", "nvidia-smi"),
     ],
 )
-def test_why_there_is_no_gpu(args, state, mend):
+def test_why_there_is_no_gpu(args, state, fix):
     found = no_gpu(*args)
-    assert found.state == state and mend in found.mend and args[2] in found.finding
+    assert found.state == state and fix in found.fix and args[2] in found.finding
 
 
 @pytest.mark.parametrize(
-    "args, mend",
+    "args, fix",
     [
         ((8, 2, 0.0, {}), "export OMP_NUM_THREADS=2"),
         ((2, 2, 1.5, {}), "export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0"),
@@ -103,9 +103,9 @@ def test_why_there_is_no_gpu(args, state, mend):
         ((1, 2, 9.0, {}), ""),
     ],
 )
-def test_threads(args, mend):
+def test_threads(args, fix):
     found = threads(*args)
-    assert found.mend == mend and found.state == ("warn" if mend else "ok")
+    assert found.fix == fix and found.state == ("warn" if fix else "ok")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_four_bits_are_tried(monkeypatch):
         assert [four_bits(ModelSpec(quantize=q)).state for q in (None, "nf4")] == ["warn", "fault"]
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     found = four_bits(ModelSpec(quantize="nf4"))
-    assert found.state == "fault" and "bitsandbytes" in found.mend
+    assert found.state == "fault" and "bitsandbytes" in found.fix
 
 
 def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
@@ -151,7 +151,7 @@ def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
 
     assert kernel().state == "ok"
     absent = kernel("nobody-has-it")
-    assert absent.state == "fault" and absent.mend == "python -m ipykernel install --sys-prefix --name nobody-has-it"
+    assert absent.state == "fault" and absent.fix == "python -m ipykernel install --sys-prefix --name nobody-has-it"
     (tmp_path / "kernels/dead").mkdir(parents=True)
     (tmp_path / "kernels/dead/kernel.json").write_text(
         json.dumps(
@@ -166,7 +166,7 @@ def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
     dead = kernel("dead", 20)
     assert dead.state == "fault" and "does not start" in dead.finding
     monkeypatch.setattr(KernelProvisionerFactory.instance(), "default_provisioner_name", "scir-absent")
-    assert kernel().mend == "pip install -e ."
+    assert kernel().fix == "pip install -e ."
 
 
 def test_a_kernel_ends_as_a_process_does(tmp_path):
@@ -192,8 +192,8 @@ def test_a_kernel_ends_as_a_process_does(tmp_path):
 
 def test_a_kernel_of_another_python_is_a_fault():
     assert (
-        answered("/usr/bin/python", "/venv/bin/python", "python3", "warm").state == "fault"
-        and answered("/a", "/a", "python3", "warm").finding == "warm"
+        kernel_python("/usr/bin/python", "/venv/bin/python", "python3", "warm").state == "fault"
+        and kernel_python("/a", "/a", "python3", "warm").finding == "warm"
     )
 
 
@@ -227,7 +227,7 @@ def test_a_package_is_imported_and_its_version_compared(monkeypatch):
         "typer", f"{have}; tested with 0.0.1", "warn", "pip install typer==0.0.1"
     )
     assert package("typer>=999", {}) == Finding(
-        "typer", f"{have}, but >=999 is needed", "fault", "pip install 'typer>=999'"
+        "typer", f"{have}, but >=999 is required", "fault", "pip install 'typer>=999'"
     )
     assert package("nobody-has-it>=1", {}) == Finding(
         "nobody-has-it", "not installed", "fault", "pip install 'nobody-has-it>=1'"
@@ -263,7 +263,7 @@ def test_python(version, state):
 def test_locale():
     assert (
         text_encoding("utf8").state == text_encoding("UTF-8").state == "ok"
-        and text_encoding("ANSI_X3.4-1968").mend == "export PYTHONUTF8=1"
+        and text_encoding("ANSI_X3.4-1968").fix == "export PYTHONUTF8=1"
     )
 
 
@@ -271,10 +271,10 @@ def test_disk(tmp_path, monkeypatch):
     assert (
         disk(tmp_path / "not/yet/there", 1, "a row").state == "ok"
         and disk(tmp_path, 1e18, "all").state == "fault"
-        and "du -sh" in disk(tmp_path, 1e18, "all").mend
+        and "du -sh" in disk(tmp_path, 1e18, "all").fix
     )
     monkeypatch.setattr(os, "access", lambda *a: False)
-    assert "may not write" in disk(tmp_path, 1, "a row").finding
+    assert "no write permission" in disk(tmp_path, 1, "a row").finding
 
 
 # a recipe -------------------------------------------------------------------
@@ -296,7 +296,7 @@ def made(**more):
 )
 def test_where_a_model_is(name, offline, state, words):
     found = model_found(name, None, False, offline)
-    assert found.state == state and words in found.finding and (found.state == "ok" or found.mend)
+    assert found.state == state and words in found.finding and (found.state == "ok" or found.fix)
 
 
 def test_a_built_in_model_is_made_later_and_pickled_weights_are_not_enough(tmp_path, monkeypatch):
@@ -353,9 +353,9 @@ def test_data_and_token_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     recipe = made(data={"prompts": ["data/prompts.jsonl", "someone/set:train"]})
     monkeypatch.setattr(doctor, "offline", lambda: False)
-    assert [(f.state, "read_source('someone/set:train')" in f.mend) for f in data(recipe)] == [
+    assert [(f.state, "read_source('someone/set:train')" in f.fix) for f in data(recipe)] == [
         ("warn", True)
-    ] and from_hub("x/y", False, True).state == "fault"
+    ] and data_found("x/y", False, True).state == "fault"
     (tmp_path / "someone___set").mkdir()
     assert [f.finding for f in data(recipe)] == ["someone/set:train: in the cache"]
     for token, state in ((None, "warn"), ("hf_x", "ok")):
@@ -368,7 +368,7 @@ def test_data_and_token_of_the_hub(monkeypatch, tmp_path):
 def test_verdicts_context_optimizer():
     assert (
         verdicts(made()).state == "ok"
-        and verdicts(made(judge={"verdicts": ["First", "Second"]})).mend == "add --set 'judge.verdicts=[A, B]'"
+        and verdicts(made(judge={"verdicts": ["First", "Second"]})).fix == "add --set 'judge.verdicts=[A, B]'"
     )
     assert optimizer(made()) is None and optimizer(made(train={"optimizer": "paged_adamw_8bit"})).state == "fault"
     assert (
@@ -378,9 +378,9 @@ def test_verdicts_context_optimizer():
 
 
 @pytest.mark.parametrize("longest", [300, 1000])
-def test_what_mends_the_context_does(longest):
+def test_the_fix_for_the_context_works(longest):
     warned = fits(1024, 40, longest, 512)
-    left = int(warned.mend.split("max_prompt_tokens=")[1].split()[0])
+    left = int(warned.fix.split("max_prompt_tokens=")[1].split()[0])
     assert (
         warned.state == "warn"
         and fits(1024, 40, left, left).state == "ok"
@@ -394,7 +394,7 @@ def test_a_fault_hides_no_other_and_is_told_once():
         for group, f in examine("recipes/tiny.yaml", ("report_to=wandb", "data.prompts=nope.jsonl"))
         if group == "recipe"
     ]
-    assert [(f.what, f.mend.split()[0]) for f in found if f.state == "fault"] == [("recipe", "pip"), ("data", "add")]
+    assert [(f.what, f.fix.split()[0]) for f in found if f.state == "fault"] == [("recipe", "pip"), ("data", "add")]
     assert {"model", "verdicts", "context"} <= {f.what for f in found}
 
 
@@ -447,12 +447,12 @@ def test_a_check_that_fails_is_a_fault_and_the_others_go_on(monkeypatch):
     )
 
 
-def test_lines_fit_80_columns_and_what_mends_is_whole():
-    mend = "add " + " ".join(f"--set field{i}=value" for i in range(9))
-    shown = lines(Finding("context", "many words " * 30, "warn", mend)).splitlines()
+def test_lines_fit_80_columns_and_the_fix_is_whole():
+    fix = "add " + " ".join(f"--set field{i}=value" for i in range(9))
+    shown = lines(Finding("context", "many words " * 30, "warn", fix)).splitlines()
     assert (
         max(map(len, shown[:-1])) <= 80
-        and shown[-1].strip() == f"mend: {mend}"
+        and shown[-1].strip() == f"fix: {fix}"
         and len({len(l) - len(l.lstrip()) for l in shown[1:]}) == 1
     )
     assert (
@@ -508,14 +508,14 @@ def test_the_command_at_fault(monkeypatch):
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 1 and json.loads(done.stdout) == {
         "findings": [
-            {"group": "machine", "what": "a", "finding": "b", "state": "fault", "mend": "c"},
-            {"group": "machine", "what": "d", "finding": "e", "state": "ok", "mend": ""},
+            {"group": "machine", "what": "a", "finding": "b", "state": "fault", "fix": "c"},
+            {"group": "machine", "what": "d", "finding": "e", "state": "ok", "fix": ""},
         ]
     }
     assert CliRunner().invoke(app, ["doctor"]).stdout.splitlines() == [
         "machine",
         "  fault a           b",
-        " " * 20 + "mend: c",
+        " " * 20 + "fix: c",
         "  ok    d           e",
         "1 fault, 0 warnings, 1 ok",
     ]

@@ -71,7 +71,7 @@ def check_data_and_model(recipe: Recipe, say: bool = True) -> None:
     from scir.doctor import RUN_CHECKS, ask
 
     found = [f for check in RUN_CHECKS for f in ask(check, recipe, True)]
-    line = lambda f: f.finding + (f"; {f.mend}" if f.mend else "")
+    line = lambda f: f.finding + (f"; {f.fix}" if f.fix else "")
     if faults := [line(f) for f in found if f.state == "fault"]:
         raise RecipeError("\n".join(faults))
     for f in found:

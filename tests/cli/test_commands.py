@@ -9,7 +9,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from scir import __version__
-from scir.cli import app, aside
+from scir.cli import app, stdout_to_stderr
 from scir.export.benchmarks import EXPORTS
 from scir.export.folders import FOLDERS
 
@@ -167,10 +167,10 @@ def test_a_damaged_run_is_said_in_json_too(project, tmp_path):
 
 
 def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
-    with aside(True):
+    with stdout_to_stderr(True):
         print("said by us")
         subprocess.run(["echo", "said by another program"])
-    with aside(False):
+    with stdout_to_stderr(False):
         print("shown")
     found = capfd.readouterr()
     assert found.out == "shown\n" and "said by us" in found.err and "said by another program" in found.err
@@ -194,10 +194,10 @@ def test_what_is_printed_on_the_way_goes_to_stderr_under_json(capfd):
         *(
             (("run", "recipes/absent.yaml", *more.split()), 2, (words, "scir run --help"))
             for more, words in (
-                ("--jobs 2 --processes 2", "take one of them"),
-                ("--cluster cluster=local", "--cluster: say with --jobs"),
-                ("--jobs 2 --cluster slurm --dry-run", "--cluster slurm: write it as KEY=VALUE"),
-                ("--jobs 2 --cluster timeout_min=[", "--cluster: a value is not YAML"),
+                ("--jobs 2 --processes 2", "use one or the other"),
+                ("--cluster cluster=local", "with --jobs"),
+                ("--jobs 2 --cluster slurm --dry-run", "--cluster slurm: must be KEY=VALUE"),
+                ("--jobs 2 --cluster timeout_min=[", "--cluster: invalid YAML value"),
                 ("--jobs 0", "--jobs"),
                 ("--processes 0", "--processes"),
             )
@@ -269,7 +269,7 @@ def test_ctrl_c_of_a_run_is_one_line_and_the_run_goes_on(tmp_path):
         assert process.wait(60) == 130
     said = (tmp_path / "err").read_text().splitlines()
     assert (
-        said[-1] == "scir: interrupted; the same command goes on"
+        said[-1] == "scir: interrupted; rerun the same command to resume"
         and "Traceback" not in " ".join(said)
         and (tmp_path / "run/manifest.json").exists()
     )

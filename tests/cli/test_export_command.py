@@ -138,10 +138,10 @@ def test_export_to_reward_bench(node, tmp_path):
 @pytest.mark.parametrize(
     "to, rows, words",
     [
-        ("alpaca_eval", [{"prompt": "Hi"}], ("alpaca_eval", "data.jsonl", "['prompt']", "instruction needed")),
-        ("mt_bench", [{"turns": ["Hi"]}], ("mt_bench", "data.jsonl", "question_id needed")),
-        ("mt_bench", [{"question_id": 1, "turns": ["Hi"]}] * 2, ("question_id 1 comes twice",)),
-        ("reward_bench", [{"prompt": "Hi", "chosen": "x", "rejected": "y"}], ("reward_bench", "subset needed")),
+        ("alpaca_eval", [{"prompt": "Hi"}], ("alpaca_eval", "data.jsonl", "['prompt']", "missing instruction")),
+        ("mt_bench", [{"turns": ["Hi"]}], ("mt_bench", "data.jsonl", "missing question_id")),
+        ("mt_bench", [{"question_id": 1, "turns": ["Hi"]}] * 2, ("duplicate question_id 1",)),
+        ("reward_bench", [{"prompt": "Hi", "chosen": "x", "rejected": "y"}], ("reward_bench", "missing subset")),
         (
             "reward_bench",
             [{"prompt": "Hi", "chosen": "x", "rejected": "y", "subset": s} for s in ("hep-go", "")],
@@ -189,7 +189,7 @@ def test_an_option_that_a_target_does_not_take(tmp_path, args, words):
 def test_only_a_runs_model_is_shared(tmp_path):
     one_line(
         ("export", TINY, "--out", tmp_path / "out", "--to", "adapter"),
-        "not a run's model",
+        "not a model of a run",
         "data/runs/smol/seed0/scir/m2",
     )
 
@@ -197,7 +197,7 @@ def test_only_a_runs_model_is_shared(tmp_path):
 def test_a_benchmark_is_no_folder(tmp_path):
     one_line(
         ("export", TINY, "--to", "reward_bench", "--data", "data/pairs.jsonl", "--out", tmp_path),
-        "this is a folder",
+        "is a folder",
         code=2,
     )
 

@@ -281,9 +281,9 @@ def test_a_request_that_cannot_be_met(pairs, tmp_path, args, words):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (("--limit", "0"), ("--limit 0", "from 1 on")),
+        (("--limit", "0"), ("--limit 0", "at least 1")),
         (("--split", "foo"), ("--split foo", "train, validation or test")),
-        (("--out", "."), ("--out .", "this is a folder")),
+        (("--out", "."), ("--out .", "is a folder")),
     ],
 )
 def test_options_that_make_no_sense_are_usage(args, words):

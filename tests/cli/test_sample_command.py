@@ -104,7 +104,7 @@ def test_an_interrupted_sampling_is_continued_but_not_with_another_seed(prompts,
         done = ask(3)
         assert (
             done.exit_code == 130
-            and done.stderr.splitlines()[-1] == "scir: interrupted; the same command goes on"
+            and done.stderr.splitlines()[-1] == "scir: interrupted; rerun the same command to resume"
             and not (tmp_path / "r.jsonl").exists()
         )
     (part,) = tmp_path.glob(".r.*.partial.jsonl")

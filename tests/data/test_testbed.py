@@ -307,7 +307,7 @@ def test_the_command_writes_them_and_says_their_hashes(made, tmp_path):
     assert told == {"folder": str(tmp_path / "bed"), "sha256": made[1]}
     (tmp_path / "file").write_text("mine")
     refused = CliRunner().invoke(app, ["testbed", "--out", str(tmp_path / "file")])
-    assert refused.exit_code == 2 and "this is a file" in refused.stderr and (tmp_path / "file").read_text() == "mine"
+    assert refused.exit_code == 2 and "is a file" in refused.stderr and (tmp_path / "file").read_text() == "mine"
 
 
 # the column `split` ---------------------------------------------------------

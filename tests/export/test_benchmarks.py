@@ -7,7 +7,6 @@ import pytest
 
 from scir.export.benchmarks import (
     SECTIONS,
-    alpaca_annotations,
     answer_questions,
     mt_bench,
     rewardbench,
@@ -60,6 +59,23 @@ def test_model_outputs_are_read_back(alpaca, tmp_path):
     assert set(found.columns) == {"instruction", "output", "generator", "dataset", "datasplit"} and set(
         found.dataset
     ) == {"self-instruct"}
+
+
+def alpaca_annotations(duels, generator, reference, annotator):
+    "AlpacaEval's annotations.json: output_1 is the reference, preference = 1 + P(the model's output is better)."
+    return [
+        {
+            "instruction": d.instruction,
+            "output_1": d.reference,
+            "generator_1": reference,
+            "output_2": d.output,
+            "generator_2": generator,
+            "dataset": "scir",
+            "annotator": annotator,
+            "preference": None if d.preference is None else 1 + d.preference,
+        }
+        for d in duels
+    ]
 
 
 def test_its_win_rate_is_ours(alpaca):
@@ -264,7 +280,7 @@ def test_questions_that_cannot_be_asked():
         {"question_id": 4, "turns": "text"},
     ]
     assert usable_questions([*bad, ASKED[0]]) == ([ASKED[0]], {"no turns": 5})
-    with pytest.raises(ValueError, match="none of 5 questions"):
+    with pytest.raises(ValueError, match="none of the 5 questions"):
         usable_questions(bad)
-    with pytest.raises(ValueError, match="question_id 7 comes twice"):
+    with pytest.raises(ValueError, match="duplicate question_id 7"):
         usable_questions([ASKED[0]] * 2)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, yaml
 
-from scir.export.cards import eval_results, model_card, said_measure
+from scir.export.cards import eval_results, model_card, format_measure
 from scir.export.folders import export_adapter, export_merged
 from scir.export.origin import Origin, lineage, origin
 from scir.model.weights import load_base, load_tokenizer
@@ -60,7 +60,7 @@ def test_a_card_holds_the_runs_own_numbers(shared, tiny_run, to, library, relati
     for k, r in (
         (k, r) for m in found.values() for k, r in m.items() if isinstance(r, dict) and r.get("value") is not None
     ):
-        assert said_measure(k, r) in card.text
+        assert format_measure(k, r) in card.text
     assert (
         "| DPO's beta | 5.0 |" in card.text
         and "| iteration | M_3 |" in card.text
@@ -164,7 +164,7 @@ def test_a_local_base_is_named_not_located(elsewhere, tmp_path):
         assert (
             "base_model: my-model\n" in said["README.md"]
             and "license: unknown\n" in said["README.md"]
-            and "It was not evaluated." in said["README.md"]
+            and "Not evaluated." in said["README.md"]
         )
         assert (
             "- org/asked\n- other/known\n" in said["README.md"]
@@ -255,16 +255,16 @@ def test_nf4_and_bfloat16_are_said(elsewhere):
     "judge, said",
     [
         ("reward:/home/me/secret/reward-model", "reward-model"),
-        ("http://10.0.0.7:8000/v1", "a model behind a server"),
+        ("http://10.0.0.7:8000/v1", "a model on a server"),
         ("org/judge", "org/judge"),
     ],
 )
 def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge, said):
-    from scir.export.cards import won
+    from scir.export.cards import win_rate_sentence
 
     for f in ("recipe.yaml", "manifest.json", f"{NODE}/evaluation/metrics.json"):
         write_text(tmp_path / f, (tiny_run / f).read_text())
-    assert won(origin(str(tmp_path / NODE))) == ""
+    assert win_rate_sentence(origin(str(tmp_path / NODE))) == ""
     write_json(
         tmp_path / NODE / "alignment" / "metrics.json",
         {
@@ -276,11 +276,11 @@ def test_a_win_rate_is_told_and_its_judge_not_located(tiny_run, tmp_path, judge,
             "reference": "m1",
         },
     )
-    assert won(origin(str(tmp_path / NODE))) == ""
+    assert win_rate_sentence(origin(str(tmp_path / NODE))) == ""
     noted(tmp_path, "align", NODE, "alignment/metrics.json")
     text = model_card(origin(str(tmp_path / NODE)), "merged", "x").text
     assert (
-        f"Win rate against the answers of M_1: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text
+        f"Win rate against M_1's answers: 40.0% [30.0%, 52.0%], n=37, judged by {said}." in text
         and "secret" not in text
         and "10.0.0.7" not in text
     )

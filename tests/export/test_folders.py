@@ -174,7 +174,7 @@ def test_replayed_pairs_and_sides(tiny_run, tmp_path):
     said = (tmp_path / "out" / "README.md").read_text()
     assert (
         "2 preference pairs. 1 are the previous model's own answers" in said
-        and "that the judge preferred" in said
+        and "preferred by the judge" in said
         and "1 are labelled seed pairs from data/pairs.jsonl" in said
     )
 
@@ -227,7 +227,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     assert (tmp_path / "empty" / "f").read_text() == "whole"
     write_text(tmp_path / "file", "mine")
     for taken in ("empty", "file"):
-        with pytest.raises(ValueError, match="name a new or an empty folder"):
+        with pytest.raises(ValueError, match="give a new or empty folder"):
             with whole_folder(tmp_path / taken):
                 pass
     assert (tmp_path / "file").read_text() == "mine" and sorted(f.name for f in tmp_path.iterdir()) == [
@@ -240,7 +240,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 def test_the_current_folder_is_refused(tiny_run, tmp_path, monkeypatch):
     "A built-in base would be made below it, and pushed."
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="name a new folder in it"):
+    with pytest.raises(ValueError, match="give a subfolder"):
         export_dataset(str(tiny_run / NODE), ".")
     assert not list(tmp_path.iterdir())
 
@@ -251,18 +251,18 @@ def test_what_cannot_be_exported(tiny_run, tmp_path, at_root):
     write_rows(tmp_path / "run" / "seed0/srlm/m2" / "preferences.jsonl", [])
     noted(tmp_path / "run", "optimise", "seed0/srlm/m2", "preferences.jsonl")
     for model, words in (
-        ("data/models/tiny-random", "not a run's model"),
-        (tiny_run / "seed0/m0", "M_0 is the base model itself"),
+        ("data/models/tiny-random", "not a model of a run"),
+        (tiny_run / "seed0/m0", "M_0 is the base model"),
         (tiny_run / "seed0/scir/m9", "no adapter there"),
-        (tmp_path / "adapter", "not a run's model"),
+        (tmp_path / "adapter", "not a model of a run"),
     ):
         for make in (export_adapter, export_merged):
             with pytest.raises((ValueError, FileNotFoundError), match=words):
                 make(str(model), tmp_path / "out")
     for model, words in (
-        (tiny_run / "seed0/m1", "name the agreed.jsonl"),
+        (tiny_run / "seed0/m1", "give the agreed.jsonl"),
         (tiny_run / "seed0/m1/scores.jsonl", "preferences.jsonl or agreed.jsonl"),
-        (tmp_path / "run" / "seed0/srlm/m2", "no pair in it"),
+        (tmp_path / "run" / "seed0/srlm/m2", "no pairs to export"),
     ):
         with pytest.raises(ValueError, match=words):
             export_dataset(str(model), tmp_path / "out")

@@ -85,13 +85,11 @@ def test_data_code_and_place_do_not_matter(moved, tmp_path, recipe, monkeypatch)
     (tmp_path / "data/models/tiny-random").symlink_to(recipe.model.name)
     monkeypatch.chdir(tmp_path)
     card = (export_adapter(str(run / NODE), "out"), Path("out/README.md").read_text())[1]
-    assert "model-index" in card and "It was not evaluated." not in card
+    assert "model-index" in card and "Not evaluated." not in card
 
 
 def test_an_evaluation_of_other_settings_is_not_told(moved, tmp_path, at_root):
     run = moved("data.test_limit=11")
     export_adapter(str(run / NODE), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "It was not evaluated." in card and "model-index" not in card and "| evaluation sets | not evaluated |" in card
-    )
+    assert "Not evaluated." in card and "model-index" not in card and "| evaluation sets | not evaluated |" in card

@@ -142,23 +142,21 @@ def test_a_push_that_is_refused_says_what_to_do(hub, tiny_run, tmp_path):
     )
     assert (
         done.returncode == 1
-        and done.stderr.splitlines()[-1].startswith(
-            "scir: --push me/pairs: the hub does not know the token; run `hf auth login`"
-        )
+        and done.stderr.splitlines()[-1].startswith("scir: --push me/pairs: invalid hub token; run `hf auth login`")
         and (tmp_path / "pairs" / "README.md").exists()
     )
     assert done.stderr.splitlines()[-1].endswith(
-        f"the folder {tmp_path / 'pairs'} is complete, send it with: hf upload me/pairs {tmp_path / 'pairs'} --repo-type dataset --private"
+        f"the folder {tmp_path / 'pairs'} is complete, upload it with: hf upload me/pairs {tmp_path / 'pairs'} --repo-type dataset --private"
     )
 
 
 def test_a_push_that_cannot_work_is_refused_before_anything_is_made(tiny_run, monkeypatch, at_root):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     for to, name, words in (
-        ("merged", "me/x", "no token for the hub; run `hf auth login`"),
-        ("merged", "x", "write it as OWNER/NAME"),
+        ("merged", "me/x", "no hub token; run `hf auth login`"),
+        ("merged", "x", "must be OWNER/NAME"),
         ("merged", "me/x y", "--push me/x y"),
-        ("adapter", "me/x", "tiny-random, is a folder of this machine"),
+        ("adapter", "me/x", "tiny-random, is a local folder"),
     ):
         with pytest.raises(ValueError, match=words):
             check_push(str(tiny_run / NODE), to, name)

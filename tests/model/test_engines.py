@@ -573,7 +573,7 @@ def test_an_engine_that_is_not_installed_is_said_before_a_run_and_by_the_doctor(
     monkeypatch.chdir(tmp_path)
     _, (found,) = open_recipe("recipes/tiny.yaml", ("sampling.engine=vllm",))
     assert (
-        found.state == "fault" and found.mend == "pip install 'scir[vllm]'" and engine_here(by(recipe, "vllm")) is None
+        found.state == "fault" and found.fix == "pip install 'scir[vllm]'" and engine_here(by(recipe, "vllm")) is None
     )
 
 
@@ -613,18 +613,18 @@ def test_the_doctor_asks_the_server(recipe):
         assert (
             found.state == "warn"
             and f"serves mine (the only model there; taken for {recipe.model.name}" in found.finding
-            and found.mend.endswith(f"--served-model-name {recipe.model.name}")
+            and found.fix.endswith(f"--served-model-name {recipe.model.name}")
         )
     with serving(recipe, lends=False) as (theirs, at):
         assert (
-            engine_here(theirs) == engine_here(theirs)._replace(state="fault", mend=serve_line(theirs))
+            engine_here(theirs) == engine_here(theirs)._replace(state="fault", fix=serve_line(theirs))
             and "does not load adapters" in engine_here(theirs).finding
         )
     gone = engine_here(theirs)
     assert (
         gone.state == "fault"
         and gone.finding.endswith("no answer: APIConnectionError")
-        and gone.mend == serve_line(theirs)
+        and gone.fix == serve_line(theirs)
     )
 
 

@@ -47,7 +47,7 @@ def test_significant_needs_every_seed():
         *(pairs("sft", 1, *both(60), seed=s) for s in range(3)),
     )
     row = claims.claim_numbers(g).query("claim == 'b'").iloc[0]
-    assert row.verdict == "not significant" and row["seeds so"] == "2 of 3" and row.p_holm < 0.01
+    assert row.verdict == "not significant" and row["agreeing seeds"] == "2 of 3" and row.p_holm < 0.01
 
 
 def test_holm_is_over_all_tests_of_the_table():
@@ -206,11 +206,11 @@ def test_wrong_labels_by_hand():
     "no-gate trains on all 8 pairs, 3 of them wrong; scir on the 5 on which it agrees, 1 of them wrong: 3/8 - 1/5."
     gate = pairs("scir-no-gate", 2, [-3, -3, -1, -0.5, 1, 1, 1, 1.0], [1, 1, -1, 1, 1, 1, 1, 1.0])
     g = gathered(gate, pairs("scir", 2, "-++++---", "-++++++" + "+"), pairs("sft", 1, *both(8)))
-    ours, theirs, m = claims.moved(last(g), "scir-no-gate", "wrong labels", "held-out")
+    ours, theirs, m = claims.ablation_gap(last(g), "scir-no-gate", "wrong labels", "held-out")
     assert ours["value"] == 3 / 8 and theirs["value"] == 1 / 5 and m["difference"] == pytest.approx(3 / 8 - 1 / 5)
     assert m["n"] == 5 and m["low"] < 0 < m["high"]
     row = tabling.ablation_table(g).iloc[0]
-    assert row["arm - scir"].startswith("+17.5 [") and row.measure.startswith("wrong labels")
+    assert row["arm - scir"].startswith("+17.5 [") and row.measure.startswith("wrong training labels")
     assert row.without == "agreement gate"
 
 
@@ -227,10 +227,10 @@ def test_an_arm_that_did_not_train_decides_nothing():
     )
     at = lambda g: {c: v for (c, s), v in verdicts(g).items() if s == "held-out"}
     g = gathered(*frames, models=models())
-    assert at(g)["a"] == at(g)["b"] == at(g)["c"] == "met" and claims.idle(g) == set()
+    assert at(g)["a"] == at(g)["b"] == at(g)["c"] == "met" and claims.untrained_arms(g) == set()
     g = gathered(*frames, models=models(srlm=0))
     assert at(g)["b"] == at(g)["e"] == "-" and at(g)["a"] == "met"
-    assert claims.claim_numbers(g).verdict.str.contains("srlm found no pair to train on").any()
+    assert claims.claim_numbers(g).verdict.str.contains("no pairs to train on: srlm").any()
     assert set(verdicts(gathered(*frames, models=models(scir=0))).values()) == {"-"}
 
 
@@ -243,7 +243,7 @@ def test_no_claim_without_its_arms(arms):
     assert letters == (set("adfgj") if arms == ("scir",) else set())
     assert bool(len(made["comparisons"])) == ("scir" in arms) and not len(made["ablation"])
     assert set(document.figures(g, made["summary"])) >= {"headline", "inconsistency", "calibration_held-out"}
-    assert ("No claim applies" in document.document(made, claims.headline(g), "", [])) == (not letters)
+    assert ("No claim can be tested" in document.document(made, claims.headline(g), "", [])) == (not letters)
 
 
 def test_arms_without_a_seed_in_common():
@@ -282,18 +282,18 @@ def test_headline_is_generated_from_the_numbers():
     first, answers, second = claims.headline(g)
     s = tabling.summary(g).set_index(["arm", "set"])
     before, srlm, scir = (f"{s.loc[(a, 'panel'), 'inconsistency']:.0%}" for a in ("sft", "srlm", "scir"))
-    start = "The judge and the implicit reward disagreed on"
-    later = f"on {srlm} after self-rewarding training, on {scir} after SCIR."
-    assert first == f"{start} {before} of the pairs of M_1's own answers; {later}"
+    start = "On pairs of M_1's own answers, the judge and the implicit reward disagree on"
+    later = f"{srlm} after self-rewarding training and {scir} after SCIR."
+    assert first == f"{start} {before} for M_1, {later}"
     right = f"{s.loc[('sft', 'own'), 'accuracy_generative']:.0%}"
-    start = "On each model's own answers, the judge was right on"
-    assert second.startswith(f"{start} {right} of the pairs for M_1, on ")
+    start = "On each model's own answers, judge accuracy is"
+    assert second.startswith(f"{start} {right} for M_1, ")
     good = g.answers.groupby("arm").success.mean()
-    later = f"{good.srlm:.0%} after self-rewarding training, {good.scir:.0%} after SCIR."
-    assert answers == f"{good.sft:.0%} of M_1's answers were fully right by the grader; {later}"
+    later = f"{good.srlm:.0%} after self-rewarding training and {good.scir:.0%} after SCIR."
+    assert answers == f"Answers that the grader scores as fully correct: {good.sft:.0%} for M_1, {later}"
     plain = gathered(
         pairs("sft", 1, "++", "+-", set="panel", label=None), pairs("scir", 2, "++", "++", set="panel", label=None)
     )
-    said = "The judge and the implicit reward disagreed on 50% of the pairs of M_1's own answers; on 0% after SCIR."
-    assert claims.headline(plain) == [said]
+    start = "On pairs of M_1's own answers, the judge and the implicit reward disagree on"
+    assert claims.headline(plain) == [f"{start} 50% for M_1 and 0% after SCIR."]
     assert claims.headline(gathered(pairs("base", 0, "+", [0.0]))) == []

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from scir.report import claims, compare as comparing, document, figures, tables as tabling
-from scir.report.claims import firm
-from scir.report.compare import compare, last, share_gap
+from scir.report.claims import significant
+from scir.report.compare import compare, last, rate_gap
 from scir.report.document import tables
 from scir.statistics import rate
 
@@ -27,7 +27,7 @@ def test_arms_meet_on_the_same_pair_of_the_same_seed():
     a, b = comparing.matched(last(g), "scir", "srlm", "held-out")
     assert (a.index == b.index).all()
     assert (a.agree.astype(int) - b.agree.astype(int)).groupby("seed").sum().to_dict() == {0: 3, 1: -4, 2: 0}
-    assert gap["same_way"] < 3 and not firm(gap | {"low": 0.1, "high": 0.2}, 0)
+    assert gap["same_way"] < 3 and not significant(gap | {"low": 0.1, "high": 0.2}, 0)
 
 
 def test_runs_are_never_pooled():
@@ -55,7 +55,7 @@ def test_arms_are_compared_after_the_same_number_of_iterations():
         *(pairs("scir", t, "++", "++", seed=s) for s, t in ((0, 2), (0, 3), (1, 2))),
     )
     assert set(zip(last(g).arm, last(g).iteration)) == {("sft", 1), ("scir", 2), ("srlm", 2)}
-    assert document.rounds_met(g) == " Compared with scir: srlm as M_2."
+    assert document.compared_iterations(g) == " Compared with scir: srlm at M_2."
 
 
 def test_two_arms_meet_where_both_have_been():
@@ -65,11 +65,11 @@ def test_two_arms_meet_where_both_have_been():
         pairs("sft", 1, *both(60)), *at("scir", {2: 10, 3: 20}), *at("srlm", {2: 0, 3: 20}), *at("scir-static", {2: 10})
     )
     t = comparing.comparisons(g).query("quantity == 'judge accuracy'").set_index("arms")
-    assert t["as"].to_dict() == {"scir - M_1": "M_3", "scir - srlm": "M_3", "scir - scir-static": "M_2"}
+    assert t["iteration"].to_dict() == {"scir - M_1": "M_3", "scir - srlm": "M_3", "scir - scir-static": "M_2"}
     assert t.difference.round(3).to_dict() == {"scir - M_1": -0.333, "scir - srlm": 0, "scir - scir-static": 0}
-    assert document.rounds_met(g) == " Compared with scir: srlm as M_3; scir-static as M_2."
+    assert document.compared_iterations(g) == " Compared with scir: srlm at M_3; scir-static at M_2."
     assert set(figures.contrasted(g, "held-out")[0].iteration) == {1, 3}
-    assert set(tabling.ablation_table(g)["as"]) == {"M_2"}
+    assert set(tabling.ablation_table(g)["iteration"]) == {"M_2"}
     assert {a: d.iteration.max() for a, d in figures.latest(g).items()} == {
         "sft": 1,
         "srlm": 3,
@@ -101,7 +101,7 @@ def test_no_width_is_no_certainty():
     ],
 )
 def test_firm(low, high, p, same, is_firm):
-    assert firm({"low": low, "high": high, "seeds": 2, "same_way": same}, p) == is_firm
+    assert significant({"low": low, "high": high, "seeds": 2, "same_way": same}, p) == is_firm
 
 
 def test_holm_within_a_family():
@@ -119,20 +119,20 @@ def test_holm_within_a_family():
     assert c.loc["scir - M_1", "p"] == 1
 
 
-def test_share_gap_of_independent_shares_is_newcombes():
+def test_rate_gap_of_independent_rates_is_newcombes():
     "Newcombe 1998, method 10, table II: 56/70 against 48/80 is .2 [.0524, .3339]; few agreed pairs make no certainty."
     rows = lambda k, n, who: pd.DataFrame(
         {"hit": [1.0] * k + [0.0] * (n - k), "prompt": [f"{who}{i}" for i in range(n)], "run": "r", "seed": 0}
     )
-    gap = share_gap(rows(56, 70, "a"), rows(48, 80, "b"))
+    gap = rate_gap(rows(56, 70, "a"), rows(48, 80, "b"))
     assert (gap["difference"], gap["low"], gap["high"]) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
     assert gap["p"] < 0.05 and gap["n"] == 80
-    assert share_gap(rows(48, 80, "b"), rows(56, 70, "a"))["low"] == pytest.approx(-0.3339, abs=1e-4)
-    few = share_gap(rows(5, 12, "x"), rows(0, 4, "x"))
-    same = share_gap(rows(4, 9, "a"), rows(4, 9, "a"))
+    assert rate_gap(rows(48, 80, "b"), rows(56, 70, "a"))["low"] == pytest.approx(-0.3339, abs=1e-4)
+    few = rate_gap(rows(5, 12, "x"), rows(0, 4, "x"))
+    same = rate_gap(rows(4, 9, "a"), rows(4, 9, "a"))
     assert same["difference"] == 0 and same["high"] - same["low"] < 0.2, "what both miss alike cancels"
-    assert few["low"] < 0 and few["p"] > 0.05 and share_gap(rows(0, 0, "a"), rows(1, 2, "b")) == {}
-    assert share_gap(rows(1, 2, "a"), rows(1, 2, "a")) | {"low": 0, "high": 0} == {
+    assert few["low"] < 0 and few["p"] > 0.05 and rate_gap(rows(0, 0, "a"), rows(1, 2, "b")) == {}
+    assert rate_gap(rows(1, 2, "a"), rows(1, 2, "a")) | {"low": 0, "high": 0} == {
         "difference": 0,
         "low": 0,
         "high": 0,

@@ -257,7 +257,7 @@ def test_several_runs_side_by_side(run, tmp_path, quick):
     for name in ("inconsistency", "reward_models", "alignment", "comparisons", "claims", "claim_numbers", "policy"):
         assert set(pd.read_csv(out / f"{name}.csv").run) == {"made", "other"}, name
     assert (out / "made-inconsistency.png").exists() and (out / "other-inconsistency.png").exists()
-    assert (out / "results.md").read_text().count("![Inconsistency per iteration") == 2
+    assert (out / "results.md").read_text().count("![Inconsistency by iteration") == 2
     assert (out / "made-headline.png").exists()
     alone, side = pd.read_csv(run / "report/claims.csv"), pd.read_csv(out / "claims.csv").query("run == 'made'")
     side = side.drop(columns="run").reset_index(drop=True)
@@ -269,7 +269,7 @@ def test_runs_of_one_name_are_seeds(run, tmp_path):
     g = gather([run, second])
     assert set(g.models.seed) == {0, 1}
     assert tabling.summary(g).set_index(["arm", "set"]).loc[("scir", "panel"), "seeds"] == 2
-    with pytest.raises(ValueError, match="run made, seed 0: M_0 comes twice") as e:
+    with pytest.raises(ValueError, match="run made, seed 0: M_0 is in two of the folders") as e:
         gather([run, run])
     assert "\n" not in str(e.value)
 
@@ -312,7 +312,7 @@ def test_what_is_missing_is_said_and_old_figures_go(run, tmp_path, capsys):
     with open(again / "report/results.md", "a") as f:
         f.write("![](mine.png)")
     document.report(again)
-    line = f"Not evaluated in again, so not in the tables: {gone.relative_to(again).as_posix()}."
+    line = f"again: not evaluated, so missing from the tables: {gone.relative_to(again).as_posix()}."
     assert line in capsys.readouterr().out and line in (again / "report/results.md").read_text()
     assert not list((again / "report").glob("joint_panel.*")) and (again / "report/mine.png").exists()
     assert (again / "report/joint_held-out.png").exists()

@@ -2,7 +2,7 @@
 
 from scir.recipe import ARMS
 from scir.report import document, figures, tables as tabling
-from scir.report.figures import course
+from scir.report.figures import training_curve
 
 from small_reports import gathered, model, pairs, steps
 
@@ -21,14 +21,16 @@ def test_courses_by_hand():
         + steps("scir", 3, [0.5], inconsistency=0.5)
         + steps("srlm", 2, [1.0, 1.0]),
     )
-    c = course(g, "scir", "retained")
+    c = training_curve(g, "scir", "retained")
     assert (
         c.step.tolist() == [1, 2, 3] and c.value.tolist() == [0.25, 0.75, 0.5] and c.end.tolist() == [False, True, True]
     )
-    assert course(g, "srlm", "retained").value.tolist() == [0.2, 0.2], "of all scored pairs, not of those it chose"
-    assert course(g, "srlm", "loss_consistency").empty and course(g, "srlm", "loss_confidence").empty
-    assert len(course(g, "scir", "loss_consistency")) == 3 and len(course(g, "srlm", "loss_dpo")) == 2
-    assert course(g, "scir", "absent").empty
+    assert training_curve(g, "srlm", "retained").value.tolist() == [0.2, 0.2], (
+        "of all scored pairs, not of those it chose"
+    )
+    assert training_curve(g, "srlm", "loss_consistency").empty and training_curve(g, "srlm", "loss_confidence").empty
+    assert len(training_curve(g, "scir", "loss_consistency")) == 3 and len(training_curve(g, "srlm", "loss_dpo")) == 2
+    assert training_curve(g, "scir", "absent").empty
 
 
 def test_panels():

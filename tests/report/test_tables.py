@@ -25,7 +25,7 @@ def test_summary_by_hand():
     row = tabling.reward_table(
         tabling.summary(gathered(pairs("sft", 1, "++-+", "+--+"), pairs("sft", 1, "++++", "----", seed=1)))
     ).iloc[0]
-    assert row["accuracy where they agree"].startswith("67% of 3 [") and row["judge accuracy"].startswith("88% [")
+    assert row["accuracy on agreed pairs"].startswith("67% of 3 [") and row["judge accuracy"].startswith("88% [")
     assert row["judge accuracy"].endswith("(75%-100%)")
 
 
@@ -46,7 +46,9 @@ def test_a_third_reward_model_is_shown():
     )
     assert tabling.reward_table(tabling.summary(g)).iloc[0]["pointwise accuracy"].startswith("50%")
     panel = g._replace(pairs=g.pairs.assign(set="panel"))
-    assert claims.headline(panel)[0].startswith("The internal reward models disagreed on 25%")
+    assert claims.headline(panel)[0].startswith(
+        "On pairs of M_1's own answers, the internal reward models disagree on 25%"
+    )
 
 
 def test_ties_count_for_agreement_but_not_for_accuracy():
@@ -102,7 +104,7 @@ def test_alignment_by_hand():
     t = tabling.alignment_table(g).set_index("model")
     assert t.loc["scir M_2", "win rate"] == "65% [40, 85] (60%-70%)"
     assert t.loc["scir M_2", "length-controlled"] == "55% (55%-55%)" and t.loc["srlm M_2", "win rate"] == "50% [40, 80]"
-    elsewhere = t["reported, second-hand"]
+    elsewhere = t["published (second-hand)"]
     assert list(t.index) == ["scir M_2", "srlm M_2"] and elsewhere["scir M_2"].startswith("14.51 (LC win rate")
     assert "11.37" not in elsewhere["srlm M_2"] and "12.58" in elsewhere["srlm M_2"]
     assert "15.38" in elsewhere["srlm M_2"]
@@ -113,4 +115,4 @@ def test_reported_numbers_say_where_they_are_from():
     t = tabling.reported_table()
     assert t.source.str.contains("second-hand|notes").all()
     assert t[t.arm == "scir"].source.str.contains("second-hand").all() and len(t) == 5
-    assert t.iloc[0]["values"] == "14.51, 18.49, 24.92" and t.iloc[0]["of"] == "M_2 to M_4"
+    assert t.iloc[0]["values"] == "14.51, 18.49, 24.92" and t.iloc[0]["iterations"] == "M_2 to M_4"

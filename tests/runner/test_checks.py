@@ -112,12 +112,12 @@ def test_a_context_is_compared_with_the_rows(tmp_path):
     long = saved(tmp_path / "m", max_position_embeddings=700)
     assert context(tiny(long)).state == "ok" and "may have" not in context(tiny(long)).finding
     sampled = context(tiny(long, "sampling.max_new_tokens=400"))
-    assert sampled.state == "warn" and context(tiny(long, sampled.mend.removeprefix("add --set "))).state == "ok"
+    assert sampled.state == "warn" and context(tiny(long, sampled.fix.removeprefix("add --set "))).state == "ok"
     short = saved(tmp_path / "s", max_position_embeddings=300)
     found = context(tiny(short))
     assert found.state == "fault" and "300 tokens" in found.finding
-    fix = [w for w in found.mend.split(", ")[0].split() if "=" in w]
-    assert context(tiny(short, *fix)).state != "fault" and "keeps" in found.mend
+    fix = [w for w in found.fix.split(", ")[0].split() if "=" in w]
+    assert context(tiny(short, *fix)).state != "fault" and "keeps" in found.fix
     with pytest.raises(RecipeError, match="300 tokens.*add --set data.max_prompt_tokens"):
         check_data_and_model(tiny(short))
 

@@ -499,7 +499,7 @@ def test_what_does_not_fit_is_a_fault_with_settings_that_fit(monkeypatch):
     need = peak("sample", load_recipe("recipes/tiny.yaml"), counted_sizes(load_recipe("recipes/tiny.yaml")), "cuda")
     found = findings(monkeypatch, gpu=0.8 * need / 1e9)["sample"]
     assert found.state == "fault"
-    settings = tuple(s for s in found.mend.replace("add ", "").split() if s != "--set")
+    settings = tuple(s for s in found.fix.replace("add ", "").split() if s != "--set")
     assert findings(monkeypatch, *settings, gpu=0.8 * need / 1e9)["sample"].state == "ok"
     assert "not estimated" in findings(monkeypatch, gpu=24)["hours"].finding
 
@@ -507,10 +507,10 @@ def test_what_does_not_fit_is_a_fault_with_settings_that_fit(monkeypatch):
 def test_smaller_batches_leave_the_optimizer_step_as_it_was():
     recipe = load_recipe("recipes/mistral-7b.yaml")
     assert (
-        doctor.mending("optimise", recipe, lambda r: r.train.batch_size == 1)
+        doctor.smaller_settings("optimise", recipe, lambda r: r.train.batch_size == 1)
         == "add --set train.batch_size=1 --set train.accumulation=16"
     )
-    assert doctor.mending(
+    assert doctor.smaller_settings(
         "optimise", recipe, lambda r: r.train.batch_size == 1 and r.model.gradient_checkpointing == "sequences"
     ).endswith("sequences --set train.batch_size=1 --set train.accumulation=16")
 
@@ -520,7 +520,7 @@ def test_a_model_that_is_nowhere_is_no_plan(monkeypatch):
     assert (
         set(found) == {"plan"}
         and found["plan"].state == "warn"
-        and "hf download somebody/some-model" in found["plan"].mend
+        and "hf download somebody/some-model" in found["plan"].fix
     )
 
 

@@ -241,7 +241,7 @@ def test_processes_end_with_the_command(tmp_path, sent, code):
         assert command.wait(40) == code and len(begun) >= 2
     gone, alive = psutil.wait_procs(begun, 10)
     assert not alive and (tmp_path / "err").read_text() == (
-        "scir: interrupted; the same command goes on\n" if sent == signal.SIGINT else ""
+        "scir: interrupted; rerun the same command to resume\n" if sent == signal.SIGINT else ""
     )
 
 
@@ -276,7 +276,7 @@ def ended(sent):
         (
             failed(-9),
             1,
-            "scir: process 1 of 2 was killed (SIGKILL), most often for want of memory; the same command goes on\n",
+            "scir: process 1 of 2 was killed (SIGKILL), probably out of memory; rerun the same command to resume\n",
         ),
         (ended(15), 143, ""),
     ],
@@ -352,7 +352,7 @@ def test_processes_do_not_start_processes_again(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli, "launch", lambda *a: pytest.fail("started"))
     done = CliRunner().invoke(cli.app, ["run", "recipes/absent.yaml", "--processes", "2"])
-    assert done.exit_code == 2 and "WORLD_SIZE=2 says that a launcher has started several" in done.stderr
+    assert done.exit_code == 2 and "a launcher already started several (WORLD_SIZE=2)" in done.stderr
 
 
 def test_deepspeed_is_refused_with_the_reason(monkeypatch):
@@ -388,4 +388,4 @@ def test_launch_line():
 @pytest.mark.parametrize("words", [("--processes", "2"), ("--processes=2",)])
 def test_the_words_for_each_process_lack_those_for_the_launcher(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["scir", "run", "a.yaml", *words, "--dry-run", "--set", "x=1"])
-    assert cli.words_again() == ["run", "a.yaml", "--set", "x=1"]
+    assert cli.command_words() == ["run", "a.yaml", "--set", "x=1"]
