@@ -217,7 +217,7 @@ def test_every_code_name_in_the_glossary_exists():
 def test_files_that_the_docs_name_exist():
     missing = {
         f"{page.name}: {path}"
-        for page in (ROOT / "README.md", *ROOT.glob("*/*.md"), *ROOT.glob("docs/howto/*.md"))
+        for page in (*ROOT.glob("*.md"), ROOT / "data/README.md", *ROOT.glob("docs/**/*.md"))
         for path in re.findall(r"`((?:nbs|scir|tests|docs|recipes)/[\w./-]+)`", page.read_text())
         if not (ROOT / path).exists()
     }
