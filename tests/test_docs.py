@@ -261,7 +261,51 @@ def test_every_code_name_in_the_glossary_exists():
 def test_files_that_the_docs_name_exist():
     missing = {
         f"{page.name}: {path}"
-        for page in (ROOT / "README.md", *ROOT.glob("*/*.md"), *ROOT.glob("docs/howto/*.md"))
+        for page in (*ROOT.glob("*.md"), ROOT / "data/README.md", *ROOT.glob("docs/**/*.md"))
+        for path in re.findall(r"`((?:nbs|scir|tests|docs|recipes)/[\w./-]+)`", page.read_text())
+        if not (ROOT / path).exists()
+    }
+    assert not missing
+
+
+def in_code(name: str, fields: set, columns: dict) -> bool:
+    "Whether a name of the glossary is a recipe field, a field of a file, or an object of the library."
+    file, _, field = name.partition(": ")
+    if field:
+        return field in columns[file]
+    if not name.startswith("scir."):
+        return name in fields
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_every_code_name_in_the_glossary_exists():
+    from scir import store
+    from scir.recipe import field_names
+    from scir.report.compare import MEASURES
+
+    margins = {f"m_{r}": torch.zeros(1) for r in "GI"}
+    score, seed = store.Score.model_fields.keys(), store.SeedPair.model_fields.keys()
+    columns = dict.fromkeys(("scores.jsonl", "panel.jsonl", "own.jsonl", "held-out.jsonl"), score)
+    columns |= {"seed_pairs.jsonl": seed, "metrics.jsonl": scir_loss(margins, torch.zeros(1)).metrics.keys()}
+    columns["metrics.json"] = {
+        *MEASURES,
+        "rank_correlation",
+        *score_summary([store.Grade(id="", prompt_id="", score=1)]),
+    }
+    text = (ROOT / "docs/glossary.md").read_text()
+    named = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^Code: (.*?)$(?=\n\n|\n?\Z)", text, re.M | re.S)))
+    assert len(named) > 40
+    assert [n for n in named if not in_code(n, field_names(), columns)] == []
+
+
+def test_files_that_the_docs_name_exist():
+    missing = {
+        f"{page.name}: {path}"
+        for page in (*ROOT.glob("*.md"), ROOT / "data/README.md", *ROOT.glob("docs/**/*.md"))
         for path in re.findall(r"`((?:nbs|scir|tests|docs|recipes)/[\w./-]+)`", page.read_text())
         if not (ROOT / path).exists()
     }
