@@ -27,13 +27,14 @@ class Verdicts:
 
 # %% ../../nbs/method/01_judge.ipynb #11e26f11
 def verdict_ids(tokenizer, word: str) -> tuple:
-    "Ids of the single-token spellings of `word`, with and without a leading space; raises ValueError if there are none."
+    "Single-token spellings of `word`, with and without a leading space; raises ValueError if there are none."
     spellings = {tuple(encode_piece(tokenizer, w)) for w in (word, " " + word)}
     spellings.add(tuple(tokenizer.encode(word, add_special_tokens=False)))
     single = tuple(sorted(i[0] for i in spellings if len(i) == 1 and tokenizer.decode(i).strip() == word))
     if not (single and word.strip()):
         raise ValueError(
-            f"{word!r} is not a single token for this model's tokenizer ({sorted(spellings)}), so it cannot be a verdict"
+            f"{word!r} is not a single token for this model's tokenizer ({sorted(spellings)}), "
+            "so it cannot be a verdict"
         )
     return single
 
@@ -56,7 +57,7 @@ def judge_ids(
 
 # %% ../../nbs/method/01_judge.ipynb #f144bace
 def check_template(tokenizer, judge) -> None:
-    "Raise ValueError, with the model's name, if the chat template cannot render the judge's question and system message."
+    "Raise ValueError, with the model's name, if the chat template cannot render the judge's question."
     judge_ids(tokenizer, judge, "", "", "")
 
 # %% ../../nbs/method/01_judge.ipynb #9c4fae52
