@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_messages', 'encode_prompt',
            'encode_turns', 'turn_end', 'encode_response', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right',
-           'hidden_states', 'takes_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps', 'check_projection',
-           'batches', 'in_batches']
+           'hidden_states', 'supports_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps',
+           'check_projection', 'batches', 'in_batches']
 
 # %% ../../nbs/model/02_logprobs.ipynb #02ecdbf7
 import re
@@ -347,17 +347,17 @@ def hidden_states(
 
 # %% ../../nbs/model/02_logprobs.ipynb #c4394cea
 @torch.no_grad()
-def takes_trees(model) -> bool:
+def supports_trees(model) -> bool:
     "Whether sequences in one row come out as they do alone; tried once per model, without its dropout."
     base = body(model)[0]
-    if not hasattr(base, "_takes_trees"):
+    if not hasattr(base, "_supports_trees"):
         dropping = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.training]
         for m in dropping:
             m.eval()
-        base._takes_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same_in_a_tree(model)
+        base._supports_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same_in_a_tree(model)
         for m in dropping:
             m.train()
-    return base._takes_trees
+    return base._supports_trees
 
 
 def _same_in_a_tree(model):
@@ -394,7 +394,7 @@ def hidden_at(
         min(getattr(config, k, None) or float("inf") for k in ("sliding_window", "attention_chunk_size")),
         recompute and torch.is_grad_enabled(),
     )
-    rows = trees(seqs, config.hidden_size if takes_trees(model) and max(map(len, seqs)) <= window else 0)
+    rows = trees(seqs, config.hidden_size if supports_trees(model) and max(map(len, seqs)) <= window else 0)
     groups, wanted = [[t] for t in rows] if recompute else similar(rows, model.device.type), [*wanted, []]
     if sharded():
         groups += [[Tree([0], [0], {len(seqs): [0]})]] * (
