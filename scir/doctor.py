@@ -887,21 +887,21 @@ def engine(recipe) -> Finding | None:
         return Finding("engine", f"vLLM {metadata.version('vllm')}")
     if not name.startswith("http") or not find_spec("openai"):
         return None
-    from scir.model.engines import assumed, connect, lends, serve_line, served
+    from scir.model.engines import assumed_note, connect, loads_adapters, serve_line, list_served
 
     with connect(name, 10) as client:
         try:
-            base, _, named = served(client, recipe)
+            base, _, named = list_served(client, recipe)
         except ValueError as e:
             return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
-        if lends(client) and not named:
+        if loads_adapters(client) and not named:
             return Finding(
                 "engine",
-                f"{name} serves {base}{assumed(recipe, base)} and loads adapters",
+                f"{name} serves {base}{assumed_note(recipe, base)} and loads adapters",
                 "warn",
                 f"look whether it is, and start it with --served-model-name {recipe.model.name}",
             )
-        if lends(client):
+        if loads_adapters(client):
             return Finding("engine", f"{name} serves {base} and loads adapters")
     return Finding("engine", f"{name} serves {base}, and does not load adapters", "fault", serve_line(recipe))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RETRIES', 'NO_ANSWER', 'RANKS', 'BATCHES', 'PATIENCE', 'ENGINES', 'TEMPERATURES', 'Garbled', 'connect', 'complete',
            'transformers_engine', 'stop_ids', 'sampling_params', 'checked_row', 'lora_room', 'vllm_model',
-           'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'served', 'assumed', 'lends', 'lend',
-           'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
+           'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'list_served', 'assumed_note', 'loads_adapters',
+           'load_remote_adapter', 'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
 
 # %% ../../nbs/model/04_engines.ipynb #35b7861b
 import os, shlex
@@ -240,7 +240,7 @@ def server_name(recipe: Recipe) -> str:
     return f"sampling.engine {recipe.sampling.engine}"
 
 # %% ../../nbs/model/04_engines.ipynb #18589f6b
-def served(client, recipe: Recipe) -> tuple:  # M_0's name there, all names there, whether it is ours by name
+def list_served(client, recipe: Recipe) -> tuple:  # M_0's name there, all names there, whether it is ours by name
     "What a server serves. M_0 is the model of the recipe's name or path, or the only one there. Raises ValueError where neither is, or no answer."
     spec, (cards, reason) = (
         recipe.model,
@@ -260,12 +260,12 @@ def served(client, recipe: Recipe) -> tuple:  # M_0's name there, all names ther
     return found[0], {c.id for c in cards}, bool(named)
 
 # %% ../../nbs/model/04_engines.ipynb #9accec79
-def assumed(recipe: Recipe, base: str) -> str:
+def assumed_note(recipe: Recipe, base: str) -> str:
     "What is to be said of a model that is taken for ours."
     return f" (the only model there; taken for {recipe.model.name}, whose name or path {base} is not)"
 
 # %% ../../nbs/model/04_engines.ipynb #eff635c6
-def lends(client) -> bool:
+def loads_adapters(client) -> bool:
     "Whether a server loads adapters: asked for none, one that does says that a name is lacking."
     import httpx, openai
 
@@ -276,7 +276,7 @@ def lends(client) -> bool:
     return True
 
 # %% ../../nbs/model/04_engines.ipynb #b8684f43
-def lend(client, recipe: Recipe, adapter, known: set) -> str:  # the adapter's name there
+def load_remote_adapter(client, recipe: Recipe, adapter, known: set) -> str:  # the adapter's name there
     "Have a server load an adapter, if it is not `known` there. Raises ValueError where it does not."
     import httpx, openai
     from scir.model.weights import safe_adapter
@@ -287,7 +287,7 @@ def lend(client, recipe: Recipe, adapter, known: set) -> str:  # the adapter's n
     try:
         client.post("/load_lora_adapter", cast_to=httpx.Response, body={"lora_name": name, "lora_path": path})
     except openai.OpenAIError as e:
-        if name not in served(client, recipe)[1]:  # else another process was first
+        if name not in list_served(client, recipe)[1]:  # else another process was first
             raise ValueError(
                 f"{server_name(recipe)}: it does not load the adapter {path} ({' '.join(str(e).split())[:200]}); it must be able to read that folder, and be started like this: {serve_line(recipe)}"
             ) from None
@@ -333,12 +333,12 @@ def _server_rows(client, who, model, ends, jobs, spec):
 def server_engine(recipe: Recipe, tokenizer, adapter):  # engine(jobs, spec)
     "M_t behind a server."
     with connect(recipe.sampling.engine, PATIENCE) as client:
-        base, known, named = served(client, recipe)
-        model = lend(client, recipe, adapter, known) if adapter else base
+        base, known, named = list_served(client, recipe)
+        model = load_remote_adapter(client, recipe, adapter, known) if adapter else base
         print(
             f"{server_name(recipe)}: {model}"
             + f", an adapter of {base}" * bool(adapter)
-            + assumed(recipe, base) * (not named),
+            + assumed_note(recipe, base) * (not named),
             flush=True,
         )
         yield partial(_server_rows, client, server_name(recipe), model, stop_ids(recipe.model, tokenizer))
