@@ -893,7 +893,7 @@ def engine(recipe) -> Finding | None:
         try:
             base, _, named = list_served(client, recipe)
         except ValueError as e:
-            return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
+            return Finding("engine", str(e).partition("; start a server with")[0], "fault", serve_line(recipe))
         if loads_adapters(client) and not named:
             return Finding(
                 "engine",

@@ -237,7 +237,7 @@ def test_of_two_processes_one_loads_the_adapter(recipe, adapter, tmp_path):
 def test_a_dying_server_loses_no_row_and_the_same_rows_come_in_the_end(recipe, adapter, tmp_path):
     ours, state = said(recipe, adapter, tmp_path / "ours"), {"well": False}
     with serving(recipe, fault=lambda n, path, body: None if state["well"] or n < 9 else (500, "{}")) as (theirs, at):
-        with pytest.raises(ValueError, match="no answer: InternalServerError 500; what came is kept") as e:
+        with pytest.raises(ValueError, match="no answer: InternalServerError 500; responses so far are kept") as e:
             said(theirs, adapter, tmp_path / "theirs")
         assert "\n" not in str(e.value) and not (tmp_path / "theirs/responses.jsonl").exists()
         kept = len(read_rows(tmp_path / "theirs/responses.partial.jsonl"))
@@ -331,7 +331,7 @@ def test_another_model_is_not_taken_for_ours(recipe, tmp_path):
         ):
             assert engines.list_served(client, theirs)[0] == name
     for cards, words in (
-        ((a, {"id": "c"}), r"none of \['a', 'c'\] is .*; a server is started like this: "),
+        ((a, {"id": "c"}), r"none of \['a', 'c'\] is .*; start a server with: "),
         ((), r"none of \[\] is"),
     ):
         with serving(recipe, fault=listed(*cards)) as (theirs, at):
@@ -361,7 +361,7 @@ def test_the_line_that_starts_a_server_names_what_the_recipe_does():
 def test_nobody_there_is_one_line(recipe, tmp_path):
     with serving(recipe) as (theirs, at):
         pass
-    with pytest.raises(ValueError, match="no answer: APIConnectionError; a server is started like this: ") as e:
+    with pytest.raises(ValueError, match="no answer: APIConnectionError; start a server with: ") as e:
         said(theirs, None, tmp_path)
     assert "\n" not in str(e.value)
 
