@@ -725,18 +725,18 @@ def engine(recipe) -> Finding | None:
         return Finding("engine", f"vLLM {metadata.version('vllm')}")
     if not name.startswith("http") or not find_spec("openai"):
         return None
-    from scir.model.engines import assumed, connect, lends, serve_line, served
+    from scir.model.engines import assumed_note, connect, list_served, loads_adapters, serve_line
 
     with connect(name, 10) as client:
         try:
-            base, _, named = served(client, recipe)
+            base, _, named = list_served(client, recipe)
         except ValueError as e:
-            return Finding("engine", str(e).partition("; a server is started")[0], "fault", serve_line(recipe))
-        loads_adapters = lends(client)
-    if not loads_adapters:
+            return Finding("engine", str(e).partition("; start a server with")[0], "fault", serve_line(recipe))
+        can_load_adapters = loads_adapters(client)
+    if not can_load_adapters:
         return Finding("engine", f"{name} serves {base}, and does not load adapters", "fault", serve_line(recipe))
     if not named:
-        found = f"{name} serves {base}{assumed(recipe, base)} and loads adapters"
+        found = f"{name} serves {base}{assumed_note(recipe, base)} and loads adapters"
         fix = f"check that it is the same model, then start it with --served-model-name {recipe.model.name}"
         return Finding("engine", found, "warn", fix)
     return Finding("engine", f"{name} serves {base} and loads adapters")

@@ -158,7 +158,7 @@ def test_half_written_checkpoints(tmp_path):
     done = run_into(run, *LONG)
     assert (
         done.returncode == 0
-        and f"{newest.parent.name}: not whole, removed" in done.stdout
+        and f"{newest.parent.name}: incomplete, removed" in done.stdout
         and "resuming from" in done.stdout
     ), done.stderr[-2000:]
     equal(run, tmp_path / "whole")

@@ -17,9 +17,9 @@ from scir.method.labels import (
     parse_vote,
     previous_rewards,
     ranking_consistency,
-    standings,
+    mean_margins,
     vote,
-    without_length,
+    length_debiased,
 )
 from scir.model.decoding import generate
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
@@ -64,9 +64,9 @@ def test_labels_fixed_beforehand(label, expected):
 
 
 def test_best_against_worst_by_hand(tokenizer, recipe):
-    assert best_against_worst(THREE, standings(THREE, "generative")) == {"p/0-2": 1.0}
+    assert best_against_worst(THREE, mean_margins(THREE, "generative")) == {"p/0-2": 1.0}
     cyclic = [made("0-1", -0.5), made("0-2", 3.0), made("1-2", 0.0)]  # 0 is best on the whole, though 1 beat it
-    assert best_against_worst(cyclic, standings(cyclic, "generative")) == {"p/0-2": 1.0}
+    assert best_against_worst(cyclic, mean_margins(cyclic, "generative")) == {"p/0-2": 1.0}
     pairs, notes = training_pairs(tokenizer, THREE, recipe.arm("srlm"))
     assert [p.target for p in pairs] == [1.0] and sum(notes["dropped"].values()) == 2
 
@@ -129,7 +129,7 @@ def test_dice_takes_length_off(seed):
                     scores,
                     {
                         r: v - a * l
-                        for (r, v), l in zip(standings(scores, "implicit").items(), lengths.ravel().tolist())
+                        for (r, v), l in zip(mean_margins(scores, "implicit").items(), lengths.ravel().tolist())
                     },
                 ),
             )
@@ -141,7 +141,7 @@ def test_dice_takes_length_off(seed):
 
 def test_dice_leaves_a_reward_that_prefers_short_answers_alone():
     scores = [made("0-1", 1, float(b - a), (a, b), prompt=str(k)) for k, (a, b) in enumerate([(3, 9), (9, 3), (5, 20)])]
-    assert without_length(scores, standings(scores, "implicit"))[1] == 0
+    assert length_debiased(scores, mean_margins(scores, "implicit"))[1] == 0
 
 
 # cream --------------------------------------------------------------------

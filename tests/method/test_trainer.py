@@ -476,7 +476,7 @@ def test_a_model_that_stays_has_no_tracked_steps(run):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("tensorbord", "trackers that transformers knows: .*tensorboard"),
+        ("tensorbord", "a tracker that transformers supports: .*tensorboard"),
         ("azure_ml", "pip install azureml-core$"),
         ("wandb", "pip install wandb$"),
     ],

@@ -91,9 +91,9 @@ def decoded(model, prompt, seed, how):
 class Loaded(ThreadingHTTPServer):
     "vLLM's server as far as it is asked: lists models, loads adapters by path, completes ids. `fault(n, path, body)` may answer (status, text) in its place."
 
-    def __init__(self, spec, fault=lambda n, path, body: None, ids=True, lends=True):
+    def __init__(self, spec, fault=lambda n, path, body: None, ids=True, loads_adapters=True):
         super().__init__(("127.0.0.1", 0), Talk)
-        self.spec, self.fault, self.ids, self.lends = spec, fault, ids, lends
+        self.spec, self.fault, self.ids, self.loads_adapters = spec, fault, ids, loads_adapters
         self.seen, self.models, self.lock, self.most, self.now = (
             [],
             {"served": for_sampling(spec)},
@@ -116,7 +116,7 @@ class Loaded(ThreadingHTTPServer):
                 ]
             }
         if path == "/v1/load_lora_adapter":
-            if not self.lends:
+            if not self.loads_adapters:
                 return 404, {"detail": "Not Found"}
             if "lora_name" not in body or body["lora_name"] in self.models:
                 return 400, {"error": {"message": "already loaded, or no name"}}
@@ -238,7 +238,7 @@ def test_of_two_processes_one_loads_the_adapter(recipe, adapter, tmp_path):
 def test_a_dying_server_loses_no_row_and_the_same_rows_come_in_the_end(recipe, adapter, tmp_path):
     ours, state = said(recipe, adapter, tmp_path / "ours"), {"well": False}
     with serving(recipe, fault=lambda n, path, body: None if state["well"] or n < 9 else (500, "{}")) as (theirs, at):
-        with pytest.raises(ValueError, match="no answer: InternalServerError 500; what came is kept") as e:
+        with pytest.raises(ValueError, match="no answer: InternalServerError 500; responses so far are kept") as e:
             said(theirs, adapter, tmp_path / "theirs")
         assert "\n" not in str(e.value) and not (tmp_path / "theirs/responses.jsonl").exists()
         kept = len(read_rows(tmp_path / "theirs/responses.partial.jsonl"))
@@ -308,7 +308,7 @@ def test_what_a_server_adds_or_cuts_is_not_trained_on(recipe, tmp_path, change, 
 
 
 def test_a_server_that_loads_no_adapters_is_one_line_with_the_way_out(recipe, adapter, tmp_path):
-    with serving(recipe, lends=False) as (theirs, at):
+    with serving(recipe, loads_adapters=False) as (theirs, at):
         with pytest.raises(
             ValueError,
             match="does not load the adapter .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve .* --enable-lora --max-lora-rank 8",
@@ -330,9 +330,9 @@ def test_another_model_is_not_taken_for_ours(recipe, tmp_path):
             serving(recipe, fault=listed(*cards)) as (theirs, at),
             engines.connect(theirs.sampling.engine, 5) as client,
         ):
-            assert engines.served(client, theirs)[0] == name
+            assert engines.list_served(client, theirs)[0] == name
     for cards, words in (
-        ((a, {"id": "c"}), r"none of \['a', 'c'\] is .*; a server is started like this: "),
+        ((a, {"id": "c"}), r"none of \['a', 'c'\] is .*; start a server with: "),
         ((), r"none of \[\] is"),
     ):
         with serving(recipe, fault=listed(*cards)) as (theirs, at):
@@ -362,7 +362,7 @@ def test_the_line_that_starts_a_server_names_what_the_recipe_does():
 def test_nobody_there_is_one_line(recipe, tmp_path):
     with serving(recipe) as (theirs, at):
         pass
-    with pytest.raises(ValueError, match="no answer: APIConnectionError; a server is started like this: ") as e:
+    with pytest.raises(ValueError, match="no answer: APIConnectionError; start a server with: ") as e:
         said(theirs, None, tmp_path)
     assert "\n" not in str(e.value)
 
@@ -615,7 +615,7 @@ def test_the_doctor_asks_the_server(recipe):
             and f"serves mine (the only model there; taken for {recipe.model.name}" in found.finding
             and found.fix.endswith(f"--served-model-name {recipe.model.name}")
         )
-    with serving(recipe, lends=False) as (theirs, at):
+    with serving(recipe, loads_adapters=False) as (theirs, at):
         assert (
             engine_here(theirs) == engine_here(theirs)._replace(state="fault", fix=serve_line(theirs))
             and "does not load adapters" in engine_here(theirs).finding

@@ -8,7 +8,7 @@ from scir.model.logprobs import (
     check_projection,
     hidden_at,
     similar,
-    takes_trees,
+    supports_trees,
     tree_mask,
     trees,
     encode_prompt,
@@ -169,7 +169,7 @@ def branching(pairs):
 def test_hidden_states_do_not_depend_on_the_company(policy, pairs):
     seqs = branching(pairs)
     wanted = [[0, len(s) - 1, len(s) // 2] for s in seqs]
-    assert takes_trees(policy) and sum(len(t.ids) for t in trees(seqs, 64)) < 0.7 * sum(map(len, seqs))
+    assert supports_trees(policy) and sum(len(t.ids) for t in trees(seqs, 64)) < 0.7 * sum(map(len, seqs))
     together = hidden_at(policy, seqs, wanted)
     alone = torch.stack([hidden_states(policy, [s])[0, w] for s, w in zip(seqs, wanted)]).flatten(0, 1)
     assert len(together) == 3 * len(seqs) and torch.allclose(together, alone, atol=1e-5)
@@ -180,7 +180,7 @@ def test_gradient_does_not_depend_on_the_company(make_policy, pairs, recompute):
     grads = []
     for together in (True, False):
         model = make_policy()
-        model.get_base_model()._takes_trees = together
+        model.get_base_model()._supports_trees = together
         logps = response_logps(
             model,
             [p.prompt_ids for p in pairs] * 2,
@@ -198,7 +198,7 @@ def test_recomputing_drops_the_same(make_policy, pairs, recipe):
     grads = []
     for recompute in (False, True):
         model = make_policy(lora=recipe.lora.model_copy(update={"dropout": 0.5})).train()
-        takes_trees(model), torch.manual_seed(0)
+        supports_trees(model), torch.manual_seed(0)
         response_logps(
             model, [pairs[0].prompt_ids] * 2, [pairs[0].ids_a, pairs[0].ids_b], recompute=recompute
         ).sum().backward()
@@ -210,13 +210,13 @@ def test_recomputing_drops_the_same(make_policy, pairs, recipe):
 def test_the_trial_leaves_the_model_as_it_was(make_policy, recipe):
     model = make_policy(lora=recipe.lora.model_copy(update={"dropout": 0.5}))
     before = [m.training for m in model.modules()]
-    assert takes_trees(model) and [m.training for m in model.modules()] == before and len(set(before)) == 2
+    assert supports_trees(model) and [m.training for m in model.modules()] == before and len(set(before)) == 2
 
 
 def test_recomputing_keeps_one_row_at_a_time(make_policy, pairs, monkeypatch):
     calls, model = [], make_policy()
     monkeypatch.setattr(logprobs, "hidden_states", lambda m, rows: (calls.append(len(rows)), hidden_states(m, rows))[1])
-    takes_trees(model), calls.clear()
+    supports_trees(model), calls.clear()
     loss = response_logps(model, [p.prompt_ids for p in pairs], [p.ids_a for p in pairs], recompute=True).sum()
     forward = len(calls)
     loss.backward()
@@ -240,7 +240,7 @@ def test_the_trial_tells_on_a_real_model(recipe, monkeypatch, deaf, dtype, atten
     decoder = model.get_decoder()
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda **kw: forward(**{k: v for k, v in kw.items() if k != deaf}))
-    assert takes_trees(model) == (deaf is None)
+    assert supports_trees(model) == (deaf is None)
 
 
 @pytest.mark.parametrize("deaf", ["position_ids", "attention_mask"])
@@ -249,7 +249,7 @@ def test_a_model_that_does_not_look_where_it_is_told_gets_sequences_alone(make_p
     decoder = model.get_base_model().get_decoder()
     forward = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda **kw: forward(**{k: v for k, v in kw.items() if k != deaf}))
-    assert not takes_trees(model)
+    assert not supports_trees(model)
     p = pairs[0]
     torch.testing.assert_close(
         response_logps(model, [p.prompt_ids] * 2, [p.ids_a, p.ids_b])[1],
