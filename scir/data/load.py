@@ -308,9 +308,9 @@ def in_split(rows: list, split: str, limit: int | None = None) -> list:
 
 # %% ../../nbs/data/03_load.ipynb #4b48139c
 def evaluation_rows(spec: DataSpec) -> dict:  # set -> (list of LabelledPair, drops by reason)
-    """All labelled pairs used for evaluation. A seed source contributes its `spec.evaluate_on` split, under the name of a
-    labelled set or else as `held-out`. Any other source contributes that split if it has a column `split`, otherwise
-    all rows. Raises ValueError for a set without rows."""
+    """All labelled pairs used for evaluation. A seed source contributes its `spec.evaluate_on` split, under the name of
+    a labelled set or else as `held-out`. Any other source contributes that split if it has a column `split`,
+    otherwise all rows. Raises ValueError for a set without rows."""
 
     def load(source):
         rows, dropped = load_pairs(source)

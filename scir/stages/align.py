@@ -205,7 +205,7 @@ def alpaca_eval(
     dataset: str = "scir",  # where the instructions come from
     datasplit: str = "eval",
 ) -> list:  # dicts, in the order of the rows
-    "AlpacaEval's model outputs, candidate 0 of each prompt (https://github.com/tatsu-lab/alpaca_eval#evaluating-a-model)."
+    "AlpacaEval's model outputs: candidate 0 of each prompt (github.com/tatsu-lab/alpaca_eval, evaluating a model)."
     return [
         {
             "instruction": as_text(r.prompt),
