@@ -136,6 +136,7 @@ def plot_steps(steps: pd.DataFrame, panels: dict, window: int = 1):  # panels: l
             if window > 1:
                 ax.plot(steps.step, steps[column], color=color, lw=0.6, alpha=0.4)
         ax.set(xlabel="optimizer step", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if len(columns) > 1:
             ax.legend(fontsize=8)
     return fig
