@@ -22,7 +22,7 @@ from scir.method.labels import (
     vote,
     without_length,
 )
-from scir.stages.optimise import run as optimise, own_share, preference_rows, replayed, training_pairs
+from scir.stages.optimise import run as optimise, retained_fraction, preference_rows, replayed, training_pairs
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
 from scir.model.decoding import generate
 from scir.store import Response, Score, SeedPair, read_rows, write_rows
@@ -357,6 +357,6 @@ def test_replayed_pairs_are_none_of_the_scored_ones_that_were_retained(parent, r
         lines
     ) == pytest.approx(13 / 16)
     assert (
-        own_share([{"retained": 1.0, "replayed": 1.0}]) == 0
-        and own_share([{"retained": 0.5}, {"retained": 1.0}]) == 0.75
+        retained_fraction([{"retained": 1.0, "replayed": 1.0}]) == 0
+        and retained_fraction([{"retained": 0.5}, {"retained": 1.0}]) == 0.75
     )

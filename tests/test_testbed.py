@@ -110,7 +110,7 @@ def test_a_pairs_better_side_is_the_graders():
 
 
 def test_a_pair_whose_sides_are_equally_good_is_left_out(monkeypatch):
-    monkeypatch.setattr("scir.data.testbed.spoiled", lambda sentence, *rest: ("not at all", sentence))
+    monkeypatch.setattr("scir.data.testbed.faulty_answer", lambda sentence, *rest: ("not at all", sentence))
     assert pairs("test") == []
 
 

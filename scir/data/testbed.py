@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENTENCES', 'COMMON', 'LENGTH', 'ASK', 'FAULT_RATES', 'RULES', 'ABOUT', 'GRADERS', 'SIZES', 'sentences', 'words_of',
            'content_words', 'faults', 'given', 'given_words', 'topic_splits', 'vocabulary', 'prompts', 'swapped',
-           'spoiled', 'pairs', 'format_rule', 'format_pairs', 'write_testbed']
+           'faulty_answer', 'pairs', 'format_rule', 'format_pairs', 'write_testbed']
 
 # %% ../../nbs/data/04_testbed.ipynb #afbd616f
 import json, random, re
@@ -130,7 +130,7 @@ FAULT_RATES = {  # fault of the rejected side -> relative frequency
 }
 
 
-def spoiled(sentence: str, asked: list, topic: list, words: list, rng) -> tuple:  # (fault, rejected side)
+def faulty_answer(sentence: str, asked: list, topic: list, words: list, rng) -> tuple:  # (fault, rejected side)
     "A faulty answer derived from a sentence; `topic` has the other sentences of its topic, `words` their words."
     how = rng.choices(list(FAULT_RATES), list(FAULT_RATES.values()))[0]
     other, parts = rng.choice(topic), sentence.split()
@@ -156,7 +156,7 @@ def pairs(split: str, seed: int = 0) -> list:  # dicts with prompt, chosen, reje
         if len(able) < 3:
             continue
         asked = rng.sample(able, 3)
-        how, rejected = spoiled(sentence, asked, [s for s in found[topic] if s != sentence], words[topic], rng)
+        how, rejected = faulty_answer(sentence, asked, [s for s in found[topic] if s != sentence], words[topic], rng)
         prompt = ASK.format(", ".join(asked))
         if given_words(prompt, sentence) > given_words(prompt, rejected):
             out.append({"prompt": prompt, "chosen": sentence, "rejected": rejected, "how": how, "split": split})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_pairs', 'replayed', 'preference_rows', 'pair_loss', 'own_loss', 'chosen_nll', 'label_metrics',
-           'assert_reference', 'run', 'correct_labels', 'own_share', 'train', 'unchanged']
+           'assert_reference', 'run', 'correct_labels', 'retained_fraction', 'train', 'unchanged']
 
 # %% ../../nbs/stages/06_optimise.ipynb #22440b8f
 import math, random, shutil
@@ -160,7 +160,7 @@ def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
         "pairs": own,
         "replayed": len(pairs) - own,
         "steps": len(history),
-        "retained": own_share(history) * own / len(scores),
+        "retained": retained_fraction(history) * own / len(scores),
     }
     return notes | summary | correct_labels(history) | {"final": history[-1]}
 
@@ -171,7 +171,7 @@ def correct_labels(history: list) -> dict:  # empty without a grader
     return {"correct_labels": sum(h["correct"] for h in history if "correct" in h) / graded} if graded else {}
 
 # %% ../../nbs/stages/06_optimise.ipynb #a489f86a
-def own_share(history: list) -> float:
+def retained_fraction(history: list) -> float:
     "Fraction of the arm's own pairs that entered the DPO loss, over all steps; replayed seed pairs don't count."
     seed = [h.get("replayed", 0.0) for h in history]
     return sum(h["retained"] - s for h, s in zip(history, seed)) / (len(history) - sum(seed) or 1.0)
