@@ -177,7 +177,7 @@ def test_a_changed_file_is_read_anew(file):
         ("\n\n", "x.jsonl", "x.jsonl"),
         ('{"prompt": "a"}\n{"prompt": "b', "x.jsonl", "cannot be read"),
         ("not json", "x.json", "cannot be read"),
-        ("prompt", "x.txt", "a file of"),
+        ("prompt", "x.txt", "unknown file type"),
         ("PAR1 no", "x.parquet", "cannot be read"),
         ("prompt\n", "x.csv", "x.csv"),
     ],

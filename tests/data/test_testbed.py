@@ -110,7 +110,7 @@ def test_a_pairs_better_side_is_the_graders():
 
 
 def test_a_pair_whose_sides_are_equally_good_is_left_out(monkeypatch):
-    monkeypatch.setattr("scir.data.testbed.spoiled", lambda sentence, *rest: ("not at all", sentence))
+    monkeypatch.setattr("scir.data.testbed.faulty_answer", lambda sentence, *rest: ("not at all", sentence))
     assert pairs("test") == []
 
 
@@ -225,7 +225,7 @@ def test_a_grader_of_ones_own(mine):
 def test_a_score_out_of_range_is_refused(mine, name):
     for ask in (lambda f: grade(f, "P", "abc"), lambda f: better_side(f, "P", "abc", "")):
         with pytest.raises(
-            ValueError, match=f"data.grader: {name} gave (3|nan) for 'abc'; a score from 0 to 1, or None, is needed"
+            ValueError, match=f"data.grader: {name} returned (3|nan) for 'abc'; return a score from 0 to 1, or None"
         ) as e:
             ask(find_grader(mine(name)))
         assert "\n" not in str(e.value)

@@ -24,7 +24,7 @@ from scir.method.labels import (
 from scir.model.decoding import generate
 from scir.recipe import ARMS, LabelSpec, TrainSpec, parse_recipe
 from scir.stages.consistency import preferences
-from scir.stages.optimise import own_share, preference_rows, replayed, run as optimise, training_pairs
+from scir.stages.optimise import retained_fraction, preference_rows, replayed, run as optimise, training_pairs
 from scir.store import Score, SeedPair, read_rows, write_rows
 
 from helpers import response
@@ -343,6 +343,6 @@ def test_replayed_pairs_are_none_of_the_scored_ones_that_were_retained(parent, r
         lines
     ) == pytest.approx(13 / 16)
     assert (
-        own_share([{"retained": 1.0, "replayed": 1.0}]) == 0
-        and own_share([{"retained": 0.5}, {"retained": 1.0}]) == 0.75
+        retained_fraction([{"retained": 1.0, "replayed": 1.0}]) == 0
+        and retained_fraction([{"retained": 0.5}, {"retained": 1.0}]) == 0.75
     )
