@@ -183,7 +183,7 @@ def test_the_first_process_has_all_rows_before_another_empties_its_file(tmp_path
         store.write_rows(unfinished(out, k), [Prompt(id=i, prompt="?")])
     monkeypatch.setattr(
         store,
-        "meet",
+        "barrier",
         lambda: seen.append(["".join(sorted(r.id for r in read_rows(unfinished(out, k), Prompt))) for k in (0, 1)]),
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
