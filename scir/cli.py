@@ -460,11 +460,10 @@ def run(
     if rank():
         return
     folder = back_to(here, folder)
-    report = folder / "report"
     if json:
-        output(json, {"run": str(folder), "steps": states(*opened(folder)), "tables": table_rows(report)})
+        output(json, {"run": str(folder), "steps": states(*opened(folder)), "tables": table_rows(folder / "report")})
     else:
-        output(json, None, report_text(report))
+        output(json, None, report_text(folder / "report"))
 
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
