@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.load import better_side, find_grader
 from .rewards import Pair, View, margins, text_pair
-from ..model.logprobs import batches, encode_prompt, encode_response, in_batches, response_logps
+from ..model.logprobs import batches, encode_prompt, in_batches, response_logps
 from ..recipe import Recipe
 from ..store import Journal, Response, Score, all_gather, processes, rank, row_seed, local_items, sharded
 
