@@ -266,7 +266,7 @@ def test_a_busy_or_garbled_server_is_asked_again(recipe, tmp_path, monkeypatch, 
     "fault, words",
     [
         ((400, "{}"), "refused: BadRequestError 400"),
-        ((401, "{}"), "answers 401; look at"),
+        ((401, "{}"), "answers 401; check the"),
         ((404, "{}"), "answers 404"),
         ((200, "{"), "no answer: not a completion"),
     ],
@@ -280,7 +280,7 @@ def test_what_stays_wrong_is_one_line(recipe, tmp_path, fault, words):
 
 def test_text_without_ids_is_refused(recipe, tmp_path):
     with serving(recipe, ids=False) as (theirs, at):
-        with pytest.raises(ValueError, match="returns text and no token ids.*sampling.engine=transformers") as e:
+        with pytest.raises(ValueError, match="returns text but no token ids.*sampling.engine=transformers") as e:
             said(theirs, None, tmp_path)
         assert "\n" not in str(e.value)
 
@@ -580,7 +580,7 @@ def test_vllm_has_one_process(recipe, vllm, monkeypatch):
     check_engine(by(recipe, "vllm"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_engine(by(recipe, "transformers"))
-    with pytest.raises(RecipeError, match="one process only; leave --processes out, or start a server"):
+    with pytest.raises(RecipeError, match="one process only; leave out --processes, or start a server"):
         check_engine(by(recipe, "vllm"))
 
 
@@ -596,7 +596,7 @@ def test_numbers_that_vllm_has_not_are_refused_before_a_run(recipe, vllm, monkey
         with pytest.raises(RecipeError, match=rf"^sampling.temperature {value}: .* 0.01 to 2; "):
             check_engine(by(half, "vllm", temperature=value))
     hot = half.model_copy(update={"labels": half.labels.model_copy(update={"temperature": 3.0})})
-    with pytest.raises(RecipeError, match="^labels.temperature 3: sampling.engine http://a/v1 draws"):
+    with pytest.raises(RecipeError, match="^labels.temperature 3: sampling.engine http://a/v1 supports"):
         check_engine(by(hot, "http://a/v1"))
 
 
