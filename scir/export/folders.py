@@ -238,9 +238,11 @@ def pairs_text(o: Origin, pairs: int, seeds: int, own: bool) -> str:
         "no person labelled them."
     )
     if seeds:
-        graded = f" or from the SFT model's answers, labelled by the program {public_name(d.grader)}"
+        graded = ""
+        if d.seed_prompts:
+            graded = f" or from the SFT model's answers, labelled by the program {public_name(d.grader)}"
         text += (
-            f" {seeds} are labelled seed pairs from {names(d.pairs)}{graded if d.seed_prompts else ''}, "
+            f" {seeds} are labelled seed pairs from {names(d.pairs)}{graded}, "
             "replayed to prevent forgetting; they have no margins."
         )
     return text

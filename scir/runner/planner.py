@@ -262,7 +262,7 @@ def emulate_device(kind: str, model):
     use_grouped_attention(base)
     if base.config._attn_implementation in ("sdpa", "grouped"):
         base.set_attn_implementation("grouped" if kind == "cpu" else "sdpa")
-    base._takes_trees = base.config._attn_implementation in ("sdpa", "grouped")
+    base._supports_trees = base.config._attn_implementation in ("sdpa", "grouped")
     with (
         patch("torch.nn.functional.scaled_dot_product_attention", attention_of(kind)),
         patch("scir.model.logprobs.similar", lambda rows, _: by_device(rows, kind)),
@@ -413,7 +413,9 @@ def sampling_peak(
         pool.join([(i, ids, 0) for i, ids in enumerate(rows)])
         pool.logits = None
         for layer in pool.cache.layers:
-            layer.hold([(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32)  # full before its last growth
+            layer.collect(
+                [(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32
+            )  # full before its last growth
             layer.length = layer.keys.shape[2]
             layer.reserve(1)
         mask = torch.ones(len(rows), pool.cache.layers[0].length + 1, dtype=torch.long, device="meta")

@@ -267,7 +267,7 @@ def test_a_busy_or_garbled_server_is_asked_again(recipe, tmp_path, monkeypatch, 
     "fault, words",
     [
         ((400, "{}"), "refused: BadRequestError 400"),
-        ((401, "{}"), "answers 401; look at"),
+        ((401, "{}"), "answers 401; check the"),
         ((404, "{}"), "answers 404"),
         ((200, "{"), "no answer: not a completion"),
     ],
@@ -281,7 +281,7 @@ def test_what_stays_wrong_is_one_line(recipe, tmp_path, fault, words):
 
 def test_text_without_ids_is_refused(recipe, tmp_path):
     with serving(recipe, ids=False) as (theirs, at):
-        with pytest.raises(ValueError, match="returns text and no token ids.*sampling.engine=transformers") as e:
+        with pytest.raises(ValueError, match="returns text but no token ids.*sampling.engine=transformers") as e:
             said(theirs, None, tmp_path)
         assert "\n" not in str(e.value)
 
@@ -551,7 +551,7 @@ def test_pickled_weights_are_handed_to_nobody(recipe, adapter, vllm, tokenizer, 
         ("vlm", "transformers, vllm, or a server's URL"),
         ("ftp://x", "server's URL"),
         ("", "server's URL"),
-        ("http://user:pw@host/v1", "its key belongs in OPENAI_API_KEY"),
+        ("http://user:pw@host/v1", "set the key in OPENAI_API_KEY"),
         ("https://host/v1?key=sk-1", "OPENAI_API_KEY"),
     ],
 )
@@ -581,7 +581,7 @@ def test_vllm_has_one_process(recipe, vllm, monkeypatch):
     check_engine(by(recipe, "vllm"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_engine(by(recipe, "transformers"))
-    with pytest.raises(RecipeError, match="one process only; leave --processes out, or start a server"):
+    with pytest.raises(RecipeError, match="one process only; leave out --processes, or start a server"):
         check_engine(by(recipe, "vllm"))
 
 

@@ -165,7 +165,7 @@ def test_a_process_that_is_killed_leaves_others_to_go_on(tmp_path):
     with parallel.job_executor(tmp_path, 2) as at:
         with pytest.raises(BrokenExecutor) as killed:
             at.submit(os._exit, 1).result()
-        assert "killed, probably out of memory; rerun, with fewer --jobs if prerequisites" in reason(killed.value)
+        assert "killed, probably out of memory; rerun, with fewer --jobs if needed" in reason(killed.value)
         assert at.submit(divmod, 17, 5).result() == (3, 2)
 
 

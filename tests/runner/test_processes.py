@@ -218,7 +218,7 @@ def test_kernels_are_started_outside_the_group(monkeypatch):
     assert given.items() <= os.environ.items()
 
 
-def scir(run, *words):
+def two_processes(run, *words):
     return [Path(sys.executable).parent / "scir", "run", "recipes/tiny.yaml", "--out", run, "--processes", "2", *words]
 
 
@@ -227,7 +227,7 @@ def test_processes_end_with_the_command(tmp_path, sent, code):
     "Ctrl-C is said once; and nobody works on when the command is killed."
     with open(tmp_path / "err", "w") as err:
         command = subprocess.Popen(
-            scir(tmp_path / "run"),
+            two_processes(tmp_path / "run"),
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
@@ -248,7 +248,7 @@ def test_processes_end_with_the_command(tmp_path, sent, code):
 def test_a_faulty_recipe_is_said_once_and_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "launch", lambda *a: pytest.fail("started"))
-    done = CliRunner().invoke(cli.app, [*map(str, scir(tmp_path / "run", "--set", "arms=[external]")[1:])])
+    done = CliRunner().invoke(cli.app, [*map(str, two_processes(tmp_path / "run", "--set", "arms=[external]")[1:])])
     assert (
         done.exit_code == 1
         and done.stderr.startswith("scir: arm external: name its reward model")
