@@ -60,7 +60,7 @@ def plain(text: str) -> str:
 def pages() -> dict:
     """File of the repository -> the page that shows it."""
     docs = {f.relative_to(ROOT): f.relative_to(ROOT / "docs") for f in (ROOT / "docs").glob("**/*.md")}
-    kept = {Path(f"docs/results/{name}/results.md"): Path(f"results/{name}.md") for name in ("smol",)}
+    kept = {Path(f"docs/results/{name}/results.md"): Path(f"results/{name}.md") for name in ("smol", "smol-full")}
     return {str(k): str(v) for k, v in (docs | kept | {f.relative_to(ROOT): p for f, p in notebooks().items()}).items()}
 
 

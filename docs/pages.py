@@ -287,7 +287,7 @@ def extra() -> dict:  # page -> text
     folders = {f"{folder}/index.md": folder_page(folder) for folder in FOLDERS}
     return (
         folders
-        | {f"results/{run}.md": report(run) for run in ("smol",)}
+        | {f"results/{run}.md": report(run) for run in ("smol", "smol-full")}
         | ({"changelog.md": log.read_text()} if log.exists() else {})
     )
 
