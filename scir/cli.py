@@ -6,7 +6,7 @@
 __all__ = ['CODES', 'UsageError', 'RESUMABLE', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json',
            'EXAMPLES', 'fail', 'one_line', 'reader_gone', 'usage_text', 'error_text', 'OneLine', 'show_version', 'main',
            'positive', 'known_split', 'not_a_folder', 'stdout_to_stderr', 'output', 'strict', 'computing',
-           'model_and_recipe', 'usable_tokenizer', 'check_model', 'result_line', 'output_results', 'tables',
+           'model_and_recipe', 'usable_tokenizer', 'check_model', 'result_line', 'output_results', 'report_tables',
            'report_text', 'table_rows', 'command_words', 'launch', 'back_to', 'show_plan', 'check_options',
            'cluster_settings', 'run', 'opened', 'states', 'status', 'report', 'verify', 'judge', 'sample',
            'check_target', 'export', 'fit_reward_model', 'testbed', 'doctor', 'bench']
@@ -272,7 +272,7 @@ def output_results(json: bool, found: dict, **where) -> None:
     output(json, found, "\n".join([*map(result_line, found.items()), *(f"{k}: {v}" for k, v in where.items())]))
 
 # %% ../nbs/04_cli.ipynb #197add95
-def tables(folder: Path) -> dict:  # name -> DataFrame
+def report_tables(folder: Path) -> dict:  # name -> DataFrame
     "The report's main tables that have rows."
     import pandas as pd
 
@@ -283,7 +283,7 @@ def tables(folder: Path) -> dict:  # name -> DataFrame
 # %% ../nbs/04_cli.ipynb #7d7643a4
 def report_text(folder: Path) -> str:
     "The main tables, the report's location and the headline."
-    frames = {name.replace("_", " "): t.round(3) for name, t in tables(folder).items()}
+    frames = {name.replace("_", " "): t.round(3) for name, t in report_tables(folder).items()}
     parts = [f"\n{name}\n{t.to_string(index=False, max_colwidth=90)}" for name, t in frames.items()]
     parts += [f"\ntables:  {folder / 'results.md'}", "figures: " + ", ".join(map(str, sorted(folder.glob("*.png"))))]
     headline = folder / "headline.txt"
@@ -292,7 +292,7 @@ def report_text(folder: Path) -> str:
 # %% ../nbs/04_cli.ipynb #115006ec
 def table_rows(folder: Path) -> dict:  # name -> list of rows
     "The main tables as lists of dicts."
-    return {name: t.to_dict("records") for name, t in tables(folder).items()}
+    return {name: t.to_dict("records") for name, t in report_tables(folder).items()}
 
 # %% ../nbs/04_cli.ipynb #b2e8ecee
 def command_words() -> list:
@@ -637,7 +637,7 @@ def sample(
 
     Rerun an interrupted command to resume."""
     from scir.stages.evaluate import resolve
-    from scir.model.engines import sample_file
+    from scir.stages.sample import sample_file
 
     with computing(json, prompts):
         usable, adapter = resolve(*model_and_recipe(model, recipe, setting))
@@ -815,7 +815,7 @@ def doctor(
 
     Each problem comes with a fix. With a recipe, also estimate every stage's memory and the total hours.
     The exit code is 1 if there are faults; warnings don't affect it."""
-    from scir.doctor import examine, lines, summary
+    from scir.doctor import examine, lines, fault_counts
 
     if (setting or gpu) and not recipe:
         raise UsageError("--set and --gpu need a recipe; give one with --recipe")
@@ -829,7 +829,7 @@ def doctor(
             typer.echo(lines(f))
             heading = group
     value = {"findings": [{"group": group} | f._asdict() for group, f in found]}
-    output(json, value, summary([f for _, f in found]))
+    output(json, value, fault_counts([f for _, f in found]))
     if any(f.state == "fault" for _, f in found):
         raise typer.Exit(1)
 

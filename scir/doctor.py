@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CGROUP', 'INSTALL_KERNEL', 'TOKEN', 'CONTEXT', 'CHECKPOINTING', 'SMALLER', 'RUN_CHECKS', 'RECIPE_CHECKS', 'WIDTH',
-           'Finding', 'size', 'one_line', 'ask', 'cores', 'memory', 'system', 'processors', 'main_memory', 'driver',
+           'Finding', 'size', 'short_error', 'ask', 'cores', 'memory', 'system', 'processors', 'main_memory', 'driver',
            'gpus', 'no_gpu', 'precision', 'attention', 'four_bits', 'threads', 'threads_here', 'kernel',
            'kernel_python', 'constrained', 'package', 'packages', 'python', 'text_encoding', 'disk', 'space', 'is_file',
            'hub_sources', 'folder_of', 'offline', 'model_found', 'from_hub', 'models', 'data', 'cached', 'data_found',
-           'Inputs', 'inputs', 'usable_inputs', 'grader', 'hub_token', 'verdicts', 'token_ids', 'context',
+           'Inputs', 'count_inputs', 'usable_inputs', 'grader', 'hub_token', 'verdicts', 'token_ids', 'context',
            'longest_known', 'sampled_context', 'shorter', 'fits', 'causal', 'adapter', 'decoding', 'engine',
            'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk', 'smaller_settings', 'stage_memory', 'duration',
-           'memory_and_hours', 'lengths', 'open_recipe', 'planned', 'examine', 'lines', 'summary']
+           'memory_and_hours', 'lengths', 'open_recipe', 'planned', 'examine', 'lines', 'fault_counts']
 
 # %% ../nbs/03_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
@@ -38,7 +38,7 @@ def size(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
-def one_line(error, length: int = 200) -> str:
+def short_error(error, length: int = 200) -> str:
     "An error's message in one line."
     return " ".join(str(error).split())[:length]
 
@@ -49,7 +49,9 @@ def ask(check, *args) -> list:  # of Finding
         found = check(*args)
     except Exception as e:
         fix = f"pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
-        return [Finding(check.__name__.replace("_", " ")[:11], f"{type(e).__name__}: {one_line(e, 300)}", "fault", fix)]
+        return [
+            Finding(check.__name__.replace("_", " ")[:11], f"{type(e).__name__}: {short_error(e, 300)}", "fault", fix)
+        ]
     return [found] if isinstance(found, Finding) else list(found or ())
 
 # %% ../nbs/03_doctor.ipynb #840ff916
@@ -190,7 +192,7 @@ def four_bits(
         weights = torch.linspace(-1, 1, 4096, device=device()).view(64, 64)
         error = (dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).abs().max()
     except Exception as e:
-        return Finding("4 bits", f"not available: {one_line(e)}", needed, fix)
+        return Finding("4 bits", f"not available: {short_error(e)}", needed, fix)
     if error > 0.2:
         return Finding("4 bits", f"nf4 changes weights by up to {error:.1f}", needed, fix)
     on_cpu = "; on a CPU, weights are unpacked for judging and sampling" if device().type == "cpu" else ""
@@ -233,7 +235,7 @@ def kernel(name: str = "python3", seconds: float = 120) -> Finding:
     except NoSuchKernel:
         return Finding("kernels", f"no kernel {name}", "fault", INSTALL_KERNEL + name)
     except Exception as e:
-        problem = f"a kernel does not start: {one_line(e) or type(e).__name__}"
+        problem = f"a kernel does not start: {short_error(e) or type(e).__name__}"
         return Finding("kernels", problem, "fault", "pip install --force-reinstall ipykernel jupyter_client")
     try:
         answer = _printed(client, "import sys, scir; print(sys.executable)", seconds)
@@ -296,7 +298,7 @@ def package(
         importer({"pyyaml": "yaml"}.get(r.name, r.name.replace("-", "_")))
     except Exception as e:
         fix = f"pip install --force-reinstall --no-deps {r.name}=={version}"
-        return Finding(r.name, f"{version} cannot be imported: {one_line(e)}", "fault", fix)
+        return Finding(r.name, f"{version} cannot be imported: {short_error(e)}", "fault", fix)
     wanted = tested.get(r.name) or tested.get(r.name.replace("-", "_"))
     if wanted and Version(version).public != Version(wanted).public:
         return Finding(r.name, f"{version}; tested with {wanted}", "warn", f"pip install {r.name}=={wanted}")
@@ -432,14 +434,14 @@ def data(recipe, fetch: bool = False) -> list:
     try:
         train, held, dropped = prompt_pool(recipe.data)
         if folder_of(recipe):
-            inputs(recipe)
+            count_inputs(recipe)
         if alignment.judge and alignment.reference != "m1":
             reference_outputs(alignment.reference, alignment.limit)
     except OSError as e:
         fix = "add --set data.prompts=FILE --set data.pairs=FILE"
-        return [Finding("data", one_line(e, 1000), "fault", fix)]
+        return [Finding("data", short_error(e, 1000), "fault", fix)]
     except ValueError as e:
-        return [Finding("data", one_line(e, 1000), "fault")]  # the message includes the fix
+        return [Finding("data", short_error(e, 1000), "fault")]  # the message includes the fix
     limited = {name: rows[: recipe.data.test_limit] for name, (rows, _) in evaluation_rows(recipe.data).items()}
     found = f"{len(train)} prompts to train on, {len(held)} held out; labelled pairs: "
     found += ", ".join(f"{name} {len(rows)}" for name, rows in limited.items())
@@ -471,7 +473,7 @@ class Inputs(NamedTuple):
     answers: list  # of Pair whose side a is the good answer, for SFT
 
 
-def inputs(recipe) -> Inputs:
+def count_inputs(recipe) -> Inputs:
     "The rows that a run starts from. Raises ValueError if a stage would have no usable rows."
     from scir.recipe import locate
     from scir.runner.state import recipe_sources
@@ -508,7 +510,7 @@ def usable_inputs(recipe, fetch: bool) -> Inputs | None:
     if not fetch and hub_sources(recipe):
         return None
     with suppress(ValueError, OSError):
-        return inputs(recipe)
+        return count_inputs(recipe)
 
 # %% ../nbs/03_doctor.ipynb #511fa568
 def grader(recipe, fetch: bool = False) -> Finding | None:
@@ -530,7 +532,7 @@ def grader(recipe, fetch: bool = False) -> Finding | None:
     try:
         graded = {kind: sum(grade(function, p.prompt, "") is not None for p in rows) for kind, rows in lists.items()}
     except Exception as e:
-        problem = f"{name} fails on an empty answer ({type(e).__name__}: {one_line(e)}); must return 0 to 1, or None"
+        problem = f"{name} fails on an empty answer ({type(e).__name__}: {short_error(e)}); must return 0 to 1, or None"
         return Finding("grader", problem, "fault", f"edit {name.rpartition(':')[0]}")
     counts = " and ".join(f"{graded[kind]} of {len(rows)} {kind} prompts" for kind, rows in lists.items() if rows)
     if any(rows and not graded[kind] for kind, rows in lists.items()):
@@ -923,7 +925,7 @@ def planned(recipe, gpu: float | None = None, probed: bool = True) -> list:  # o
     try:
         return memory_and_hours(recipe, gpu, probed)
     except Exception as e:
-        return [Finding("plan", f"memory and hours are unknown ({type(e).__name__}: {one_line(e)})", "warn")]
+        return [Finding("plan", f"memory and hours are unknown ({type(e).__name__}: {short_error(e)})", "warn")]
 
 # %% ../nbs/03_doctor.ipynb #34a6663c
 def examine(path=None, settings: tuple = (), gpu: float | None = None, probed: bool = True):  # yields (group, Finding)
@@ -960,7 +962,7 @@ def lines(finding: Finding) -> str:
     return text + (f"\n{' ' * len(head)}fix: {finding.fix}" if finding.fix else "")
 
 
-def summary(found: list) -> str:
+def fault_counts(found: list) -> str:
     "The number of faults, warnings and ok findings."
     n = Counter(f.state for f in found)
     words = {"fault": "fault", "warn": "warning"}

@@ -1,20 +1,20 @@
 """The layout in numbers, beside their limits and targets: `python tests/layout.py`; it exits 1 where a limit is passed."""
 
-import ast, json, sys
+import ast, json, re, sys
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {  # where we are: no change may pass them, and one that gets further lowers them
-    "lines": 15242,
-    "wider than 120": 301,
-    "share of these, %": 2.0,
-    "95% are within": 114,
-    "functions over 25": 62,
-    "import cycles": 2,
-    "names defined twice": 28,
+    "lines": 14900,
+    "wider than 120": 0,
+    "share of these, %": 0.0,
+    "95% are within": 111,
+    "functions over 25": 35,
+    "import cycles": 1,
+    "names defined twice": 1,
     "median code cell": 11,
-    "shown per exported": 0.16,
+    "shown per exported": 0.44,
 }
 TARGETS = dict(zip(LIMITS, (5000, 0, 0, 100, 0, 0, 0, 8, 1)))
 AT_LEAST = "shown per exported"  # of all others, less is better
@@ -22,9 +22,10 @@ SAME = {"run"}  # every stage has one, with the same meaning
 
 
 def modules() -> dict:
-    "Sources by dotted name, without the index that nbdev generates."
+    "Sources by dotted name, without the index and the lists of names that nbdev generates."
     files = [f for f in sorted((ROOT / "scir").glob("**/*.py")) if f.name not in ("__init__.py", "_modidx.py")]
-    return {".".join(f.relative_to(ROOT / "scir").with_suffix("").parts): f.read_text() for f in files}
+    name = lambda f: ".".join(f.relative_to(ROOT / "scir").with_suffix("").parts)
+    return {name(f): re.sub(r"(?s)^__all__ = \[.*?\]\n", "", f.read_text(), flags=re.M) for f in files}
 
 
 def counts(sources: list) -> dict:

@@ -36,7 +36,7 @@ from scir.doctor import (
     python,
     room_on_disk,
     row_bytes,
-    summary,
+    fault_counts,
     text_encoding,
     threads,
     verdicts,
@@ -456,7 +456,7 @@ def test_lines_fit_80_columns_and_the_fix_is_whole():
         and len({len(l) - len(l.lstrip()) for l in shown[1:]}) == 1
     )
     assert (
-        summary([Finding("a", "", "fault"), Finding("b", ""), Finding("c", "", "warn"), Finding("d", "", "warn")])
+        fault_counts([Finding("a", "", "fault"), Finding("b", ""), Finding("c", "", "warn"), Finding("d", "", "warn")])
         == "1 fault, 2 warnings, 1 ok"
     )
 

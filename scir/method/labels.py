@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOTE_SAMPLING', 'VOTE_TEMPLATE', 'OUTSIDE', 'agreed', 'candidates', 'mean_margins', 'best_against_worst',
            'length_gap', 'length_slopes', 'length_debiased', 'ranking_consistency', 'previous_rewards', 'labels',
-           'parse_vote', 'vote', 'vote_jobs', 'mean_points', 'needed_rewards', 'gather']
+           'parse_vote', 'vote', 'vote_jobs', 'mean_points', 'needed_rewards', 'gather_rewards']
 
 # %% ../../nbs/method/05_labels.ipynb #8907bc01
 import math, re
@@ -227,7 +227,7 @@ def needed_rewards(
     return [name for label, name in OUTSIDE.items() if label in {recipe.arm(a).label for a in arms}]
 
 
-def gather(
+def gather_rewards(
     needed: list,  # names of rewards
     calls: dict,  # name -> function that returns {response id: reward or None}
     responses: list,  # of Response

@@ -6,7 +6,7 @@
 __all__ = ['RETRIES', 'NO_ANSWER', 'RANKS', 'BATCHES', 'PATIENCE', 'ENGINES', 'TEMPERATURES', 'Garbled', 'connect', 'complete',
            'transformers_engine', 'stop_ids', 'sampling_params', 'checked_row', 'lora_room', 'vllm_model',
            'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'list_served', 'assumed_note', 'loads_adapters',
-           'load_remote_adapter', 'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room', 'sample_file']
+           'load_remote_adapter', 'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room']
 
 # %% ../../nbs/model/04_engines.ipynb #35b7861b
 import os, shlex
@@ -16,7 +16,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..recipe import MODELS, ModelSpec, Recipe, RecipeError, SamplingSpec, locate
+from ..recipe import MODELS, ModelSpec, Recipe, RecipeError, SamplingSpec
 from ..store import digest, hash_path, processes, read_json, sharded
 
 # %% ../../nbs/model/04_engines.ipynb #cd67ef4b
@@ -385,38 +385,3 @@ def room(model: ModelSpec, spec: SamplingSpec) -> int | float:  # tokens
             "lower sampling.max_new_tokens"
         )
     return context - spec.max_new_tokens
-
-# %% ../../nbs/model/04_engines.ipynb #504e41a3
-def sample_file(
-    recipe: Recipe,  # model, sampling, data.max_prompt_tokens
-    adapter,  # its folder, or None for the model itself
-    source: str,  # prompts, a file or hub name
-    out,  # responses.jsonl, a Response per line
-    candidates: int | None = None,  # per prompt; None: the recipe's
-    seed: int = 0,
-    limit: int | None = None,
-) -> dict:  # counts and lengths
-    "Sample responses to the prompts of `source`; resumes an interrupted attempt."
-    from scir.data.load import load_prompts
-    from scir.model.weights import load_tokenizer, model_path
-    from scir.stages.sample import sample
-
-    prompts, dropped = load_prompts(source)
-    spec, out = recipe.sampling.model_copy(update={"candidates": candidates or recipe.sampling.candidates}), Path(out)
-    tokenizer, longest = load_tokenizer(recipe.model), min(recipe.data.max_prompt_tokens, room(recipe.model, spec))
-    key = digest(
-        recipe.model.model_dump(),
-        hash_path(model_path(recipe.model)),
-        adapter and hash_path(adapter),
-        spec.model_dump(),
-        longest,
-        source,
-        hash_path(locate(source)),
-        seed,
-        limit,
-    )
-    part = out.with_name(f".{out.stem}.{key}.jsonl")
-    with open_engine(recipe, tokenizer, adapter) as engine:
-        found = sample(engine, tokenizer, prompts[:limit], spec, part, seed, longest)
-    os.replace(part, out)
-    return {"prompts": found["responses"] // spec.candidates} | found | {"dropped": dropped | found["dropped"]}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNJUDGED', 'LABELS', 'CHECKS', 'recorded', 'check_files', 'check_inputs', 'readable_rows', 'score_files',
-           'derived_margins', 'margin_fault', 'check_margins', 'label_faults', 'grade_faults', 'error_text',
+           'derived_margins', 'margin_fault', 'check_margins', 'label_faults', 'grade_faults', 'fault_text',
            'check_labels', 'verify']
 
 # %% ../../nbs/runner/12_verify.ipynb #7e806558
@@ -115,7 +115,7 @@ def grade_faults(f: str, run: Path, grader):  # yields (item, fault)
         yield f"{f}, {r.id}", "" if r.id in known and r.score == known[r.id] else "the score is not the grader's"
 
 # %% ../../nbs/runner/12_verify.ipynb #832a5723
-def error_text(error: Exception) -> str:
+def fault_text(error: Exception) -> str:
     "An unexpected error as one line."
     return f"cannot be checked ({type(error).__name__}: {' '.join(str(error).split())})"
 
@@ -125,14 +125,14 @@ def check_labels(recipe: Recipe, run: Path):  # yields (item, fault)
     try:
         grader = find_grader(recipe.data.grader)
     except Exception as e:
-        yield "data.grader", error_text(e)
+        yield "data.grader", fault_text(e)
         return
     for f in (f for record in recorded(recipe, run).values() for f in record["outputs"]):
         check = grade_faults if Path(f).name == "grades.jsonl" else label_faults if Path(f).name in LABELS else None
         try:
             yield from check(f, run, grader) if check else ()
         except Exception as e:
-            yield f, error_text(e)
+            yield f, fault_text(e)
 
 # %% ../../nbs/runner/12_verify.ipynb #f40ef5b6
 CHECKS = {

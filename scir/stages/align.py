@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'DRAWS', 'STRENGTHS', 'WEAK', 'Duel', 'preference', 'duels', 'win_rate', 'not_estimable', 'length_controlled',
-           'reference_outputs', 'by_prompt', 'summarise', 'align', 'alpaca_eval', 'against_m1', 'against_file', 'run',
-           'plot_preferences']
+           'reference_outputs', 'by_prompt', 'summarise_comparisons', 'align', 'alpaca_eval', 'against_m1',
+           'against_file', 'run', 'plot_preferences']
 
 # %% ../../nbs/stages/08_align.ipynb #b1305fd1
 import math
@@ -162,7 +162,7 @@ def by_prompt(duels: list) -> list:  # of Duel, one per instruction
     ]
 
 # %% ../../nbs/stages/08_align.ipynb #6908625d
-def summarise(found: list, spec: AlignmentSpec, failures: dict) -> dict:
+def summarise_comparisons(found: list, spec: AlignmentSpec, failures: dict) -> dict:
     "Win rate, length-controlled win rate, and the invalid comparisons by reason."
     single = by_prompt(found)
     raw = win_rate(single)
@@ -193,7 +193,7 @@ def align(
     folder.mkdir(parents=True, exist_ok=True)
     ask = open_judge(spec, judge, folder / "replies.jsonl", dtype)
     found = duels([(r.id, r.prompt, r.response, theirs[r.id]) for r in ours], ask)
-    summary = summarise(found, spec, ask.failures)
+    summary = summarise_comparisons(found, spec, ask.failures)
     write_rows(folder / "duels.jsonl", found)
     write_json(folder / "metrics.json", summary)
     return summary

@@ -8,7 +8,7 @@ __all__ = ['run', 'votes', 'previous', 'external', 'plot_rewards']
 # %% ../../nbs/stages/04_label.ipynb #ee560b0b
 from pathlib import Path
 
-from ..method.labels import candidates, gather, needed_rewards, previous_rewards, vote
+from ..method.labels import candidates, gather_rewards, needed_rewards, previous_rewards, vote
 from ..method.scores import response_table, scored_pairs
 from ..model.engines import open_engine
 from ..model.weights import for_scoring, load_tokenizer
@@ -27,7 +27,7 @@ def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
         "previous": lambda: previous(recipe, run_dir, node, scores),
         "external": lambda: external(recipe, responses),
     }
-    rows, summary = gather(needed_rewards(recipe, arm), sources, responses)
+    rows, summary = gather_rewards(needed_rewards(recipe, arm), sources, responses)
     write_rows(folder / "rewards.jsonl", rows)
     return summary
 

@@ -3,7 +3,7 @@
 import pytest, torch
 
 from scir.data.load import load_pairs
-from scir.export.folders import export_adapter, export_dataset, export_merged, merged, plain_chat, whole_folder
+from scir.export.folders import export_adapter, export_dataset, export_merged, merged_weights, plain_chat, whole_folder
 from scir.export.origin import origin
 from scir.model.logprobs import encode_prompt, encode_response, encode_turns
 from scir.model.weights import for_scoring, load_base, load_tokenizer
@@ -61,7 +61,7 @@ def test_merging_is_in_float32_over_whole_weights(make_policy, recipe, tmp_path)
     whole = adapted.merge_and_unload().state_dict()
     for change in ({"dtype": "bfloat16"}, {"quantize": "nf4", "dtype": "bfloat16"}, {"quantize": "nf4"}):
         spec = recipe.model.model_copy(update=change)
-        found = merged(spec, tmp_path).state_dict()
+        found = merged_weights(spec, tmp_path).state_dict()
         assert found.keys() == whole.keys() and all(
             torch.equal(v, whole[k].to(getattr(torch, spec.dtype))) for k, v in found.items()
         )

@@ -10,7 +10,7 @@ from scir.method.labels import (
     agreed,
     best_against_worst,
     candidates,
-    gather,
+    gather_rewards,
     labels,
     length_gap,
     needed_rewards,
@@ -260,7 +260,7 @@ def test_only_what_an_arm_needs_is_gathered():
     )
     assert needed_rewards(parse_recipe({"arms": ["sft", "srlm", "dice", "scir"]}), None) == []
     rows = [response(text="r")]
-    found, summary = gather(["votes"], {"votes": lambda: {"p/0": None}, "external": lambda: 1 / 0}, rows)
+    found, summary = gather_rewards(["votes"], {"votes": lambda: {"p/0": None}, "external": lambda: 1 / 0}, rows)
     assert found[0].rewards == {"votes": None} and summary == {"without votes": 1, "responses": 1}
 
 

@@ -19,7 +19,6 @@ from scir.model.engines import (
     lora_room,
     open_engine,
     room,
-    sample_file,
     serve_line,
     stop_ids,
 )
@@ -29,7 +28,7 @@ from scir.runner.plan import Step
 from scir.runner.run import check_recipe
 from scir.runner.state import inputs
 from scir.stages.files import STAGES
-from scir.stages.sample import sample
+from scir.stages.sample import sample, sample_file
 from scir.store import Prompt, Response, read_rows, write_rows
 
 from helpers import SMOLLM2, response

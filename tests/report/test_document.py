@@ -22,7 +22,7 @@ def test_the_first_screen_is_above_the_appendix():
     text = document.document(
         made_tables,
         claims.headline(g),
-        document.size(g, made_tables["summary"]),
+        document.size_text(g, made_tables["summary"]),
         [("headline", "headline", ""), ("joint_own", "joint_own", "")],
     )
     top, rest = text.split("## Appendix\n")

@@ -13,7 +13,7 @@ import scir.stages.align as alignment
 from scir.model.outside import endpoint_judge, local_judge, parse_verdict, reward_judge, reward_scores
 from scir.model.weights import tiny_model
 from scir.recipe import AlignmentSpec, JudgeSpec
-from scir.stages.align import Duel, duels, length_controlled, summarise, win_rate
+from scir.stages.align import Duel, duels, length_controlled, summarise_comparisons, win_rate
 from scir.statistics import rate
 from scir.store import read_rows
 
@@ -471,7 +471,7 @@ def test_a_failure_is_counted_and_asked_again(quick, tmp_path, fault, reason):
         ask = endpoint_judge(url, "m", JUDGE, tmp_path / "c.jsonl")
         found = duels(PAIRS[:2], ask)
         assert all(d.preference is None for d in found) and sum(ask.failures.values()) == 4 == len(seen)
-        assert ask.failures == {reason: 4} and summarise(found, AlignmentSpec(judge=url), ask.failures)[
+        assert ask.failures == {reason: 4} and summarise_comparisons(found, AlignmentSpec(judge=url), ask.failures)[
             "unanswered"
         ] == (0 if reason.startswith("refused") else 4)
         assert (tmp_path / "c.jsonl").read_text() == "" and win_rate(found)["invalid"] == 2
