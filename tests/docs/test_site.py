@@ -17,7 +17,7 @@ LOOK = """() => ({
   ids: [...document.querySelectorAll('[id]')].map(e => e.id),
   maths: document.querySelectorAll('.math').length,
   drawn: document.querySelectorAll('mjx-container').length,
-  dollars: [...document.querySelectorAll('article :is(p, li, td, dd)')].filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.includes('$'))).map(e => e.textContent.slice(0, 80)),
+  dollars: [...document.querySelectorAll('article :is(p, li, td, dd)')].filter(e => !e.closest('.cell_output') && [...e.childNodes].some(n => n.nodeType == 3 && n.data.includes('$'))).map(e => e.textContent.slice(0, 80)),
   wrong: [...document.querySelectorAll('[data-mml-node="merror"], mjx-merror')].map(e => e.textContent),
   blank: [...document.images].filter(i => !i.naturalWidth).map(i => i.src),
   nameless: [...document.images].filter(i => i.closest('article') && !i.alt && !i.closest('.cell_output')).map(i => i.src)})"""
