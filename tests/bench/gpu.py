@@ -19,7 +19,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "gpu"
-MEASURED_STAGES = {"sft", "warm_start", "sample", "judge", "optimise"}  # the planner gives their memory
 SHAPES = {  # hidden size, MLP size, layers, attention heads, key-value heads
     "7b": (4096, 14336, 32, 32, 8),
     "small": (64, 128, 2, 4, 2),
@@ -96,7 +95,7 @@ def tokens_sampled(step: dict) -> float | None:
 
 def stages_of(recipe, manifest: dict, planned: bool) -> list:
     "One row per step: seconds, peak memory beside the planner's, tokens per second where it samples."
-    from scir.runner.planner import counted_sizes, peak
+    from scir.runner.planner import MEASURED, counted_sizes, peak
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = counted_sizes(recipe) if planned else None
@@ -109,7 +108,7 @@ def stages_of(recipe, manifest: dict, planned: bool) -> list:
                 "step": key,
                 "seconds": step["seconds"],
                 "peak_bytes": step["peak_bytes"],
-                "planned_bytes": peak(stage, recipe, sizes, kind) if planned and stage in MEASURED_STAGES else None,
+                "planned_bytes": peak(stage, recipe, sizes, kind) if planned and stage in MEASURED else None,
                 "tokens_per_second": round(tokens / step["seconds"], 1) if tokens else None,
             }
         )

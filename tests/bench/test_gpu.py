@@ -2,16 +2,18 @@
 
 import json
 
-from .gpu import MEASURED_STAGES, check, table
+from scir.runner.planner import MEASURED
+
+from .gpu import check, table
 
 
 def test_small_check_runs_every_part_and_writes_the_table(tmp_path):
     found = check(tmp_path, small=True, model=None, seconds=900)
     assert [p.get("error") for p in found["parts"].values()] == [None, None]
     steps = found["parts"]["random-small"]["stages"]
-    assert {s["step"].split(":")[0] for s in steps} >= MEASURED_STAGES
+    assert {s["step"].split(":")[0] for s in steps} >= set(MEASURED)
     for s in steps:
-        assert (s["planned_bytes"] is not None) == (s["step"].split(":")[0] in MEASURED_STAGES)
+        assert (s["planned_bytes"] is not None) == (s["step"].split(":")[0] in MEASURED)
         assert s["peak_bytes"] > 1e8 and s["seconds"] > 0
     sampled = [s["tokens_per_second"] for s in steps if s["step"].startswith("sample")]
     assert len(sampled) == 1 and sampled[0] > 0
