@@ -24,7 +24,8 @@ from ..store import atomic_path, write_text
 
 # %% ../../nbs/report/06_document.ipynb #972d121b
 READING = """\
-All claims were declared before the run. Columns are sets of pairs. *own*: the model's own answers to held-out prompts.
+All claims were declared before the run, and are tested after every round (*M_2* is the model after the first).
+Columns are sets of pairs. *own*: the model's own answers to held-out prompts.
 *panel*: M_1's answers, the same pairs for every model of a seed. *held-out*: labelled pairs from the warm start's
 sources that were not used in training. *overall*: claims that are not about pairs.
 *met*: the claim holds; *significantly* means p < 0.01 after Holm's adjustment over all tests in this table, with all
@@ -50,8 +51,8 @@ the sets of one ablation."""
 
 FIGURE_CAPTIONS = {  # kind of figure -> caption, in display order
     "headline": "How often the judge and the implicit reward disagree; the fraction of fully correct answers, with "
-    "a grader; the accuracy of each reward model and on agreed pairs. Each arm is at the last iteration that it shares "
-    "with scir. Bars are 95% intervals over prompts.",
+    "a grader; the accuracy of each reward model and on agreed pairs. M_2 is the model after one round, M_3 after two. "
+    "Bars are 95% intervals over prompts.",
     "inconsistency": "Inconsistency by iteration.",
     "own_accuracy": "Accuracy on own answers by iteration; the dashed line is chance.",
     "retained": "Fraction of the scored pairs that enter the DPO loss, by training step. A marker ends an iteration.",

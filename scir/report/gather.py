@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT', 'KEEP', 'WON', 'ANSWER', 'TABLES', 'evaluated', 'unevaluated', 'coordinates', 'pair_rows', 'answer_frame',
            'answer_rows', 'model_rows', 'step_rows', 'Gathered', 'rows_of', 'gather', 'with_own', 'model_name',
-           'arm_name', 'set_order', 'only', 'per_run']
+           'arm_name', 'set_order', 'only', 'up_to', 'per_run']
 
 # %% ../../nbs/report/01_gather.ipynb #bf04fd85
 from collections import defaultdict
@@ -176,6 +176,11 @@ def set_order(names) -> list:
 def only(g: Gathered, run: str) -> Gathered:
     "The tables restricted to one run."
     return Gathered(*(t[t.run == run] for t in g[:4]), g.rewards)
+
+
+def up_to(g: Gathered, iteration: int) -> Gathered:
+    "The tables as they were after M_`iteration`, without later models."
+    return Gathered(*(t[t.iteration <= iteration] for t in g[:4]), g.rewards)
 
 # %% ../../nbs/report/01_gather.ipynb #b41271f4
 def per_run(make, g: Gathered) -> pd.DataFrame:

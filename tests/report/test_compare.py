@@ -70,12 +70,9 @@ def test_two_arms_meet_where_both_have_been():
     assert document.compared_iterations(g) == " Compared with scir: srlm at M_3; scir-static at M_2."
     assert set(figures.contrasted(g, "held-out")[0].iteration) == {1, 3}
     assert set(tabling.ablation_table(g)["iteration"]) == {"M_2"}
-    assert {a: d.iteration.max() for a, d in figures.latest(g).items()} == {
-        "sft": 1,
-        "srlm": 3,
-        "scir": 3,
-        "scir-static": 2,
-    }
+    shown = [("sft", 1), ("srlm", 2), ("srlm", 3), ("scir", 2), ("scir", 3), ("scir-static", 2)]
+    assert list(figures.every_round(g)) == shown
+    assert all(set(zip(d.arm, d.iteration)) == {m} for m, d in figures.every_round(g).items())
     said = [line for line in tabling.strongest(comparing.comparisons(g)) if line.startswith("judge accuracy")]
     assert said[0].startswith("judge accuracy, held-out: strongest competitor: M_1 (scir - M_1 = -33.3 [")
     assert said[0].endswith(" points, significant)")
