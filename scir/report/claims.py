@@ -6,9 +6,9 @@
 __all__ = ['ALPHA', 'FINISHED', 'CLAIMS', 'ABLATIONS', 'COLUMNS', 'ARM_PHRASES', 'ROUND_PHRASES', 'Part', 'significant',
            'verdict', 'compared', 'measured_claims', 'agreed_claims', 'label_claim', 'success_claim', 'answer_ratios',
            'collapse_claim', 'wrong_labels', 'ablation_gap', 'ablation_claims', 'untrained_arms', 'format_value',
-           'format_gap', 'number_row', 'round_claims', 'claim_numbers', 'weakest_verdict', 'claims', 'headline',
-           'headline_of', 'list_rates', 'set_rates', 'disagreement_sentence', 'success_sentence', 'accuracy_sentence',
-           'accuracy_set']
+           'format_gap', 'agreeing_seeds', 'number_row', 'round_claims', 'claim_numbers', 'weakest_verdict', 'claims',
+           'headline', 'headline_of', 'list_rates', 'set_rates', 'disagreement_sentence', 'success_sentence',
+           'accuracy_sentence', 'accuracy_set']
 
 # %% ../../nbs/report/03_claims.ipynb #d0a918b3
 from itertools import product
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .compare import ALONE, MEASURES, answer_gap, by_seed, compare, difference, hits, holm, labelled, last
-from .compare import matched, measurable, measure, others, over_prompts, rate_gap
+from .compare import matched, measurable, measure, others, over_prompts, rate_gap, rounds
 from .gather import Gathered, arm_name, only, set_order, up_to
 from ..statistics import grouped
 
@@ -244,6 +244,11 @@ def format_gap(gap: dict, scale: float = 100) -> str:
     interval = f" [{scale * gap['low']:+.{digits}f}, {scale * gap['high']:+.{digits}f}]" if "low" in gap else ""
     return f"{scale * gap['difference']:+.{digits}f}{interval}"
 
+
+def agreeing_seeds(gap: dict) -> str:
+    "'2 of 3' seeds have the sign of the overall difference; '-' for a single seed."
+    return f"{gap['same_way']} of {gap['seeds']}" if gap and gap["seeds"] > 1 else "-"
+
 # %% ../../nbs/report/03_claims.ipynb #b2067d8f
 COLUMNS = ["claim", "set", "compared", "iteration", "first", "second", "difference", "p", "p_holm", "agreeing seeds"]
 COLUMNS += ["n", "verdict"]
@@ -263,7 +268,7 @@ def number_row(p: Part, p_holm: float, untrained: set) -> dict:
         "difference": format_gap(p.gap, 1 if "unit" in p.ours else 100),
         "p": p.gap.get("p"),
         "p_holm": p_holm,
-        "agreeing seeds": f"{p.gap['same_way']} of {p.gap['seeds']}" if p.gap else "-",
+        "agreeing seeds": agreeing_seeds(p.gap),
         "n": p.gap.get("n"),
         "verdict": reason if affected else verdict(p, p_holm),
     }
@@ -271,15 +276,13 @@ def number_row(p: Part, p_holm: float, untrained: set) -> dict:
 # %% ../../nbs/report/03_claims.ipynb #e28205db
 def round_claims(g: Gathered, iteration: int) -> list:  # of Part
     "Every claim about M_`iteration`; arms that stopped earlier are not compared again."
-    g = up_to(g, iteration)
     parts = [*measured_claims(g), *agreed_claims(g), *label_claim(g), *success_claim(g), *collapse_claim(g)]
     return [p for p in parts + ablation_claims(g) if p.iteration == f"M_{iteration}"]
 
 
 def claim_numbers(g: Gathered) -> pd.DataFrame:
     "One row per comparison behind the claims of one run, round by round."
-    reached = g.models[(g.models.arm == "scir") & (g.models.iteration > 1)].iteration
-    parts = [p for t in sorted(reached.unique()) for p in round_claims(g, t)]
+    parts = [p for t, so_far in rounds(g) for p in round_claims(so_far, t)]
     tested = [p.gap["p"] if p.rule in ("significant", "half") else np.nan for p in parts]
     rows = [number_row(p, p_holm, untrained_arms(g)) for p, p_holm in zip(parts, holm(tested))]
     return pd.DataFrame(rows, columns=COLUMNS).astype({"p": float, "p_holm": float, "n": "Int64"})

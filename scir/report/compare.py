@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'ALONE', 'JOINT', 'ANSWER_COLUMNS', 'labelled', 'has_signal', 'measurable', 'margin_correlation',
-           'measure', 'last', 'others', 'matched', 'widened', 'by_seed', 'compare', 'hits', 'rate_gap', 'difference',
-           'over_prompts', 'answer_gap', 'holm', 'with_holm', 'comparisons']
+           'measure', 'last', 'others', 'rounds', 'matched', 'widened', 'by_seed', 'compare', 'hits', 'rate_gap',
+           'difference', 'over_prompts', 'answer_gap', 'holm', 'comparisons', 'round_comparisons']
 
 # %% ../../nbs/report/02_compare.ipynb #1d5ff1ac
 from itertools import product
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.optimize import brentq
 
 from ..recipe import ARMS
-from .gather import Gathered, arm_name, set_order
+from .gather import Gathered, arm_name, set_order, up_to
 from ..statistics import grouped, paired, rank_correlation, rate
 
 # %% ../../nbs/report/02_compare.ipynb #723b8cc6
@@ -96,6 +96,12 @@ def others(g: Gathered, one: str = "scir") -> list:
     "The other arms of a run, if it has the arm `one`."
     there = set(g.models.arm)
     return [a for a in ARMS if a in there and a != one and one in there]
+
+
+def rounds(g: Gathered, one: str = "scir") -> list:  # of (iteration, tables without later models)
+    "The rounds that the arm `one` has reached."
+    reached = g.models[(g.models.arm == one) & (g.models.iteration > 1)].iteration
+    return [(t, up_to(g, t)) for t in sorted(reached.unique())]
 
 # %% ../../nbs/report/02_compare.ipynb #f48d2e48
 def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two frames, row by row the same pair
@@ -198,28 +204,25 @@ def holm(p: list) -> list:
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return out.tolist()
 
-# %% ../../nbs/report/02_compare.ipynb #5a311534
-def with_holm(t: pd.DataFrame, family: list) -> pd.DataFrame:
-    "A table of tests with `p_holm` after `p`, adjusted over the rows with equal values in the columns `family`."
-    if len(t):
-        t.insert(t.columns.get_loc("p") + 1, "p_holm", t.groupby(family).p.transform(lambda p: holm(p)))
-    return t
-
 # %% ../../nbs/report/02_compare.ipynb #da5230c0
 ANSWER_COLUMNS = {"success": "strict success", "score": "score", "finished": "finished", "tokens": "tokens"}
 
 
 def comparisons(g: Gathered, one: str = "scir") -> pd.DataFrame:
-    "`one` minus each other arm of a run: inconsistency and accuracies on every set, and statistics of the answers."
-    rows, pairs_with = [], {a: last(g, (one, a)) for a in others(g, one)}
-    for name, (a, d), key in product(set_order(g.pairs.set.unique()), pairs_with.items(), ("inconsistency", *ALONE)):
-        if gap := difference(d, one, a, key, name):
-            rows.append((name, MEASURES[key][0], a, d, gap))
-    for (a, d), column in product(pairs_with.items(), ANSWER_COLUMNS):
-        if gap := answer_gap(g, one, a, column):
-            rows.append(("answers", ANSWER_COLUMNS[column], a, d, gap))
-    rows = [
-        {"set": name, "quantity": what, "arms": f"{one} - {arm_name(a)}", "iteration": f"M_{d.iteration.max()}", **gap}
-        for name, what, a, d, gap in rows
+    "`one` minus each other arm of a run after every round: inconsistency and accuracies on every set, and the answers."
+    return pd.DataFrame([row for t, so_far in rounds(g, one) for row in round_comparisons(so_far, one, t)])
+
+
+def round_comparisons(g: Gathered, one: str, iteration: int) -> list:  # of dicts
+    "The rows of `comparisons` for M_`iteration`; arms that stopped earlier are not compared again."
+    found, at = [], lambda a: last(g, (one, a))
+    arms = [a for a in others(g, one) if at(a).iteration.max() == iteration]
+    for name, a, key in product(set_order(g.pairs.set.unique()), arms, ("inconsistency", *ALONE)):
+        found.append((name, MEASURES[key][0], a, difference(at(a), one, a, key, name)))
+    found += [("answers", name, a, answer_gap(g, one, a, c)) for a, (c, name) in product(arms, ANSWER_COLUMNS.items())]
+    row = {"iteration": f"M_{iteration}"}
+    return [
+        {"set": name, "quantity": what, "arms": f"{one} - {arm_name(a)}"} | row | gap
+        for name, what, a, gap in found
+        if gap
     ]
-    return with_holm(pd.DataFrame(rows), ["set", "quantity"])

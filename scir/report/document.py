@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READING', 'CAPTION', 'FIGURE_CAPTIONS', 'APPENDIX', 'tables', 'claims_by_run', 'figures', 'caption', 'size_text',
-           'compared_iterations', 'document', 'compact', 'rounded', 'report', 'kept_tables', 'draw_figures']
+           'document', 'compact', 'rounded', 'report', 'kept_tables', 'draw_figures']
 
 # %% ../../nbs/report/06_document.ipynb #92c374e7
 import re
@@ -12,27 +12,27 @@ from pathlib import Path
 
 import pandas as pd
 
-from .claims import claim_numbers, claims, format_gap, headline
-from .compare import comparisons, last, others
+from .claims import agreeing_seeds, claim_numbers, claims, format_gap, headline
+from .compare import comparisons
 from .figures import plot_calibration, plot_headline, plot_joints, plot_length, plot_own_accuracy
 from .figures import plot_retained, plot_sets, plot_splits, plot_training
 from .gather import AT, Gathered, KEEP, gather, only, per_run, set_order, unevaluated
 from .tables import ablation_table, alignment_table, inconsistency_table, markdown, policy_table
-from .tables import reported_table, reward_table, strongest, summary
+from .tables import reported_table, reward_table, summary
 from ..stages.consistency import save_figure
 from ..store import atomic_path, write_text
 
 # %% ../../nbs/report/06_document.ipynb #972d121b
 READING = """\
-All claims were declared before the run, and are tested after every round (*M_2* is the model after the first).
-Columns are sets of pairs. *own*: the model's own answers to held-out prompts.
+The claims are fixed in the code, not chosen for a run. They are tested after every round (*M_2* is the model after
+the first). Columns are sets of pairs. *own*: the model's own answers to held-out prompts.
 *panel*: M_1's answers, the same pairs for every model of a seed. *held-out*: labelled pairs from the warm start's
 sources that were not used in training. *overall*: claims that are not about pairs.
 *met*: the claim holds; *significantly* means p < 0.01 after Holm's adjustment over all tests in this table, with all
 seeds agreeing in sign (claim a requires this too). *missed*: the difference has the wrong sign, or a threshold is not
 reached. *not significant*: the sign is right, but the difference is not significant. *-*: not measured. Claim f is
-missed if the 95% interval lies below zero and claim g is met if it lies above zero, both without adjustment; claim h
-needs all seeds to agree."""
+missed if the 95% interval lies below zero, so *met* only says that no fall was found. Claim g is met if the interval
+lies above zero. Neither is adjusted. Claim h needs all seeds to agree."""
 
 CAPTION = """\
 Cells: value [95% interval] (min-max over seeds). Values are means over pairs and seeds. Intervals treat prompts as
@@ -41,13 +41,13 @@ Inconsistency: fraction of all pairs on which the internal reward models disagre
 ranks within each seed, averaged over seeds, bootstrap over prompts. Accuracy: on labelled pairs (pairs that the grader
 calls a tie have no label). Judge-likelihood disagreement: judge and log-probability per token disagree. Flip rate
 (position inconsistency): the judge prefers the same position after the answers swap. ECE: expected calibration error.
-Verdict mass: p(A) + p(B). Strict success: fraction of answers with a score of 1. Pairs trained on: fraction of the
+Verdict mass: p(A) + p(B). Strict success: fraction of answers with a score of 1; *score 0* is the fraction with 0, such
+as malformed answers. Pairs trained on: fraction of the
 scored pairs. Correct labels: fraction of the training labels that match the grader's.
 Differences: first minus second, in points for rates. Panel and labelled sets have the same pairs in every arm
 (bootstrap and sign-flip test over prompts), own answers have different pairs (square-and-add, clustered by prompt),
 answers are averaged per prompt. Agreeing seeds: seeds whose difference has the same sign as the overall one.
-p_holm: adjusted over all tests of the claims; in comparisons, over the arms of one set and quantity; in ablations, over
-the sets of one ablation."""
+p_holm: adjusted over all tests of the claims. The p-values of the other tables are not adjusted: read them as hints."""
 
 FIGURE_CAPTIONS = {  # kind of figure -> caption, in display order
     "headline": "How often the judge and the implicit reward disagree; the fraction of fully correct answers, with "
@@ -108,24 +108,17 @@ def caption(figure: str) -> str:
 
 # %% ../../nbs/report/06_document.ipynb #295965cf
 def size_text(g: Gathered, found: pd.DataFrame) -> str:
-    "Number of seeds and pairs, and the compared iterations, of every run, as Markdown."
+    "Number of seeds and pairs of every run, as Markdown."
     lines = []
     for run in g.models.run.unique():
-        one, f = only(g, run), found[found.run == run]
-        seeds, pairs = one.models.seed.nunique(), f.groupby("set")[["pairs", "labelled"]].max()
+        f = found[found.run == run]
+        seeds, pairs = only(g, run).models.seed.nunique(), f.groupby("set")[["pairs", "labelled"]].max()
         sets = ", ".join(f"{s} {pairs.pairs[s]} ({pairs.labelled[s]} labelled)" for s in set_order(pairs.index))
-        line = f"**{run}**: {seeds} seed{'s' * (seeds > 1)}; pairs per seed: {sets}.{compared_iterations(one)}"
+        line = f"**{run}**: {seeds} seed{'s' * (seeds > 1)}; pairs per seed: {sets}."
         if seeds < 3:
             line += " With fewer than three seeds, variation between seeds cannot be estimated."
         lines.append(line)
     return "\n\n".join(lines) + "\n"
-
-# %% ../../nbs/report/06_document.ipynb #fca499c1
-def compared_iterations(g: Gathered) -> str:
-    "The iteration at which each arm is compared with scir."
-    at = {a: last(g, ("scir", a)).iteration.max() for a in others(g) if a != "sft"}
-    parts = [f"{', '.join(a for a in at if at[a] == t)} at M_{t}" for t in sorted(set(at.values()), reverse=True)]
-    return f" Compared with scir: {'; '.join(parts)}." if parts else ""
 
 # %% ../../nbs/report/06_document.ipynb #c6821c9a
 APPENDIX = (
@@ -153,8 +146,6 @@ def document(made: dict, sentences: list, sizes: str, drawn: list) -> str:
         if not len(t):
             continue
         parts.append(f"### {title}\n")
-        if key == "comparisons":
-            parts.append("".join(f"- {line}\n" for line in strongest(made[key])))
         parts.append(markdown(rounded(t)))
     return "\n".join(parts + (["### Figures\n", *(image(*d) for d in rest)] if rest else []))
 
@@ -167,7 +158,7 @@ def compact(t: pd.DataFrame) -> pd.DataFrame:
     texts = [format_gap(r._asdict(), scale(r)) for r in t.itertuples()]
     kept = t.drop(columns=["difference", "low", "high", "prompts", "same_way", "seeds"])
     kept.insert(kept.columns.get_loc("p"), "difference", texts)
-    return kept.assign(**{"agreeing seeds": [f"{r.same_way} of {r.seeds}" for r in t.itertuples()]})
+    return kept.assign(**{"agreeing seeds": [agreeing_seeds(r._asdict()) for r in t.itertuples()]})
 
 # %% ../../nbs/report/06_document.ipynb #d8f6c88f
 def rounded(t: pd.DataFrame) -> pd.DataFrame:

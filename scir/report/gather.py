@@ -147,8 +147,10 @@ def gather(runs: list) -> Gathered:
             f"run {twice[0]['run']}, seed {twice[0]['seed']}: {who} is in two of the folders; "
             "change `name` in one of their recipe.yaml files"
         )
-    names = list(*rewards)
-    return Gathered(**joined | {"pairs": derive(with_own(joined["pairs"]), names)}, rewards=names)
+    names, pairs = list(*rewards), with_own(joined["pairs"])
+    if "implicit" in names:
+        pairs.loc[pairs.arm == "base", "implicit"] = 0.0  # M_0 is its own reference; the rest is rounding
+    return Gathered(**joined | {"pairs": derive(pairs, names)}, rewards=names)
 
 # %% ../../nbs/report/01_gather.ipynb #3cf7483e
 def with_own(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'UNIT', 'summary', 'cell', 'table', 'inconsistency_table', 'reward_table', 'markdown', 'ratio',
-           'answer_cells', 'policy_table', 'reported_table', 'reported', 'alignment_table', 'ablation_table',
-           'strongest']
+           'answer_cells', 'policy_table', 'reported_table', 'reported', 'alignment_table', 'ablation_table']
 
 # %% ../../nbs/report/04_tables.ipynb #d9bae847
 import numpy as np
 import pandas as pd
 
 from ..recipe import ARMS
-from .claims import ABLATIONS, ablation_gap, format_gap
-from .compare import ALONE, MEASURES, has_signal, labelled, last, measure, others, with_holm
+from .claims import ABLATIONS, ablation_gap, agreeing_seeds, format_gap
+from .compare import ALONE, MEASURES, has_signal, labelled, last, measure, others
 from .gather import Gathered, model_name, set_order
 from ..statistics import ece, grouped, reliability
 
@@ -112,10 +111,12 @@ def answer_cells(d: pd.DataFrame) -> dict:
     known, by = d[d.score.notna()], lambda s, c: s.groupby("seed")[c].mean()
     ones = lambda s, c: ratio(s[c], np.ones(len(s)), s.prompt)
     new = d.groupby("seed").new_bigrams.sum() / d.groupby("seed").bigrams.sum()
-    out = {"strict success": "-", "mean score": "-"}
+    out = {"strict success": "-", "mean score": "-", "score 0": "-"}
     if len(known):
         out["strict success"] = _spread(grouped(known.success, known.prompt), by(known, "success"), "{:.0%}")
         out["mean score"] = _spread(ones(known, "score"), by(known, "score"), "{:.2f}")
+        none = known.assign(none=known.score == 0)
+        out["score 0"] = _spread(grouped(none.none, none.prompt), by(none, "none"), "{:.0%}")
     return out | {
         "finished": _spread(grouped(d.finished, d.prompt), by(d, "finished"), "{:.0%}"),
         "tokens": _spread(ones(d, "tokens"), by(d, "tokens"), "{:.1f}"),
@@ -223,21 +224,6 @@ def ablation_table(g: Gathered) -> pd.DataFrame:
             gap = found[2]
             row = {"arm": arm, "iteration": f"M_{d.iteration.max()}", "without": removed, "set": name}
             row |= {"measure": UNIT[what], "arm - scir": format_gap(gap, 1 if what == "entropy" else 100)}
-            row |= {"p": gap["p"], "agreeing seeds": f"{gap['same_way']} of {gap['seeds']}", "pairs": gap["n"]}
+            row |= {"p": gap["p"], "agreeing seeds": agreeing_seeds(gap), "pairs": gap["n"]}
             rows.append(row)
-    return with_holm(pd.DataFrame(rows), ["arm"])
-
-# %% ../../nbs/report/04_tables.ipynb #6a920a37
-def strongest(t: pd.DataFrame) -> list:  # of lines
-    "scir's strongest competitor in every quantity of a comparisons table."
-    out = []
-    if "run" in t:
-        runs = {run: strongest(d.drop(columns="run")) for run, d in t.groupby("run", sort=False)}
-        return [f"{run}: {line}" for run, lines in runs.items() for line in lines]
-    for (name, what), d in t[t.quantity != "tokens"].groupby(["set", "quantity"], sort=False):
-        r = d.loc[(d.difference * (-1 if what == "inconsistency" else 1)).idxmin()]
-        unit, scale = ("", 1) if what == "score" else (" points", 100)
-        level = "significant" if r.p_holm < 0.05 and r.same_way == r.seeds else "not significant"
-        competitor = f"{r.arms.removeprefix('scir - ')} ({r.arms} = {format_gap(dict(r), scale)}{unit}, {level})"
-        out.append(f"{what}, {name}: strongest competitor: {competitor}")
-    return out
+    return pd.DataFrame(rows)

@@ -297,3 +297,15 @@ def test_headline_is_generated_from_the_numbers():
     start = "On pairs of M_1's own answers, the judge and the implicit reward disagree on"
     assert claims.headline(plain) == [f"{start} 50% for M_1 and 0% after SCIR."]
     assert claims.headline(gathered(pairs("base", 0, "+", [0.0]))) == []
+
+
+def test_headline_after_every_round():
+    arms = {"sft": (1, 30), "srlm": (2, 25), "scir": (2, 12)}
+    g = gathered(
+        *(pairs(a, t, *both(60, apart=k), set="panel") for a, (t, k) in arms.items()),
+        *(pairs(a, 3, *both(60, apart=k), set="panel") for a, k in (("srlm", 20), ("scir", 6))),
+    )
+    said = claims.headline(g)[0]
+    one = "after round 1, 42% under self-rewarding training and 20% under SCIR"
+    two = "after round 2, 33% under self-rewarding training and 10% under SCIR"
+    assert said.endswith(f"disagree on 50% for M_1; {one}; {two}.")

@@ -332,3 +332,16 @@ def test_an_older_kept_report_without_answers(run, tmp_path, quick, pairs):
     letters = set(pd.read_csv(tmp_path / "out/claim_numbers.csv").claim)
     assert "a" in letters and not {"h", "i"} & letters and ("e" in letters) == (pairs == "labelled")
     assert not len(gather([tmp_path / "old"]).answers)
+
+
+def test_m0_has_no_implicit_reward(run, tmp_path):
+    "M_0 is its own reference; rounding is not a margin."
+    shutil.copytree(run / "report", tmp_path / "kept")
+    shutil.copy(run / "recipe.yaml", tmp_path / "kept")
+    rows = pd.read_parquet(tmp_path / "kept/pairs.parquet")
+    noise = np.where(rows.arm == "base", 0.02, rows.implicit)
+    rows.assign(implicit=noise).to_parquet(tmp_path / "kept/pairs.parquet")
+    found = tabling.summary(gather([tmp_path / "kept"]))
+    base = found[found.arm == "base"]
+    assert len(base) and base[["inconsistency", "rank_correlation"]].isna().all(axis=None)
+    assert found[found.arm == "sft"].inconsistency.notna().all()
