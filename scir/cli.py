@@ -204,7 +204,7 @@ def strict(v):
 # %% ../nbs/04_cli.ipynb #d500e3d1
 @contextmanager
 def computing(json: bool, *sources):
-    "Quiet libraries, announce shipped data, and under `json` send output to stderr."
+    "Silence libraries, name the data files taken from the package, and under `json` send output to stderr."
     from scir.runner.work import silence_libraries, print_shipped_sources
 
     with stdout_to_stderr(json):
@@ -214,8 +214,9 @@ def computing(json: bool, *sources):
 
 # %% ../nbs/04_cli.ipynb #bafd7ac2
 def model_and_recipe(model: str, recipe: Path | None, setting: list) -> tuple:  # model, Recipe
-    """A model and its recipe with the settings applied. The recipe is that of the model's run (the model is then given
-    by its adapter), else the file's, else the default one."""
+    """A model and its recipe, with the settings applied: the recipe of the model's run, or the file, or the default.
+
+    For a model of a run with settings, the model returned is its adapter folder."""
     from scir.recipe import load_recipe, override, parse_recipe, run_of
 
     path = Path(model)
@@ -467,7 +468,7 @@ def run(
 
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
-    "A run directory and its recipe, or another one. Changes to the project's folder, to which data paths are relative."
+    "A run directory and its recipe, or the given recipe. Changes to the project's folder, the base of data paths."
     from scir.recipe import load_recipe, own_recipe, root
     from scir.runner.work import silence_libraries, with_dtype
 
@@ -540,7 +541,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ):
-    """Rehash a run's files, and recompute its margins, metrics and tables.
+    """Rehash a run's files, and recompute its margins and its grader's labels.
 
     The exit code is 1 if anything differs from the record."""
     from scir.runner.verify import verify as verify_run

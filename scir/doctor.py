@@ -352,10 +352,10 @@ def disk(folder, needed: float, what: str) -> Finding:
 
 
 def space() -> Finding:
-    "Free space for the embedded model (0.54 GB, downloaded as 0.1 GB) and a small run."
+    "Free space for the demo's model (0.54 GB, downloaded as 0.1 GB) and a small run."
     from scir.recipe import root
 
-    return disk(root() / "data/runs", 1e9, "the embedded model and a small run")
+    return disk(root() / "data/runs", 1e9, "the demo's model and a small run")
 
 # %% ../nbs/03_doctor.ipynb #244dd620
 def is_file(source: str) -> bool:
@@ -650,7 +650,7 @@ def sampled_context(recipe, context: int, question: int, prompt: int, known: int
 
 # %% ../nbs/03_doctor.ipynb #f73c4ccf
 def shorter(pairs: list, context: int, question: int) -> str:
-    "Limits with which the judge's questions about most of the pairs fit."
+    "Options that lower the limits so that most pairs fit the judge's context."
     sizes = [(len(p.prompt_ids), max(len(p.ids_a), len(p.ids_b))) for p in pairs]
     kept = lambda prompt: sum(p <= prompt and r <= (context - question - prompt) // 2 for p, r in sizes)
     prompts = sorted({p for p, _ in sizes})
@@ -810,7 +810,7 @@ SMALLER = {  # stage -> settings to try
 
 
 def smaller_settings(stage: str, recipe, fits) -> str:
-    "The first setting of `SMALLER`, or all but the first together, with which a stage fits. `fits`: recipe -> bool."
+    "The first of these that makes a stage fit: each setting of `SMALLER` alone, then all but the first together."
     from scir.recipe import override, parse_recipe
 
     pairs = recipe.train.batch_size * recipe.train.accumulation  # per step, to be kept

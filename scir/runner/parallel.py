@@ -30,7 +30,7 @@ def _job(devices, taken, owner):
 
 # %% ../../nbs/runner/09_parallel.ipynb #e2ceb30b
 def visible_gpus() -> list:
-    "The GPUs that this process may use, in the words of CUDA_VISIBLE_DEVICES."
+    "The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -48,7 +48,7 @@ class WorkerPool:
         self.pool, self.jobs = self.make(), []
 
     def submit(self, *job):
-        # a new process inherits the block: Ctrl-C must not interrupt its imports, only its jobs
+        # block Ctrl-C, which a new process inherits: it must not interrupt its imports, only its jobs
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.jobs.append(self.pool.submit(*job))
@@ -101,7 +101,7 @@ def run_step(run: Path, step: Step, notebooks: Path) -> None:
 # %% ../../nbs/runner/09_parallel.ipynb #e7bca126
 @contextmanager
 def ctrl_c_allowed():
-    "Allow Ctrl-C in the block, also one sent before it. It then ends this worker's later jobs too."
+    "Let Ctrl-C interrupt the block, even if it was sent earlier. This worker's later jobs are then interrupted too."
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield

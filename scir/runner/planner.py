@@ -157,7 +157,7 @@ def pairs_per_prompt(spec: SamplingSpec) -> int:
 
 # %% ../../nbs/runner/13_planner.ipynb #250321d0
 def graded_pairs_per_prompt(recipe: Recipe) -> int:
-    "Graded pairs for each seed prompt, if the grader decides enough of them."
+    "Graded pairs for each seed prompt, if the grader scores enough answers differently."
     return min(comb(recipe.sampling.candidates, 2), recipe.warm_start.pairs_per_prompt)
 
 # %% ../../nbs/runner/13_planner.ipynb #8fc1b6e7
@@ -415,7 +415,7 @@ def sampling_peak(
         for layer in pool.cache.layers:
             layer.collect(
                 [(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32
-            )  # full before its last growth
+            )  # the cache before it grows for the last time
             layer.length = layer.keys.shape[2]
             layer.reserve(1)
         mask = torch.ones(len(rows), pool.cache.layers[0].length + 1, dtype=torch.long, device="meta")
@@ -554,7 +554,7 @@ def training_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Tas
 def evaluation_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
     """Every model answers the held-out prompts and judges every set. All but M_1 also judge their own answers.
 
-    M_0 and M_1 read their reference on every set, and later models too if it is their predecessor."""
+    M_0 and M_1 compute the reference's log-probabilities on every set; with `reference: previous`, all models do."""
     found = [node_parts(x.node)[2] for x in steps if x.stage == "evaluate"]
     asking = sum(t <= 1 or recipe.train.reference == "previous" for t in found)
     pairs, others, out = len(sizes.held) * pairs_per_prompt(recipe.sampling), sum(t != 1 for t in found), []
@@ -584,7 +584,7 @@ def planned_tasks(recipe: Recipe, sizes: Sizes) -> list:  # of Task, stage by st
 
 # %% ../../nbs/runner/13_planner.ipynb #e8893ac8
 def vote_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
-    "Votes of the additive judge on every answer, of the longest length."
+    "Votes of the additive judge on every answer, each assumed to have the maximum length."
     from scir.method.labels import needed_rewards
 
     rounds = sum(x.stage == "label" and "votes" in needed_rewards(recipe, node_parts(x.node)[1]) for x in steps)
@@ -626,7 +626,7 @@ def shallow(recipe: Recipe, layers: int, folder) -> Recipe:
 
 # %% ../../nbs/runner/13_planner.ipynb #b232ec4c
 def seconds_of(run, rows: int, limit: float) -> tuple:  # seconds, rows
-    "Time `run(n)` with n = 1, 2, 4, ... up to `rows`, while time allows. Returns the last, the faster of two calls."
+    "Time `run(n)` for n = 1, 2, 4, ... up to `rows`, while time allows. The last n runs twice; the faster counts."
     n, run_time = 1, _timed(run, 1)
     while n < rows and 4 * run_time < limit:
         n, limit = min(2 * n, rows), limit - run_time

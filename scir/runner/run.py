@@ -23,7 +23,7 @@ from ..store import all_gather, processes, rank, remove, sharded
 
 # %% ../../nbs/runner/11_run.ipynb #aa632e63
 def check_words(tokenizer, recipe: Recipe) -> None:
-    "Raise RecipeError for verdicts that are not single tokens, and for a chat template without room for the question."
+    "Raise RecipeError for verdicts that are not single tokens, and for a chat template that cannot hold the question."
     from scir.method.judge import check_template, find_verdicts
     from scir.method.rewards import YES_NO
 
@@ -114,7 +114,7 @@ def run_directory(recipe: Recipe, run: Path | None) -> Path:  # the run director
 
 # %% ../../nbs/runner/11_run.ipynb #62c65dd1
 def remove_half_written_notebooks(run: Path, steps: list) -> None:
-    "Remove what a killed run left, except of jobs that still run."
+    "Remove half-written notebooks of a killed run, except those of cluster jobs that are still running."
     for step in steps:
         if not is_locked(run, f"{file_name(step)}.job"):
             remove((run / "notebooks").glob(f".{file_name(step)}.ipynb.*.tmp"))
@@ -124,7 +124,7 @@ def run_recipe(
     recipe: Recipe,
     run: Path | None = None,  # default: data/runs/NAME
     jobs: int = 1,  # steps at once, each in a process of its own
-    cluster: dict | None = None,  # settings of a submitit executor, which makes steps jobs of a cluster
+    cluster: dict | None = None,  # settings for submitit, which then runs each step as a cluster job
     shard: bool = False,  # split every layer's weights over the processes
 ) -> Path:  # the run directory
     "Run every step of a recipe that is not done."
