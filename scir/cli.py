@@ -9,7 +9,7 @@ __all__ = ['CODES', 'UsageError', 'RESUMABLE', 'app', 'MODEL', 'OutFile', 'Recip
            'model_and_recipe', 'usable_tokenizer', 'check_model', 'result_line', 'output_results', 'report_tables',
            'report_text', 'table_rows', 'command_words', 'launch', 'back_to', 'show_plan', 'check_options',
            'cluster_settings', 'run', 'opened', 'states', 'status', 'report', 'verify', 'judge', 'sample',
-           'check_target', 'export', 'fit_reward_model', 'testbed', 'doctor', 'bench']
+           'check_target', 'export', 'fit_reward_model', 'testbed', 'doctor']
 
 # %% ../nbs/04_cli.ipynb #537f2be2
 import os, select, shlex, signal, sys
@@ -833,39 +833,3 @@ def doctor(
     output(json, value, fault_counts([f for _, f in found]))
     if any(f.state == "fault" for _, f in found):
         raise typer.Exit(1)
-
-# %% ../nbs/04_cli.ipynb #2e4147ec
-@app.command(
-    epilog="""Examples:
-  scir bench --out bench.json
-  scir bench --out judge.json --recipe recipes/tiny.yaml \\
-    --only judge --repeats 1"""
-)
-def bench(
-    out: Annotated[
-        Path, typer.Option(help="output file; a plot with the same name is saved next to it", callback=not_a_folder)
-    ] = Path("data/bench.json"),
-    recipe: Annotated[Path, typer.Option(help="recipe for model, adapter, judge and data")] = Path("recipes/smol.yaml"),
-    setting: Settings = ["model.dtype=auto"],
-    repeats: Annotated[
-        int, typer.Option(metavar="N", help="repeats of each measurement; the median is used", min=1)
-    ] = 5,
-    tokens: Annotated[int, typer.Option(metavar="N", help="maximum tokens of a sampled response", min=1)] = 32,
-    only: Annotated[
-        str | None, typer.Option(help="measure one group: judge, judge-gradient, training, sampling or growth")
-    ] = None,
-    json: Json = False,
-    debug: Debug = False,
-):
-    """Measure sampling, judging and training against the usual libraries.
-
-    The whole benchmark takes about 15 minutes on two cores."""
-    from scir.runner.bench import GROUPS, main as measure
-    from scir.recipe import load_recipe
-    from scir.store import read_json
-
-    if only not in (None, *GROUPS):
-        raise UsageError(f"--only {only}: must be one of {', '.join(GROUPS)}")
-    with stdout_to_stderr(json):
-        text = measure(out, load_recipe(recipe, tuple(setting)), repeats, tokens, only)
-    output(json, read_json(out), text)
