@@ -39,7 +39,7 @@ test-wheel: | $(VENV)/installed  ## the wheel in a fresh environment, outside th
 	cd $$(mktemp -d) && export PATH=$(CURDIR)/build/wheel/venv/bin:$$PATH && scir doctor --recipe recipes/tiny.yaml && scir run recipes/tiny.yaml && scir verify data/runs/tiny
 
 bench: $(MODEL)           ## speed and memory against the usual libraries and the machine's limits: about 15 minutes on two cores
-	TQDM_DISABLE=1 $(BIN)/scir bench --out $(or $(JSON),data/bench.json)
+	TQDM_DISABLE=1 $(BIN)/python -m tests.bench.speed --set model.dtype=auto --out $(or $(JSON),data/bench.json)
 
 gpu-check: | $(VENV)/installed  ## ten minutes on one NVIDIA GPU, no network: memory and speed into docs/results/gpu
 	$(BIN)/python -m tests.bench.gpu $(if $(MODEL_FOLDER),--model $(MODEL_FOLDER))

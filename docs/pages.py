@@ -12,7 +12,7 @@ from scir.runner import planner
 from scir.recipe import ARMS, Recipe, field_names, load_recipe
 
 KEPT = ROOT / "docs" / "results"
-STANDINGS = {"P": "from the paper", "S": "from a secondary source", "D": "our own decision"}
+PROVENANCE = {"P": "from the paper", "S": "from a secondary source", "D": "our own decision"}
 
 
 def table(columns: list, rows: list) -> str:
@@ -107,12 +107,12 @@ def recipe(name: str) -> str:
     return f"<details><summary>recipes/{name}.yaml</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
-def standing() -> str:
+def provenance() -> str:
     """Every recipe field with its provenance, section by section."""
     out, rows = [], [(n, f, f.json_schema_extra or {}) for n, f in field_names().items()]
     counts = pd.Series([x.get("provenance", "D") for *_, x in rows]).value_counts()
     out.append(
-        f"{len(rows)} fields: " + ", ".join(f"{counts.get(k, 0)} {v} (**{k}**)" for k, v in STANDINGS.items()) + "."
+        f"{len(rows)} fields: " + ", ".join(f"{counts.get(k, 0)} {v} (**{k}**)" for k, v in PROVENANCE.items()) + "."
     )
     for section in dict.fromkeys(n.rpartition(".")[0] for n, *_ in rows):
         said = Recipe.model_fields[section].annotation.__doc__ if section else "One experiment."
@@ -162,11 +162,11 @@ def memory() -> str:
 
 
 def gpu() -> str:
-    "The table that `make gpu-check` wrote on a machine with a GPU, or that there is none yet."
+    """The table that `make gpu-check` wrote on a machine with a GPU, or a line that says there is none yet."""
     kept_table = KEPT / "gpu" / "gpu.md"
     if kept_table.exists():
         return kept_table.read_text().strip()
-    return "*Not measured yet.* `make gpu-check` on a machine with one NVIDIA GPU fills this place in ten minutes."
+    return "*Not measured yet.* On a machine with one NVIDIA GPU, `make gpu-check` measures it in ten minutes."
 
 
 def effort() -> str:
@@ -301,7 +301,7 @@ MADE = {
         measured,
         stages,
         recipe,
-        standing,
+        provenance,
         arms,
         memory,
         effort,

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['CODES', 'UsageError', 'RESUMABLE', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json',
-           'EXAMPLES', 'fail', 'one_line', 'reader_gone', 'usage_text', 'error_text', 'OneLine', 'show_version', 'main',
-           'positive', 'known_split', 'not_a_folder', 'stdout_to_stderr', 'output', 'strict', 'computing',
-           'model_and_recipe', 'usable_tokenizer', 'check_model', 'result_line', 'output_results', 'report_tables',
-           'report_text', 'table_rows', 'command_words', 'launch', 'back_to', 'show_plan', 'check_options',
-           'cluster_settings', 'run', 'opened', 'states', 'status', 'report', 'verify', 'judge', 'sample',
-           'check_target', 'export', 'fit_reward_model', 'testbed', 'doctor', 'bench']
+           'RunRecipe', 'RunFolder', 'Jobs', 'Cluster', 'Processes', 'Shard', 'DryRun', 'Model', 'Pairs', 'Reference',
+           'Split', 'Prompts', 'Candidates', 'Seed', 'EXAMPLES', 'ExportModel', 'Target', 'ExportPath', 'BenchmarkData',
+           'Licence', 'HubRepository', 'BenchmarkReward', 'CheckedRecipe', 'Gpu', 'Probe', 'fail', 'one_line',
+           'reader_gone', 'usage_text', 'error_text', 'OneLine', 'show_version', 'main', 'positive', 'known_split',
+           'not_a_folder', 'stdout_to_stderr', 'output', 'strict', 'computing', 'model_and_recipe', 'usable_tokenizer',
+           'check_model', 'result_line', 'output_results', 'report_tables', 'report_text', 'table_rows',
+           'command_words', 'launch', 'exit_like_process', 'back_to', 'show_plan', 'check_options', 'cluster_settings',
+           'run', 'opened', 'states', 'show_run', 'status', 'report', 'verify', 'judge', 'sample', 'check_target',
+           'export_folder', 'export_file', 'export', 'fit_reward_model', 'testbed', 'printed', 'doctor']
 
 # %% ../nbs/04_cli.ipynb #537f2be2
 import os, select, shlex, signal, sys
@@ -204,7 +207,7 @@ def strict(v):
 # %% ../nbs/04_cli.ipynb #d500e3d1
 @contextmanager
 def computing(json: bool, *sources):
-    "Quiet libraries, announce shipped data, and under `json` send output to stderr."
+    "Silence libraries, name the data files taken from the package, and under `json` send output to stderr."
     from scir.runner.work import silence_libraries, print_shipped_sources
 
     with stdout_to_stderr(json):
@@ -214,8 +217,9 @@ def computing(json: bool, *sources):
 
 # %% ../nbs/04_cli.ipynb #bafd7ac2
 def model_and_recipe(model: str, recipe: Path | None, setting: list) -> tuple:  # model, Recipe
-    """A model and its recipe with the settings applied. The recipe is that of the model's run (the model is then given
-    by its adapter), else the file's, else the default one."""
+    """A model and its recipe, with the settings applied: the recipe of the model's run, or the file, or the default.
+
+    For a model of a run with settings, the model returned is its adapter folder."""
     from scir.recipe import load_recipe, override, parse_recipe, run_of
 
     path = Path(model)
@@ -244,8 +248,8 @@ def usable_tokenizer(recipe):
 # %% ../nbs/04_cli.ipynb #57abd9d5
 def check_model(model: str, recipe) -> None:
     "Raise for a missing model, verdict words that are not single tokens, or an unknown reward model."
+    from scir.doctor import check_words
     from scir.stages.evaluate import resolve
-    from scir.runner.run import check_words
     from scir.method.rewards import check_rewards
 
     recipe, _ = resolve(model, recipe)
@@ -326,13 +330,17 @@ def launch(words: list, processes: int, debug: bool = False) -> None:
             raise KeyboardInterrupt from None
         raise typer.Exit(128 + e.sigval) from None
     except ChildFailedError as e:
-        which, failure = e.get_first_failure()
-        if failure.exitcode < 0:
-            fail(
-                f"process {which} of {processes} was killed ({failure.signal_name()}), probably out of memory; "
-                "rerun the same command to resume"
-            )
-        raise typer.Exit(failure.exitcode) from None
+        exit_like_process(*e.get_first_failure(), processes)
+
+
+def exit_like_process(which: int, failure, processes: int) -> None:
+    "Exit with the code of the first process that failed. A killed one could not say why, so its line comes from here."
+    if failure.exitcode < 0:
+        fail(
+            f"process {which} of {processes} was killed ({failure.signal_name()}), probably out of memory; "
+            "rerun the same command to resume"
+        )
+    raise typer.Exit(failure.exitcode)
 
 # %% ../nbs/04_cli.ipynb #2c76e689
 def back_to(here: Path, path: Path) -> Path:
@@ -342,13 +350,13 @@ def back_to(here: Path, path: Path) -> Path:
     return Path(os.path.relpath(path)) if path.is_relative_to(here) else path
 
 # %% ../nbs/04_cli.ipynb #b70333f4
-def show_plan(recipe, out: Path, here: Path, words: list, jobs: int, processes: int, json: bool) -> None:
+def show_plan(recipe, out: Path, here: Path, jobs: int, processes: int, json: bool) -> None:
     "Print every step's state and the commands that start the run, on this machine and (without jobs) on two."
     from scir.runner.execute import step_state, status_text as state_text
     from scir.runner.processes import launch_line
     from scir.runner.state import status as step_states
 
-    shell = lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
+    words, shell = command_words(), lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
     steps = [
         (step.key, step_state(recipe, out, step) if s.name == "done" else s) for step, s in step_states(recipe, out)
     ]
@@ -388,6 +396,42 @@ def cluster_settings(cluster: list) -> dict | None:
     except yaml.YAMLError as e:
         raise UsageError(f"--cluster: invalid YAML value: {e}") from None
 
+# %% ../nbs/04_cli.ipynb #c0d0b038
+RunRecipe = Annotated[Path, typer.Argument(help="recipe file, e.g. recipes/smol.yaml", show_default=False)]
+RunFolder = Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")]
+Jobs = Annotated[
+    int,
+    typer.Option(metavar="N", help="steps to run in parallel: seeds and arms, with the GPUs divided among them", min=1),
+]
+Cluster = Annotated[
+    list[str],
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="run the steps as cluster jobs: settings for submitit, "
+        "e.g. --cluster cluster=slurm --cluster timeout_min=600 --cluster gpus_per_node=1",
+    ),
+]
+Processes = Annotated[
+    int,
+    typer.Option(metavar="N", help="processes per step, one GPU each: they split the rows, and train with DDP", min=1),
+]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard",
+        metavar="",
+        help="split the layers' weights among the processes (FSDP2), for models too large for one GPU",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        metavar="",
+        help="show the steps and the commands that start the run on one machine and on two, and stop",
+    ),
+]
+
 # %% ../nbs/04_cli.ipynb #a774b18e
 @app.command(
     epilog="""Examples:
@@ -398,52 +442,20 @@ def cluster_settings(cluster: list) -> dict | None:
   scir run recipes/tiny.yaml --processes 2 --shard"""
 )
 def run(
-    recipe: Annotated[Path, typer.Argument(help="recipe file, e.g. recipes/smol.yaml", show_default=False)],
+    recipe: RunRecipe,
     setting: Settings = [],
-    out: Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")] = None,
-    jobs: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="steps to run in parallel: seeds and arms, with the GPUs divided among them", min=1
-        ),
-    ] = 1,
-    cluster: Annotated[
-        list[str],
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="run the steps as cluster jobs: settings for submitit, "
-            "e.g. --cluster cluster=slurm --cluster timeout_min=600 --cluster gpus_per_node=1",
-        ),
-    ] = [],
-    processes: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="processes per step, one GPU each: they split the rows, and train with DDP", min=1
-        ),
-    ] = 1,
-    shard: Annotated[
-        bool,
-        typer.Option(
-            "--shard",
-            metavar="",
-            help="split the layers' weights among the processes (FSDP2), for models too large for one GPU",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar="",
-            help="show the steps and the commands that start the run on one machine and on two, and stop",
-        ),
-    ] = False,
+    out: RunFolder = None,
+    jobs: Jobs = 1,
+    cluster: Cluster = [],
+    processes: Processes = 1,
+    shard: Shard = False,
+    dry_run: DryRun = False,
     json: Json = False,
     debug: Debug = False,
 ):
     "Run a recipe: execute the notebook of every unfinished stage, each in a fresh kernel."
     from scir.runner.run import run_directory, prepare_recipe, run_recipe
     from scir.recipe import load_recipe
-    from scir.store import rank
 
     settings = cluster_settings(cluster)
     check_options(jobs, settings, processes, shard)
@@ -452,22 +464,16 @@ def run(
         with stdout_to_stderr(json):
             ready = prepare_recipe(loaded, folder := run_directory(loaded, out), shard, say=dry_run)
         if dry_run:
-            return show_plan(ready, folder, here, command_words(), jobs, processes, json)
+            return show_plan(ready, folder, here, jobs, processes, json)
         os.chdir(here)
         return launch(command_words(), processes, debug)
     with stdout_to_stderr(json):
         folder = run_recipe(loaded, out, jobs, settings, shard)
-    if rank():
-        return
-    folder = back_to(here, folder)
-    if json:
-        output(json, {"run": str(folder), "steps": states(*opened(folder)), "tables": table_rows(folder / "report")})
-    else:
-        output(json, None, report_text(folder / "report"))
+    show_run(folder, here, json)
 
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
-    "A run directory and its recipe, or another one. Changes to the project's folder, to which data paths are relative."
+    "A run directory and its recipe, or the given recipe. Changes to the project's folder, the base of data paths."
     from scir.recipe import load_recipe, own_recipe, root
     from scir.runner.work import silence_libraries, with_dtype
 
@@ -483,6 +489,20 @@ def states(recipe, run: Path) -> list:  # of dicts
     from scir.runner.state import status as step_states
 
     return [{"step": step.key, "state": s.name, "why": s.why} for step, s in step_states(recipe, run)]
+
+# %% ../nbs/04_cli.ipynb #c0d0b900
+def show_run(folder: Path, here: Path, json: bool) -> None:
+    "Print a finished run, in the first process: its report, or its steps and tables as JSON."
+    from scir.store import rank
+
+    if rank():
+        return
+    folder = back_to(here, folder)
+    if json:
+        steps, tables = states(*opened(folder)), table_rows(folder / "report")
+        output(json, {"run": str(folder), "steps": steps, "tables": tables})
+    else:
+        output(json, None, report_text(folder / "report"))
 
 # %% ../nbs/04_cli.ipynb #6a055eba
 @app.command(
@@ -540,7 +560,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ):
-    """Rehash a run's files, and recompute its margins, metrics and tables.
+    """Rehash a run's files, and recompute its margins and its grader's labels.
 
     The exit code is 1 if anything differs from the record."""
     from scir.runner.verify import verify as verify_run
@@ -560,6 +580,25 @@ def verify(
     if faults:
         raise typer.Exit(1)
 
+# %% ../nbs/04_cli.ipynb #c0d0b047
+Model = Annotated[str, typer.Option(help=MODEL)]
+Pairs = Annotated[
+    str,
+    typer.Option(
+        help="labelled pairs, file or hub name: prompt, response_a, response_b, label; or prompt, chosen, rejected"
+    ),
+]
+Reference = Annotated[
+    str | None, typer.Option(help="reference model of the implicit reward; default: the adapter's base")
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="use only this split of the pairs; runs never train on test",
+        callback=known_split,
+    ),
+]
+
 # %% ../nbs/04_cli.ipynb #6d16beef
 @app.command(
     epilog="""Examples:
@@ -569,24 +608,11 @@ def verify(
     --limit 20 --json"""
 )
 def judge(
-    model: Annotated[str, typer.Option(help=MODEL)],
-    pairs: Annotated[
-        str,
-        typer.Option(
-            help="labelled pairs, file or hub name: prompt, response_a, response_b, label; or prompt, chosen, rejected"
-        ),
-    ],
+    model: Model,
+    pairs: Pairs,
     out: OutFile = Path("scores.parquet"),
-    reference: Annotated[
-        str | None, typer.Option(help="reference model of the implicit reward; default: the adapter's base")
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="use only this split of the pairs; runs never train on test",
-            callback=known_split,
-        ),
-    ] = None,
+    reference: Reference = None,
+    split: Split = None,
     recipe: RecipeFile = None,
     setting: Settings = [],
     limit: Limit = None,
@@ -603,6 +629,19 @@ def judge(
         found = judge_file(model, pairs, out, base, reference, limit, split)
     output_results(json, found, rows=out)
 
+# %% ../nbs/04_cli.ipynb #c0d0b050
+Prompts = Annotated[str, typer.Option(help="prompts, as a file or hub name: prompt; instruction (+ input); or turns")]
+Candidates = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="responses per prompt; default: the recipe's sampling.candidates", min=1),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="base seed; each response's seed is derived from it, the prompt and its index", min=0
+    ),
+]
+
 # %% ../nbs/04_cli.ipynb #62bcdd2d
 @app.command(
     epilog="""Examples:
@@ -612,21 +651,11 @@ def judge(
     --seed 1 --limit 4 --set sampling.max_new_tokens=32 --json"""
 )
 def sample(
-    model: Annotated[str, typer.Option(help=MODEL)],
-    prompts: Annotated[
-        str, typer.Option(help="prompts, as a file or hub name: prompt; instruction (+ input); or turns")
-    ],
+    model: Model,
+    prompts: Prompts,
     out: OutFile = Path("responses.jsonl"),
-    candidates: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="responses per prompt; default: the recipe's sampling.candidates", min=1),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="base seed; each response's seed is derived from it, the prompt and its index", min=0
-        ),
-    ] = 0,
+    candidates: Candidates = None,
+    seed: Seed = 0,
     recipe: RecipeFile = None,
     setting: Settings = [],
     limit: Limit = None,
@@ -659,7 +688,7 @@ EXAMPLES = """Examples:
     --data allenai/reward-bench:filtered --out results.json"""
 
 
-def check_target(to: str, benchmark_options: dict, folder_options: dict) -> None:
+def check_target(to: str, benchmark_options: dict, folder_options: dict) -> bool:  # whether it is a folder
     "Refuse an unknown target, options that it does not take, and a benchmark without data."
     from scir.export.benchmarks import EXPORTS
     from scir.export.folders import FOLDERS
@@ -671,76 +700,94 @@ def check_target(to: str, benchmark_options: dict, folder_options: dict) -> None
         raise UsageError(f"--to {to} takes no {', '.join(unused)}: only {kind} do; omit it")
     if to in EXPORTS and not benchmark_options["--data"]:
         raise UsageError(f"--to {to}: give the benchmark's file or hub name with --data")
+    return to in FOLDERS
+
+# %% ../nbs/04_cli.ipynb #c0d0b902
+def export_folder(to: str, model: str, out: Path, licence: str | None, push: str | None) -> dict:
+    "Write a folder with a card, and upload it to `push`."
+    from scir.export.folders import FOLDERS, check_push, push as upload
+
+    if push:
+        check_push(model, to, push)
+    found = FOLDERS[to](model, out, licence, push)
+    return found | ({"pushed": upload(out, push, to)} if push else {})
+
+
+def export_file(to: str, model: str, recipe, out: Path, data: str, limit: int | None, reward: str | None) -> dict:
+    "Run a benchmark, and write its file."
+    from scir.export.benchmarks import EXPORTS
+
+    not_a_folder(out)
+    check_model(model, recipe)
+    options = {"reward": reward or "generative"} if to == "reward_bench" else {}
+    return EXPORTS[to](model, data, out, recipe, limit, **options) | {"file": str(out)}
+
+# %% ../nbs/04_cli.ipynb #c0d0b054
+ExportModel = Annotated[
+    str,
+    typer.Argument(
+        help=f"{MODEL}. adapter, merged and dataset need a model of a run; dataset also takes its agreed.jsonl",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="a folder: adapter (peft), merged (safetensors), dataset (preferences); or a benchmark's file: "
+        "alpaca_eval (model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (results)"
+    ),
+]
+ExportPath = Annotated[Path, typer.Option(help="new folder; for a benchmark, output file", show_default=False)]
+BenchmarkData = Annotated[
+    str | None,
+    typer.Option(
+        help="the benchmark's file or hub name: instruction (alpaca_eval); question_id, turns (mt_bench); "
+        "prompt, chosen, rejected, subset (reward_bench)"
+    ),
+]
+Licence = Annotated[
+    str | None,
+    typer.Option(
+        "--licence",
+        "--license",
+        help="licence for the card, as a hub id (apache-2.0); default: the base model's, if known",
+    ),
+]
+HubRepository = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="upload the folder to this hub repository; a new one is private"),
+]
+BenchmarkReward = Annotated[
+    str | None, typer.Option(help="internal reward model for reward_bench; default: generative")
+]
 
 # %% ../nbs/04_cli.ipynb #f9833a33
 @app.command(epilog=EXAMPLES)
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help=f"{MODEL}. adapter, merged and dataset need a model of a run; dataset also takes its agreed.jsonl",
-            show_default=False,
-        ),
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="a folder: adapter (peft), merged (safetensors), dataset (preferences); or a benchmark's file: "
-            "alpaca_eval (model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (results)"
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="new folder; for a benchmark, output file", show_default=False)],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="the benchmark's file or hub name: instruction (alpaca_eval); question_id, turns (mt_bench); "
-            "prompt, chosen, rejected, subset (reward_bench)"
-        ),
-    ] = None,
-    licence: Annotated[
-        str | None,
-        typer.Option(
-            "--licence",
-            "--license",
-            help="licence for the card, as a hub id (apache-2.0); default: the base model's, if known",
-        ),
-    ] = None,
-    push: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="upload the folder to this hub repository; a new one is private"),
-    ] = None,
+    model: ExportModel,
+    to: Target,
+    out: ExportPath,
+    data: BenchmarkData = None,
+    licence: Licence = None,
+    push: HubRepository = None,
     recipe: RecipeFile = None,
     setting: Settings = [],
     limit: Limit = None,
-    reward: Annotated[
-        str | None, typer.Option(help="internal reward model for reward_bench; default: generative")
-    ] = None,
+    reward: BenchmarkReward = None,
     json: Json = False,
     debug: Debug = False,
 ):
     """Export a run's model or preferences as a folder with a card.
 
     Or run a benchmark, and write the file that its own program reads."""
-    from scir.export.benchmarks import EXPORTS
-    from scir.export.folders import FOLDERS, check_push, push as upload
-
-    check_target(
-        to,
-        {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward},
-        {"--licence": licence, "--push": push},
-    )
+    benchmark = {"--data": data, "--recipe": recipe, "--set": setting, "--limit": limit, "--reward": reward}
+    to_folder = check_target(to, benchmark, {"--licence": licence, "--push": push})
     with computing(json, *filter(None, [data])):
-        if to in FOLDERS:
-            if push:
-                check_push(model, to, push)
-            found = FOLDERS[to](model, out, licence, push) | ({"pushed": upload(out, push, to)} if push else {})
+        if to_folder:
+            found = export_folder(to, model, out, licence, push) | {"folder": str(out)}
         else:
-            not_a_folder(out)
-            model, base = model_and_recipe(model, recipe, setting)
-            check_model(model, base)
-            options = {"reward": reward or "generative"} if to == "reward_bench" else {}
-            found = EXPORTS[to](model, data, out, base, limit, **options)
-    output_results(json, found | {"folder" if to in FOLDERS else "file": str(out)})
+            found = export_file(to, *model_and_recipe(model, recipe, setting), out, data, limit, reward)
+    output_results(json, found)
 
 # %% ../nbs/04_cli.ipynb #5467a1b3
 @app.command(
@@ -793,6 +840,26 @@ def testbed(
     text = "\n".join([*(f"{value}  {name}" for name, value in sums.items()), f"folder: {out}"])
     output(json, {"folder": str(out), "sha256": sums}, text)
 
+# %% ../nbs/04_cli.ipynb #c0d0b901
+def printed(found):  # yields the same (group, Finding)
+    "Print each finding as soon as it is known, under the name of its group."
+    from scir.doctor import lines
+
+    heading = ""
+    for group, f in found:
+        typer.echo("" if group == heading else f"{group}\n", nl=False)
+        typer.echo(lines(f))
+        heading = group
+        yield group, f
+
+# %% ../nbs/04_cli.ipynb #c0d0b060
+CheckedRecipe = Annotated[Path | None, typer.Option(help="also check whether this recipe can run here")]
+Gpu = Annotated[
+    float | None,
+    typer.Option(metavar="GB", help="estimate memory for a GPU with this many GB instead of this machine", min=1),
+]
+Probe = Annotated[bool, typer.Option(help="time the recipe's work for half a minute to estimate its hours")]
+
 # %% ../nbs/04_cli.ipynb #206e94c1
 @app.command(
     epilog="""Examples:
@@ -801,13 +868,10 @@ def testbed(
   scir doctor --recipe recipes/smol.yaml --gpu 24"""
 )
 def doctor(
-    recipe: Annotated[Path | None, typer.Option(help="also check whether this recipe can run here")] = None,
+    recipe: CheckedRecipe = None,
     setting: Settings = [],
-    gpu: Annotated[
-        float | None,
-        typer.Option(metavar="GB", help="estimate memory for a GPU with this many GB instead of this machine", min=1),
-    ] = None,
-    probe: Annotated[bool, typer.Option(help="time the recipe's work for half a minute to estimate its hours")] = True,
+    gpu: Gpu = None,
+    probe: Probe = True,
     json: Json = False,
     debug: Debug = False,
 ):
@@ -815,56 +879,14 @@ def doctor(
 
     Each problem comes with a fix. With a recipe, also estimate every stage's memory and the total hours.
     The exit code is 1 if there are faults; warnings don't affect it."""
-    from scir.doctor import examine, lines, fault_counts
+    from scir.doctor import examine, fault_counts
 
     if (setting or gpu) and not recipe:
         raise UsageError("--set and --gpu need a recipe; give one with --recipe")
-    found, heading = [], ""
     with stdout_to_stderr(json):
-        for group, f in examine(recipe, tuple(setting), gpu, probe):
-            found.append((group, f))
-            if json:
-                continue
-            typer.echo("" if group == heading else f"{group}\n", nl=False)
-            typer.echo(lines(f))
-            heading = group
+        checked = examine(recipe, tuple(setting), gpu, probe)
+        found = list(checked if json else printed(checked))
     value = {"findings": [{"group": group} | f._asdict() for group, f in found]}
     output(json, value, fault_counts([f for _, f in found]))
     if any(f.state == "fault" for _, f in found):
         raise typer.Exit(1)
-
-# %% ../nbs/04_cli.ipynb #2e4147ec
-@app.command(
-    epilog="""Examples:
-  scir bench --out bench.json
-  scir bench --out judge.json --recipe recipes/tiny.yaml \\
-    --only judge --repeats 1"""
-)
-def bench(
-    out: Annotated[
-        Path, typer.Option(help="output file; a plot with the same name is saved next to it", callback=not_a_folder)
-    ] = Path("data/bench.json"),
-    recipe: Annotated[Path, typer.Option(help="recipe for model, adapter, judge and data")] = Path("recipes/smol.yaml"),
-    setting: Settings = ["model.dtype=auto"],
-    repeats: Annotated[
-        int, typer.Option(metavar="N", help="repeats of each measurement; the median is used", min=1)
-    ] = 5,
-    tokens: Annotated[int, typer.Option(metavar="N", help="maximum tokens of a sampled response", min=1)] = 32,
-    only: Annotated[
-        str | None, typer.Option(help="measure one group: judge, judge-gradient, training, sampling or growth")
-    ] = None,
-    json: Json = False,
-    debug: Debug = False,
-):
-    """Measure sampling, judging and training against the usual libraries.
-
-    The whole benchmark takes about 15 minutes on two cores."""
-    from scir.runner.bench import GROUPS, main as measure
-    from scir.recipe import load_recipe
-    from scir.store import read_json
-
-    if only not in (None, *GROUPS):
-        raise UsageError(f"--only {only}: must be one of {', '.join(GROUPS)}")
-    with stdout_to_stderr(json):
-        text = measure(out, load_recipe(recipe, tuple(setting)), repeats, tokens, only)
-    output(json, read_json(out), text)

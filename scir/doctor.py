@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CGROUP', 'INSTALL_KERNEL', 'TOKEN', 'CONTEXT', 'CHECKPOINTING', 'SMALLER', 'RUN_CHECKS', 'RECIPE_CHECKS', 'WIDTH',
            'Finding', 'size', 'short_error', 'ask', 'cores', 'memory', 'system', 'processors', 'main_memory', 'driver',
-           'gpus', 'no_gpu', 'precision', 'attention', 'four_bits', 'threads', 'threads_here', 'kernel',
-           'kernel_python', 'constrained', 'package', 'packages', 'python', 'text_encoding', 'disk', 'space', 'is_file',
-           'hub_sources', 'folder_of', 'offline', 'model_found', 'from_hub', 'models', 'data', 'cached', 'data_found',
-           'Inputs', 'count_inputs', 'usable_inputs', 'grader', 'hub_token', 'verdicts', 'token_ids', 'context',
-           'longest_known', 'sampled_context', 'shorter', 'fits', 'causal', 'adapter', 'decoding', 'engine',
-           'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk', 'smaller_settings', 'stage_memory', 'duration',
-           'memory_and_hours', 'lengths', 'open_recipe', 'planned', 'examine', 'lines', 'fault_counts']
+           'gpus', 'no_gpu', 'precision', 'attention', 'four_bits', 'threads', 'threads_here', 'kernel', 'last_answer',
+           'kernel_python', 'constrained', 'package', 'packages', 'python', 'text_encoding', 'disk', 'space',
+           'check_recipe', 'check_words', 'is_file', 'hub_sources', 'folder_of', 'offline', 'model_found', 'from_hub',
+           'models', 'data', 'cached', 'data_found', 'Inputs', 'count_inputs', 'usable_inputs', 'grader', 'gradable',
+           'hub_token', 'verdicts', 'token_ids', 'context', 'longest_known', 'sampled_context', 'shorter', 'fits',
+           'causal', 'adapter', 'decoding', 'engine', 'optimizer', 'adapter_bytes', 'row_bytes', 'room_on_disk',
+           'smaller_settings', 'stage_memory', 'duration', 'memory_and_hours', 'lengths', 'open_recipe', 'planned',
+           'examine', 'lines', 'fault_counts']
 
 # %% ../nbs/03_doctor.ipynb #eea2f693
 import locale, os, platform, shutil, subprocess, sys, textwrap, warnings
@@ -224,8 +225,8 @@ def kernel(name: str = "python3", seconds: float = 120) -> Finding:
     from jupyter_client.provisioning import KernelProvisionerFactory
     from scir.runner.kernels import use_warm_kernels
 
-    reason = "CUDA does not survive a fork" if driver() else "only Linux can fork"
-    kind = "warm, forked with torch imported" if use_warm_kernels() else f"ordinary, since {reason}"
+    no_fork = "CUDA does not survive a fork" if driver() else "only Linux can fork"
+    kind = "warm, forked with torch imported" if use_warm_kernels() else f"ordinary, since {no_fork}"
     factory = KernelProvisionerFactory.instance()
     wanted = factory.default_provisioner_name
     if wanted not in factory.get_provisioner_entries():
@@ -237,18 +238,14 @@ def kernel(name: str = "python3", seconds: float = 120) -> Finding:
     except Exception as e:
         problem = f"a kernel does not start: {short_error(e) or type(e).__name__}"
         return Finding("kernels", problem, "fault", "pip install --force-reinstall ipykernel jupyter_client")
-    try:
-        answer = _printed(client, "import sys, scir; print(sys.executable)", seconds)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    return kernel_python(answer, sys.executable, name, kind)
+    return kernel_python(last_answer(manager, client, seconds), sys.executable, name, kind)
 
 
 INSTALL_KERNEL = "python -m ipykernel install --sys-prefix --name "
 
 
-def _printed(client, code, seconds):  # a cell's output, or its error
+def last_answer(manager, client, seconds: float) -> str:
+    "The path of a kernel's Python, or the error of importing scir in it. Shuts the kernel down."
     texts = []
 
     def keep(message):
@@ -256,7 +253,12 @@ def _printed(client, code, seconds):  # a cell's output, or its error
         if message["msg_type"] in ("stream", "error"):
             texts.append(content.get("text") or f"{content['ename']}: {content['evalue']}")
 
-    client.execute_interactive(code, timeout=seconds, output_hook=keep)
+    try:
+        code = "import sys, scir; print(sys.executable)"
+        client.execute_interactive(code, timeout=seconds, output_hook=keep)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
     return "".join(texts).strip()
 
 
@@ -352,10 +354,57 @@ def disk(folder, needed: float, what: str) -> Finding:
 
 
 def space() -> Finding:
-    "Free space for the embedded model (0.54 GB, downloaded as 0.1 GB) and a small run."
+    "Free space for the demo's model (0.54 GB, downloaded as 0.1 GB) and a small run."
     from scir.recipe import root
 
-    return disk(root() / "data/runs", 1e9, "the embedded model and a small run")
+    return disk(root() / "data/runs", 1e9, "the demo's model and a small run")
+
+# %% ../nbs/03_doctor.ipynb #31479130
+def check_recipe(recipe) -> None:
+    "Raise RecipeError for unknown reward models, missing engines, graders and trackers, and arms without their model."
+    from scir.data.load import find_grader
+    from scir.model.engines import check_engine
+    from scir.method.rewards import REWARDS, check_rewards
+    from scir.recipe import RecipeError
+    from scir.runner.work import silence_libraries
+
+    check_engine(recipe)
+    check_rewards(recipe)
+    if recipe.data.grader:
+        find_grader(recipe.data.grader)
+    if "external" in recipe.arms and not recipe.labels.external:
+        raise RecipeError(
+            "arm external: name its reward model in labels.external, a sequence-classification model's hub id or folder"
+        )
+    if recipe.report_to:
+        silence_libraries()
+        from scir.method.trainer import check_trackers
+
+        check_trackers(recipe.report_to)
+    for arm in recipe.arms:
+        label = recipe.arm(arm).label if arm != "sft" else None
+        if label in REWARDS and label not in recipe.rewards:
+            raise RecipeError(f"arm {arm} takes its labels from {label!r}, which is not in rewards; add it")
+
+# %% ../nbs/03_doctor.ipynb #aa632e63
+def check_words(tokenizer, recipe) -> None:
+    "Raise RecipeError for verdicts that are not single tokens, and for a chat template that cannot hold the question."
+    from scir.method.judge import check_template, find_verdicts
+    from scir.method.rewards import YES_NO
+    from scir.recipe import RecipeError
+
+    try:
+        check_template(tokenizer, recipe.judge)
+    except ValueError as e:
+        raise RecipeError(str(e)) from None
+    fixes = {recipe.judge.verdicts: "name others in judge.verdicts"}
+    if "pointwise" in recipe.rewards:
+        fixes[YES_NO] = "leave pointwise out of rewards"
+    for words, fix in fixes.items():
+        try:
+            find_verdicts(tokenizer, words)
+        except ValueError as e:
+            raise RecipeError(f"{e}; {fix}") from None
 
 # %% ../nbs/03_doctor.ipynb #244dd620
 def is_file(source: str) -> bool:
@@ -515,20 +564,28 @@ def usable_inputs(recipe, fetch: bool) -> Inputs | None:
 # %% ../nbs/03_doctor.ipynb #511fa568
 def grader(recipe, fetch: bool = False) -> Finding | None:
     "How many prompts the recipe's grader can grade. `check_recipe` reports a grader that cannot be loaded."
-    from scir.data.load import find_grader, grade, prompt_pool, seed_prompts
+    from scir.data.load import find_grader, prompt_pool, seed_prompts
     from scir.recipe import RecipeError
 
-    name = recipe.data.grader
+    if not (name := recipe.data.grader):
+        return None
     try:
-        function = find_grader(name) if name else None
+        function = find_grader(name)
     except RecipeError:
         return None
-    if not function or not fetch and hub_sources(recipe):
-        return Finding("grader", name) if function else None
+    if not fetch and hub_sources(recipe):
+        return Finding("grader", name)
     try:
         lists = {"seed": seed_prompts(recipe.data), "held-out": prompt_pool(recipe.data)[1]}
     except (ValueError, OSError):
         return None  # reported by `data`
+    return gradable(name, function, lists)
+
+
+def gradable(name: str, function, lists: dict) -> Finding:  # lists: kind of prompts -> prompts
+    "How many prompts of each kind a grader can grade."
+    from scir.data.load import grade
+
     try:
         graded = {kind: sum(grade(function, p.prompt, "") is not None for p in rows) for kind, rows in lists.items()}
     except Exception as e:
@@ -569,8 +626,6 @@ def _config(recipe):  # of the text model; None if the model is not on this mach
 # %% ../nbs/03_doctor.ipynb #7781b1ae
 def verdicts(recipe, fetch: bool = False) -> Finding | None:
     "Whether the judge's verdict words are single tokens."
-    from scir.runner.run import check_words
-
     if (tokenizer := _tokenizer(recipe)) is None:
         return None
     try:
@@ -650,7 +705,7 @@ def sampled_context(recipe, context: int, question: int, prompt: int, known: int
 
 # %% ../nbs/03_doctor.ipynb #f73c4ccf
 def shorter(pairs: list, context: int, question: int) -> str:
-    "Limits with which the judge's questions about most of the pairs fit."
+    "Options that lower the limits so that most pairs fit the judge's context."
     sizes = [(len(p.prompt_ids), max(len(p.ids_a), len(p.ids_b))) for p in pairs]
     kept = lambda prompt: sum(p <= prompt and r <= (context - question - prompt) // 2 for p, r in sizes)
     prompts = sorted({p for p, _ in sizes})
@@ -810,7 +865,7 @@ SMALLER = {  # stage -> settings to try
 
 
 def smaller_settings(stage: str, recipe, fits) -> str:
-    "The first setting of `SMALLER`, or all but the first together, with which a stage fits. `fits`: recipe -> bool."
+    "The first of these that makes a stage fit: each setting of `SMALLER` alone, then all but the first together."
     from scir.recipe import override, parse_recipe
 
     pairs = recipe.train.batch_size * recipe.train.accumulation  # per step, to be kept
@@ -898,7 +953,6 @@ def open_recipe(path, settings: tuple = ()) -> tuple:  # Recipe or None, list of
     "Load and check a recipe as a run does. Changes to the project's folder, to which data paths are relative."
     from scir.recipe import RecipeError, load_recipe, root
     from scir.runner.plan import plan
-    from scir.runner.run import check_recipe
 
     def fault(line):
         _, found, package = line.partition("; pip install ")

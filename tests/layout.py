@@ -6,15 +6,15 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {  # where we are: no change may pass them, and one that gets further lowers them
-    "lines": 14900,
+    "lines": 14160,
     "wider than 120": 0,
     "share of these, %": 0.0,
-    "95% are within": 111,
-    "functions over 25": 35,
-    "import cycles": 1,
-    "names defined twice": 1,
-    "median code cell": 11,
-    "shown per exported": 0.44,
+    "95% are within": 110,
+    "functions over 25": 13,
+    "import cycles": 0,
+    "names defined twice": 0,
+    "median code cell": 10,
+    "shown per exported": 0.45,
 }
 TARGETS = dict(zip(LIMITS, (5000, 0, 0, 100, 0, 0, 0, 8, 1)))
 AT_LEAST = "shown per exported"  # of all others, less is better

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_messages', 'encode_prompt',
            'encode_turns', 'turn_end', 'encode_response', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right',
            'hidden_states', 'supports_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps',
-           'check_projection', 'batches', 'in_batches']
+           'check_projection', 'batches', 'smaller_batches', 'in_batches']
 
 # %% ../../nbs/model/02_logprobs.ipynb #02ecdbf7
 import re
@@ -477,6 +477,24 @@ def batches(
     return out
 
 # %% ../../nbs/model/02_logprobs.ipynb #f044c359
+def smaller_batches(rows: list, queue: list, sizes: list) -> list:  # lists of row numbers
+    "After an out-of-memory error on `rows`: these and the queue in batches of half the tokens, unless it is one row."
+    tokens = sum(sizes[i] for i in rows)
+    if len(rows) == 1:
+        raise MemoryError(
+            f"out of memory with a single row of {tokens} tokens; "
+            "lower data.max_prompt_tokens or data.max_response_tokens, or use a smaller model or dtype"
+        )
+    if sharded():
+        raise MemoryError(
+            f"out of memory with {len(rows)} rows of {tokens} tokens; "
+            "with --shard batches are not halved; lower judge.batch_tokens"
+        )
+    left, budget = [i for b in (rows, *queue) for i in b], tokens // 2
+    make_room(f"batches of at most {budget} tokens")
+    return [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]
+
+
 def in_batches(
     read,  # list of row numbers -> result
     parts: list,  # lists of row numbers
@@ -492,19 +510,7 @@ def in_batches(
             if not out_of_memory(e):
                 raise
             full = True
-        if not full:
-            yield rows, found
-        elif len(rows) == 1:
-            raise MemoryError(
-                f"out of memory with a single row of {sizes[rows[0]]} tokens; "
-                "lower data.max_prompt_tokens or data.max_response_tokens, or use a smaller model or dtype"
-            )
-        elif sharded():
-            raise MemoryError(
-                f"out of memory with {len(rows)} rows of {sum(sizes[i] for i in rows)} tokens; "
-                "with --shard batches are not halved; lower judge.batch_tokens"
-            )
+        if full:  # outside `except`, which would keep the failed batch in memory
+            queue = smaller_batches(rows, queue, sizes)
         else:
-            left, budget = [i for b in (rows, *queue) for i in b], sum(sizes[i] for i in rows) // 2
-            make_room(f"batches of at most {budget} tokens")
-            queue = [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]
+            yield rows, found

@@ -6,11 +6,11 @@
 __all__ = ['PACKAGED', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION', 'EXPERTS', 'ROUTER', 'MAMBA',
            'fetch_packaged', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
            'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
-           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'check_causal', 'load_base', 'body',
-           'shard', 'Weight', 'is_linear', 'legacy_expert_names', 'kind_of', 'in_attention', 'element_count', 'weights',
-           'Reach', 'layer_of', 'matches', 'select_weights', 'reached', 'count_names', 'reach_summary', 'reach_text',
-           'shortest_names', 'endings', 'lora_config', 'new_adapter', 'safe_adapter', 'load_adapter', 'for_training',
-           'dense', 'for_scoring', 'for_sampling']
+           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'check_causal', 'nf4_config', 'load_base',
+           'body', 'shard', 'Weight', 'is_linear', 'legacy_expert_names', 'kind_of', 'in_attention', 'element_count',
+           'weights', 'Reach', 'layer_of', 'matches', 'select_weights', 'reached', 'count_names', 'reach_summary',
+           'reach_text', 'shortest_names', 'endings', 'lora_config', 'new_adapter', 'safe_adapter', 'load_adapter',
+           'for_training', 'dense', 'for_scoring', 'for_sampling']
 
 # %% ../../nbs/model/01_weights.ipynb #f5242200
 import ctypes, hashlib, os, re, subprocess, sys, zipfile
@@ -340,6 +340,15 @@ def check_causal(config, spec: ModelSpec) -> None:
     )
 
 # %% ../../nbs/model/01_weights.ipynb #b4ae96c3
+def nf4_config(dtype: torch.dtype):
+    "4-bit weights with double quantisation, computing in `dtype`."
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
 def load_base(spec: ModelSpec):
     "M_0, frozen and in eval mode, on this process's device (on the CPU if it will be sharded); quantised if set."
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -352,11 +361,7 @@ def load_base(spec: ModelSpec):
     if device().type == "cpu":
         keep_freed_memory()
     if spec.quantize == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+        options["quantization_config"] = nf4_config(dtype)
     model = AutoModelForCausalLM.from_pretrained(
         model_path(spec),
         revision=spec.revision,

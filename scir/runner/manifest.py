@@ -104,7 +104,7 @@ def record(recipe: Recipe, run: Path, step: Step, read: dict, seconds: float, su
 
 # %% ../../nbs/runner/05_manifest.ipynb #851e1a81
 def note_failure(run: Path, step: Step, why: str) -> None:
-    "Write into the manifest why a step failed, if it can be written."
+    "Write into the manifest why a step failed. A manifest that cannot be written is left as it is."
     with suppress(OSError, ValueError), manifest_of(run) as manifest:
         manifest.setdefault("failed", {})[step.key] = {"reason": why, "when": now()}
 

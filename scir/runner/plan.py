@@ -13,7 +13,7 @@ from ..stages.files import STAGES, has_duels
 
 # %% ../../nbs/runner/02_plan.ipynb #e42f7745
 class Step(NamedTuple):
-    "A stage on a model. Only the report is of the whole run."
+    "A stage on a model. The report has no model: it covers the whole run."
 
     stage: str
     node: str = ""

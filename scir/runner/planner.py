@@ -10,11 +10,11 @@ __all__ = ['ASSUMED', 'KNOWN', 'NF4', 'GAPS', 'MEASURED', 'KINDS', 'DEPTHS', 'Si
            'sampled_rows', 'sampling_peak', 'longest_rows', 'longest_answers', 'largest_batch', 'peak', 'Task',
            'pair_tokens', 'mean_lengths', 'pair_task', 'sampling_tasks', 'seed_lengths', 'warm_start_tasks',
            'own_lengths', 'training_tasks', 'evaluation_tasks', 'planned_tasks', 'vote_tasks', 'merge_tasks', 'shallow',
-           'seconds_of', 'seconds_per_token', 'tokens_of', 'time_training', 'time_reading', 'time_decoding', 'probe',
-           'extrapolate', 'hours', 'hours_on']
+           'timed', 'seconds_of', 'seconds_per_token', 'tokens_of', 'time_training', 'time_reading', 'time_decoding',
+           'probe', 'extrapolate', 'hours', 'hours_on']
 
 # %% ../../nbs/runner/13_planner.ipynb #c036352c
-import random, string, tempfile, weakref
+import random, string, tempfile, time, weakref
 from contextlib import contextmanager, nullcontext
 from math import ceil, comb
 from pathlib import Path
@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..model import logprobs
-from .bench import timed
 from ..method.judge import judge_ids
 from ..model.logprobs import batches, encode_prompt
 from scir.model.weights import (
@@ -157,7 +156,7 @@ def pairs_per_prompt(spec: SamplingSpec) -> int:
 
 # %% ../../nbs/runner/13_planner.ipynb #250321d0
 def graded_pairs_per_prompt(recipe: Recipe) -> int:
-    "Graded pairs for each seed prompt, if the grader decides enough of them."
+    "Graded pairs for each seed prompt, if the grader scores enough answers differently."
     return min(comb(recipe.sampling.candidates, 2), recipe.warm_start.pairs_per_prompt)
 
 # %% ../../nbs/runner/13_planner.ipynb #8fc1b6e7
@@ -415,7 +414,7 @@ def sampling_peak(
         for layer in pool.cache.layers:
             layer.collect(
                 [(layer, slice(None), 0)], (spec.max_new_tokens - 1) // 32 * 32
-            )  # full before its last growth
+            )  # the cache before it grows for the last time
             layer.length = layer.keys.shape[2]
             layer.reserve(1)
         mask = torch.ones(len(rows), pool.cache.layers[0].length + 1, dtype=torch.long, device="meta")
@@ -554,7 +553,7 @@ def training_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Tas
 def evaluation_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
     """Every model answers the held-out prompts and judges every set. All but M_1 also judge their own answers.
 
-    M_0 and M_1 read their reference on every set, and later models too if it is their predecessor."""
+    M_0 and M_1 compute the reference's log-probabilities on every set; with `reference: previous`, all models do."""
     found = [node_parts(x.node)[2] for x in steps if x.stage == "evaluate"]
     asking = sum(t <= 1 or recipe.train.reference == "previous" for t in found)
     pairs, others, out = len(sizes.held) * pairs_per_prompt(recipe.sampling), sum(t != 1 for t in found), []
@@ -584,7 +583,7 @@ def planned_tasks(recipe: Recipe, sizes: Sizes) -> list:  # of Task, stage by st
 
 # %% ../../nbs/runner/13_planner.ipynb #e8893ac8
 def vote_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
-    "Votes of the additive judge on every answer, of the longest length."
+    "Votes of the additive judge on every answer, each assumed to have the maximum length."
     from scir.method.labels import needed_rewards
 
     rounds = sum(x.stage == "label" and "votes" in needed_rewards(recipe, node_parts(x.node)[1]) for x in steps)
@@ -625,17 +624,23 @@ def shallow(recipe: Recipe, layers: int, folder) -> Recipe:
     return recipe.model_copy(update={"lora": lora, "model": spec})
 
 # %% ../../nbs/runner/13_planner.ipynb #b232ec4c
+def timed(run, *args) -> float:
+    "Seconds of a call, with the GPU synchronised before and after."
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    started = time.perf_counter()
+    run(*args)
+    wait()
+    return time.perf_counter() - started
+
+
 def seconds_of(run, rows: int, limit: float) -> tuple:  # seconds, rows
-    "Time `run(n)` with n = 1, 2, 4, ... up to `rows`, while time allows. Returns the last, the faster of two calls."
-    n, run_time = 1, _timed(run, 1)
+    "Time `run(n)` for n = 1, 2, 4, ... up to `rows`, while time allows. The last n runs twice; the faster counts."
+    n, run_time = 1, timed(run, 1)
     while n < rows and 4 * run_time < limit:
         n, limit = min(2 * n, rows), limit - run_time
-        run_time = _timed(run, n)
-    return min(run_time, _timed(run, n)), n
-
-
-def _timed(run, n):
-    return timed(lambda: run(n))
+        run_time = timed(run, n)
+    return min(run_time, timed(run, n)), n
 
 # %% ../../nbs/runner/13_planner.ipynb #6abda6fb
 def seconds_per_token(recipe: Recipe, sizes: Sizes, kind: str, limit: float) -> float:
@@ -688,7 +693,7 @@ def time_decoding(recipe: Recipe, sizes: Sizes, limit: float) -> float:  # secon
         return list(generate(model, tiny_tokenizer(), jobs, s.model_copy(update={"max_new_tokens": tokens})))
 
     spent, n = seconds_of(lambda n: run(n, 1 + more), s.batch_size, limit)
-    return max(spent - timed(lambda: run(n, 1)), 0) / (more * n)
+    return max(spent - timed(run, n, 1), 0) / (more * n)
 
 # %% ../../nbs/runner/13_planner.ipynb #e5249398
 def probe(recipe: Recipe, sizes: Sizes, seconds: float = 30) -> dict:  # kind -> seconds per token, at full depth

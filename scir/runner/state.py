@@ -31,7 +31,7 @@ def files_of(folder: Path) -> dict:  # module -> hash of its file
     return {m: hash_path(f) for m, f in modules_in(folder).items()}
 
 # %% ../../nbs/runner/04_state.ipynb #db7986b6
-LOADED, FILES = read_package(CODE), files_of(CODE)  # the code of this process, also if its files change later
+LOADED, FILES = read_package(CODE), files_of(CODE)  # the code that this process runs, even if its files change later
 
 
 def code_hashes(stage: str, package: Package = LOADED) -> dict:  # module -> hash
@@ -107,7 +107,7 @@ def notebook_hash(path: Path) -> str:
 
 # %% ../../nbs/runner/04_state.ipynb #ff180c25
 def flat_fields(fields: dict) -> dict:  # dotted name -> value, or hash of a long value
-    "`fields` with every field of a section on its own."
+    "`fields` with each section split into its fields."
     flat = {}
     for name, value in fields.items():
         flat |= {f"{name}.{leaf}": v for leaf, v in value.items()} if name in SECTIONS else {name: value}
@@ -167,7 +167,7 @@ def changed_outputs(run: Path, record: dict) -> list:  # of phrases
     "Which outputs of a finished step are gone or changed."
     now = {f: hash_path(run / f) for f in record["outputs"]}
     return [
-        f"{f} {'is gone' if now[f] == 'absent' else 'is not what was written'}"
+        f"{f} {'is gone' if now[f] == 'absent' else 'has changed since it was written'}"
         for f, h in record["outputs"].items()
         if now[f] != h
     ]

@@ -29,7 +29,10 @@ def check_files(recipe: Recipe, run: Path):  # yields (item, fault)
     for key, record in recorded(recipe, run).items():
         for f, h in record["outputs"].items():
             now = hash_path(run / f)
-            yield f, "" if now == h else f"{'is gone' if now == 'absent' else 'is not what was written'} ({key})"
+            yield (
+                f,
+                "" if now == h else f"{'is gone' if now == 'absent' else 'has changed since it was written'} ({key})",
+            )
 
 # %% ../../nbs/runner/12_verify.ipynb #c8ad26b9
 def check_inputs(recipe: Recipe, run: Path):  # yields (item, fault)
@@ -40,7 +43,7 @@ def check_inputs(recipe: Recipe, run: Path):  # yields (item, fault)
         for name, h in record.get("inputs", {}).items():
             kind, f = name.split(" ", 1)
             if kind == "file" and f in wrote:
-                yield f"{f} for {key}", "" if wrote[f] == h else "was another file then"
+                yield f"{f} for {key}", "" if wrote[f] == h else "had other contents when it was read"
 
 # %% ../../nbs/runner/12_verify.ipynb #57f285a8
 def readable_rows(path, kind: type = dict) -> tuple:  # rows, error message

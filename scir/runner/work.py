@@ -94,7 +94,7 @@ def print_shipped_sources(sources: list) -> None:
 
 # %% ../../nbs/runner/06_work.ipynb #b0f2de25
 def start_step(recipe: Recipe, run: Path, step: Step) -> dict:  # its inputs
-    "Record that a step starts. Prepares to resume an interrupted try with the same inputs, and removes any other."
+    "Record that a step starts. Keeps what an interrupted attempt with the same inputs left; removes anything else."
     check_code(step.stage)
     read = inputs(recipe, run, step)
     outputs = [run / f for f in STAGES[step.stage].writes(recipe, step.node)]
@@ -104,7 +104,7 @@ def start_step(recipe: Recipe, run: Path, step: Step) -> dict:  # its inputs
         if not same:
             remove_output(o)
         elif o.suffix == ".jsonl" and o.exists():
-            os.replace(o, unfinished(o))  # a complete part: keep its rows
+            os.replace(o, unfinished(o))  # complete, but the step was not recorded: resume from its rows
     with manifest_of(run) as manifest:
         if not same:
             manifest["steps"].pop(step.key, None)
@@ -126,7 +126,7 @@ def is_peer_failure(error) -> bool:
 
 # %% ../../nbs/runner/06_work.ipynb #9a76a772
 def wait_for_exit(error) -> None:
-    "If another process of the group has ended, wait for `exit_with`, which ends this one silently after a kill."
+    "After a peer failure, give `exit_with` the time to end this process silently, which it does if the parent is gone."
     if is_peer_failure(error):
         time.sleep(2)
 
@@ -142,7 +142,7 @@ def reason(error) -> str:
 
 # %% ../../nbs/runner/06_work.ipynb #88a6b0cd
 def error_message(error) -> str:
-    "The message of an error, or what happened where the message does not say it."
+    "The message of an error, or a clearer one where we know what happened."
     if isinstance(error, BrokenExecutor):
         return "a worker process was killed, probably out of memory; rerun, with fewer --jobs if needed"
     if hasattr(error, "ename"):  # of a notebook
@@ -161,7 +161,7 @@ def error_message(error) -> str:
 # %% ../../nbs/runner/06_work.ipynb #1b8779eb
 @contextmanager
 def failure_recorded(run: Path, step: Step):
-    "Record an error of the block in the manifest. Of several processes only the first to fail does, for it knows why."
+    "Record an error of the block in the manifest. Of several processes, only the first to fail does so: it knows why."
     try:
         yield
     except Exception as e:

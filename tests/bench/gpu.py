@@ -1,6 +1,6 @@
-"""What one GPU shows in ten minutes, without a network: `make gpu-check` (`--small` is the same at toy size, anywhere).
+"""Ten minutes on one GPU, without a network: `make gpu-check`. `--small` runs the same at toy size, also on a CPU.
 
-Every part runs in a process of its own, so that a part that fails or runs out of time leaves the others standing.
+Every part runs in its own process, so the others still run if one fails or takes too long.
 The results are written after each part: FOLDER/gpu.json (everything) and FOLDER/gpu.md (the table).
 """
 
@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
+from .machine import machine
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "gpu"
@@ -142,9 +144,10 @@ def real(model: str) -> dict:
 def speed(group: str) -> dict:
     "One group of the bench's figures, two repeats."
     from scir.recipe import load_recipe
-    from scir.runner.bench import bench
 
-    return bench(load_recipe(ROOT / "recipes/smol.yaml"), repeats=2, only=group)
+    from .speed import Workload, bench
+
+    return bench(Workload(load_recipe(ROOT / "recipes/smol.yaml"), repeats=2), only=group)
 
 
 def largest_model() -> str:
@@ -166,19 +169,6 @@ def parts(small: bool, model: str | None) -> dict:  # name -> (call, seconds it 
         "speed-sampling": (partial(speed, "sampling"), 120),
         "speed-judge": (partial(speed, "judge"), 60),
         "speed-training": (partial(speed, "training"), 120),
-    }
-
-
-def machine() -> dict:
-    "The card, its memory and the versions that were used."
-    from importlib.metadata import version
-
-    on_gpu = torch.cuda.is_available()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "gpu_bytes": torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
-        "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes")},
     }
 
 

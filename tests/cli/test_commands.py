@@ -67,7 +67,6 @@ COMMANDS = get_command(app).commands
 
 
 LONG = {
-    "scir bench --out bench.json",
     "scir run recipes/smol.yaml --set name=mine --set train.beta=0.2",
 }  # a quarter of an hour each
 
@@ -223,7 +222,6 @@ def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path)
         "export": [TINY, "--to", "mt_bench", "--data", "d", "--out", str(tmp_path / "o")],
         "fit-reward": ["--model", TINY, "--pairs", "p", "--out", "o"],
         "doctor": [],
-        "bench": [],
         "testbed": ["--out", str(tmp_path / "t")],
     }[name]
     where = {
@@ -231,7 +229,6 @@ def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path)
         "report": "report.document.report",
         "fit-reward": "data.load.load_pairs",
         "doctor": "doctor.examine",
-        "bench": "runner.bench.bench",
         "testbed": "data.testbed.write_testbed",
     }
 
@@ -247,8 +244,8 @@ def test_a_package_that_is_missing_names_the_way_out(monkeypatch):
     def broken(*a):
         raise ModuleNotFoundError("No module named 'trl'", name="trl")
 
-    monkeypatch.setattr("scir.runner.bench.bench", broken)
-    one_line(("bench",), "No module named 'trl'", "pip install trl", "scir doctor")
+    monkeypatch.setattr("scir.doctor.examine", broken)
+    one_line(("doctor",), "No module named 'trl'", "pip install trl", "scir doctor")
 
 
 def test_ctrl_c_of_a_run_is_one_line_and_the_run_goes_on(tmp_path):

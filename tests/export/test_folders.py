@@ -162,7 +162,7 @@ def test_replayed_pairs_and_sides(tiny_run, tmp_path):
         ],
     )
     with pytest.raises(
-        ValueError, match="seed0/srlm/m2/preferences.jsonl is not what was written; run `scir run` first"
+        ValueError, match="seed0/srlm/m2/preferences.jsonl has changed since it was written; run `scir run` first"
     ):
         export_dataset(str(run / "seed0/srlm/m2"), tmp_path / "out")
     noted(run, "optimise", "seed0/srlm/m2", "preferences.jsonl")

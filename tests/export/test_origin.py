@@ -69,7 +69,9 @@ def test_what_was_trained_from_files_made_anew_is_not_exported(moved, tmp_path, 
     (run / "seed0/m1/adapter/adapter_config.json").write_text(
         (run / "seed0/m1/adapter/adapter_config.json").read_text() + " "
     )
-    with pytest.raises(ValueError, match="warm_start:seed0/m1 is stale: seed0/m1/adapter is not what was written"):
+    with pytest.raises(
+        ValueError, match="warm_start:seed0/m1 is stale: seed0/m1/adapter has changed since it was written"
+    ):
         export_merged(str(run / "seed0/m1"), tmp_path / "out")
 
 

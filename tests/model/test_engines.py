@@ -25,7 +25,7 @@ from scir.model.engines import (
 from scir.model.weights import for_sampling, load_tokenizer
 from scir.recipe import ModelSpec, RecipeError, SamplingSpec, load_recipe, parse_recipe
 from scir.runner.plan import Step
-from scir.runner.run import check_recipe
+from scir.doctor import check_recipe
 from scir.runner.state import inputs
 from scir.stages.files import STAGES
 from scir.stages.sample import sample, sample_file

@@ -508,7 +508,8 @@ def test_a_touched_file_is_found(copy):
     assert faults(copy[1])["files"] == ["seed0/scir/m2/adapter"]
     done = CliRunner().invoke(app, ["verify", str(copy[1])])
     assert (
-        done.exit_code == 1 and "seed0/scir/m2/adapter: is not what was written (optimise:seed0/scir/m2)" in done.stderr
+        done.exit_code == 1
+        and "seed0/scir/m2/adapter: has changed since it was written (optimise:seed0/scir/m2)" in done.stderr
     )
 
 

@@ -456,7 +456,7 @@ def test_a_line_through_two_depths():
 
 
 def test_batches_grow_while_time_is_left(monkeypatch):
-    monkeypatch.setattr(planner, "_timed", lambda run, n: 0.1 * n)
+    monkeypatch.setattr(planner, "timed", lambda run, n: 0.1 * n)
     assert (
         seconds_of(None, 64, 100)[1] == 64
         and seconds_of(None, 24, 100)[1] == 24
