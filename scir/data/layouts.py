@@ -147,7 +147,7 @@ LABELS = ("label", "winner", "preference", "better_response_id")
 KNOWN_PROMPT = f"a prompt ({', '.join(PROMPTS)})"
 KNOWN_PAIRS = (
     "chosen and rejected; or response_a and response_b, response_0 and response_1, response_1 and response_2 "
-    f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); beside {KNOWN_PROMPT}, or as whole "
+    f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); each with {KNOWN_PROMPT} or as whole "
     "conversations"
 )
 KNOWN_PROMPTS = (
@@ -215,7 +215,7 @@ def label_words(
     return words | ({"0": 0, "1": 1} if "0" in numbers else {"1": 0, "2": 1})
 
 
-def _labels(rows, column):  # normalised, those that are there
+def _labels(rows, column):  # in lower case; rows without a label are left out
     out = []
     for row in rows:
         try:
@@ -242,7 +242,7 @@ class Layout(NamedTuple):
             raise Drop("tie")
         if text not in self.words:
             ends = [int(name[-1]) if name[-1].isdigit() else name[-1] for name in self.sides]
-            raise ValueError(f"label {row[self.label]!r} is neither {ends[0]!r} nor {ends[1]!r}, and no tie")
+            raise ValueError(f"label {row[self.label]!r} is neither {ends[0]!r} nor {ends[1]!r}, nor a tie")
         return self.words[text]
 
     def read(self, row) -> tuple:  # prompt, two answers
@@ -252,7 +252,7 @@ class Layout(NamedTuple):
         if prompt is None:
             both = [_with_system(turns, row) for turns in both]
         if both[0][:-1] != both[1][:-1]:
-            raise Drop("conversations part before the last answer")
+            raise Drop("conversations differ before the last answer")
         return asked(both[0][:-1]), both[0][-1].content, both[1][-1].content
 
     def pair(self, row) -> tuple:  # prompt, chosen, rejected
@@ -272,7 +272,9 @@ def pair_layout(rows: list) -> Layout:
     labels = [c for c in LABELS if c in rows[0]]
     if sides and labels:
         if len(sides) > 1:
-            raise ValueError(f"columns {', '.join(dict.fromkeys(sum(sides, ())))} could each be compared; keep two")
+            raise ValueError(
+                f"columns {', '.join(dict.fromkeys(sum(sides, ())))} are several pairs of answers; keep one pair"
+            )
         if len(labels) > 1:
             raise ValueError(f"columns {' and '.join(labels)} could each be the label; keep one")
         return Layout(prompt_column(rows), sides[0], labels[0], label_words(_labels(rows, labels[0]), sides[0]))

@@ -21,8 +21,8 @@ from ..store import LabelledPair, Prompt, digest
 
 # %% ../../nbs/data/03_load.ipynb #76e8c60e
 def _json_lines(path):
-    """One object per line, by Python's own parser. The one that `datasets` uses, pyarrow's, crashes on some malformed
-    bytes and stops at the first row with another type."""
+    """One object per line, by Python's own parser. pyarrow's parser, which `datasets` uses, crashes on some malformed
+    bytes and fails if a column changes its type."""
     rows = []
     for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
@@ -113,7 +113,7 @@ def _read_rows(path):
     "Rows with the same columns; a missing field is None."
     rows = FILE_KINDS[path.suffix.lower()](path)
     if odd := next((n for n, r in enumerate(rows, 1) if not isinstance(r, dict)), None):
-        raise ValueError(f"row {odd} is no object with named fields")
+        raise ValueError(f"row {odd} is not an object with named fields")
     columns = dict.fromkeys(c for r in rows for c in r)
     return [{c: r.get(c) for c in columns} for r in rows]
 
@@ -159,7 +159,7 @@ def _convert(source, reader, known, check, build):
         raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{_hint(odd, rows, known)}")
     if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(out)).items() if n > 1]:
         raise ValueError(
-            f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out"
+            f"data source {source}: several rows have the id {twice[0]!r}; make ids unique or leave them out"
         )
     return out, dict(dropped)
 
@@ -197,7 +197,7 @@ def _split(row) -> str | None:
     "The split in a row's own column, if its file has one."
     split = row.get("split")
     if split not in (None, "", *SPLITS):
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}; rename it or leave the column out")
+        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}; rename it or leave the column out")
     return split or None
 
 # %% ../../nbs/data/03_load.ipynb #393dd068
@@ -245,7 +245,7 @@ def load_instructions(source: str) -> tuple:  # list of (prompt, output), drops 
     return _convert(source, answer_reader, KNOWN_ANSWERS, lambda t: unusable(*t), lambda row, t: t)
 
 # %% ../../nbs/data/03_load.ipynb #4713f3ac
-def shown_first(source: str) -> set | None:  # of (prompt, chosen, rejected); None if the file doesn't order its sides
+def shown_first(source: str) -> set | None:  # of (prompt, chosen, rejected); None for a file without a label column
     "The pairs of a source whose better side comes first in the file."
     rows = read_source(source)
     layout = pair_layout(rows)
@@ -268,7 +268,7 @@ def merged(
                 dropped["duplicate"] += 1
             elif owner.setdefault(r.id, source) != source:
                 raise ValueError(
-                    f"id {r.id!r} stands for a row of {owner[r.id]} and for one of {source}; "
+                    f"id {r.id!r} is used for different rows in {owner[r.id]} and {source}; "
                     "make ids unique or leave them out"
                 )
             else:
@@ -308,9 +308,9 @@ def in_split(rows: list, split: str, limit: int | None = None) -> list:
 
 # %% ../../nbs/data/03_load.ipynb #4b48139c
 def evaluation_rows(spec: DataSpec) -> dict:  # set -> (list of LabelledPair, drops by reason)
-    """All labelled pairs used for evaluation. A seed source contributes its `spec.evaluate_on` split, under the name of
-    a labelled set or else as `held-out`. Any other source contributes that split if it has a column `split`,
-    otherwise all rows. Raises ValueError for a set without rows."""
+    """All labelled pairs used for evaluation. A source of `spec.pairs` contributes only its `spec.evaluate_on`
+    split, to the labelled set that names it or else to `held-out`. Any other source contributes that split if it has
+    a column `split`, otherwise all rows. Raises ValueError for a set without rows."""
 
     def load(source):
         rows, dropped = load_pairs(source)
@@ -356,9 +356,9 @@ def _apart(rows, n):  # training rows, n held-out rows; the two share no first u
 
 # %% ../../nbs/data/03_load.ipynb #8ca43d18
 def prompt_pool(spec: DataSpec) -> tuple:  # training prompts, held-out prompts, drops by reason
-    """Split the pool into training and held-out prompts. If the files have a column `split`, `held_out_prompts` of the
-    `evaluate_on` split are held out and the train split is for training. Otherwise the first `held_out_prompts` by
-    hash are held out and the rest is for training. Prompts of an evaluation set are dropped and counted."""
+    """Split the pool into training prompts and `spec.held_out_prompts` held-out ones. With a column `split` in
+    the files, they come from the train split and the `spec.evaluate_on` split. Without one, the first by hash are held
+    out and the rest is for training. Prompts of an evaluation set are dropped and counted."""
     train, kept, dropped = _pool(spec)
     return train[spec.seed_prompts :][: spec.prompt_limit], kept, dropped
 

@@ -131,7 +131,7 @@ FAULT_RATES = {  # fault of the rejected side -> relative frequency
 
 
 def faulty_answer(sentence: str, asked: list, topic: list, words: list, rng) -> tuple:  # (fault, rejected side)
-    "A faulty answer derived from a sentence; `topic` has the other sentences of its topic, `words` their words."
+    "A faulty answer derived from a sentence. `topic`: the topic's other sentences; `words`: the topic's words."
     how = rng.choices(list(FAULT_RATES), list(FAULT_RATES.values()))[0]
     other, parts = rng.choice(topic), sentence.split()
     if how == "one word missing":

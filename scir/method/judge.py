@@ -46,7 +46,7 @@ def find_verdicts(tokenizer, words: tuple = ("A", "B")) -> Verdicts:
 # %% ../../nbs/method/01_judge.ipynb #e2888e61
 def judge_ids(
     tokenizer,
-    judge,  # `template` with the holes {prompt}, {first} and {second}; `system`; `verdicts`
+    judge,  # a recipe's `judge` section: template, system, verdicts
     prompt: Prompted,  # a conversation is written out as text
     first: str,  # response shown first
     second: str,  # response shown second

@@ -129,7 +129,7 @@ def scir_loss(
     tau: float = 0.5,  # threshold of the confidence gate, a probability; 0.5 always opens it
     moves: str = "less_confident",  # which model the penalty moves, as in `detach_teacher`
     agreement: bool = True,  # False: train on all pairs, labelled by the sign of the mean margin
-    target: torch.Tensor | None = None,  # (B,) P(a is chosen); NaN: label now; -1: penalty only; None: all NaN
+    target: torch.Tensor | None = None,  # (B,) P(a is chosen); NaN: agreed side; -1: penalty only; None: all NaN
 ) -> SCIRLoss:
     "L = lambda_c L_cons + lambda_h L_conf + L_DPO, each term a mean over the B pairs of the batch."
     m = torch.stack(list(margins.values()))
@@ -143,7 +143,7 @@ def scir_loss(
 
 # %% ../../nbs/method/03_loss.ipynb #e64b1f58
 def batch_metrics(terms: dict, margins: dict, dpo_margin, mask, side) -> dict:  # name -> detached scalar tensor
-    "What the log shows of a batch: its loss terms, retained fraction, inconsistency and mean margins."
+    "Metrics of a batch: its loss terms, retained fraction, inconsistency and mean margins."
     chosen_sign = (side - 0.5).sign()
     out = terms | {
         "retained": mask.float().mean(),
