@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOTE_SAMPLING', 'VOTE_TEMPLATE', 'OUTSIDE', 'agreed', 'candidates', 'mean_margins', 'best_against_worst',
            'length_gap', 'length_slopes', 'length_debiased', 'ranking_consistency', 'previous_rewards', 'labels',
-           'parse_vote', 'vote', 'vote_jobs', 'mean_points', 'needed_rewards', 'gather_rewards']
+           'parse_vote', 'vote_jobs', 'mean_points', 'vote', 'needed_rewards', 'gather_rewards']
 
 # %% ../../nbs/method/05_labels.ipynb #8907bc01
 import math, re
@@ -28,7 +28,7 @@ def candidates(score: Score) -> tuple:  # response ids of a and b, as in respons
     prompt, _, both = score.id.rpartition("/")
     return tuple(f"{prompt}/{c}" for c in both.split("-"))
 
-# %% ../../nbs/method/05_labels.ipynb #e62c62a5
+
 def mean_margins(
     scores: list,  # of Score
     name: str,  # of the reward model
@@ -165,6 +165,28 @@ VOTE_TEMPLATE = (
 )
 
 
+def vote_jobs(tokenizer, responses: list, spec: LabelSpec, judge_system: str | None) -> list:  # (key, prompt ids)
+    "The questions to the voting model, `spec.votes` per response; the key of vote n is `response id/n`."
+    from scir.data.chat import as_text
+    from scir.model.logprobs import encode_chat  # imported here: loads PyTorch
+
+    fields = lambda r: {"prompt": as_text(r.prompt), "response": r.response}
+    return [
+        (f"{r.id}/{n}", encode_chat(tokenizer, VOTE_TEMPLATE, fields(r), judge_system))
+        for r in responses
+        for n in range(spec.votes)
+    ]
+
+# %% ../../nbs/method/05_labels.ipynb #268480ba
+def mean_points(votes: list) -> dict:  # response id -> mean points; None without a valid vote
+    "Average the valid votes on each response."
+    points = defaultdict(list)
+    for v in votes:
+        points[v.id.rpartition("/")[0]].append(v.points)
+    valid = {r: [p for p in ps if p is not None] for r, ps in points.items()}
+    return {r: sum(ps) / len(ps) if ps else None for r, ps in valid.items()}
+
+# %% ../../nbs/method/05_labels.ipynb #89d27532
 def vote(
     engine,  # engine(jobs, spec) yields (key, response ids, finished)
     tokenizer,
@@ -192,28 +214,6 @@ def vote(
             bar.update(min(processes(), bar.total - bar.n))
     return mean_points(journal.finish([key for key, _ in jobs]))
 
-# %% ../../nbs/method/05_labels.ipynb #6b27fb01
-def vote_jobs(tokenizer, responses: list, spec: LabelSpec, judge_system: str | None) -> list:  # (key, prompt ids)
-    "The questions to the voting model, `spec.votes` per response; the key of vote n is `response id/n`."
-    from scir.data.chat import as_text
-    from scir.model.logprobs import encode_chat  # imported here: loads PyTorch
-
-    fields = lambda r: {"prompt": as_text(r.prompt), "response": r.response}
-    return [
-        (f"{r.id}/{n}", encode_chat(tokenizer, VOTE_TEMPLATE, fields(r), judge_system))
-        for r in responses
-        for n in range(spec.votes)
-    ]
-
-# %% ../../nbs/method/05_labels.ipynb #268480ba
-def mean_points(votes: list) -> dict:  # response id -> mean points; None without a valid vote
-    "Average the valid votes on each response."
-    points = defaultdict(list)
-    for v in votes:
-        points[v.id.rpartition("/")[0]].append(v.points)
-    valid = {r: [p for p in ps if p is not None] for r, ps in points.items()}
-    return {r: sum(ps) / len(ps) if ps else None for r, ps in valid.items()}
-
 # %% ../../nbs/method/05_labels.ipynb #c1ae319d
 OUTSIDE = {"votes": "votes", "cream": "previous", "external": "external"}  # label -> the reward it needs
 
@@ -226,7 +226,7 @@ def needed_rewards(
     arms = [arm] if arm else [a for a in recipe.arms if a != "sft"]
     return [name for label, name in OUTSIDE.items() if label in {recipe.arm(a).label for a in arms}]
 
-
+# %% ../../nbs/method/05_labels.ipynb #54f4cad2
 def gather_rewards(
     needed: list,  # names of rewards
     calls: dict,  # name -> function that returns {response id: reward or None}
