@@ -49,7 +49,7 @@ def _target(value):
         isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
     ):
         return value
-    raise ValueError("all-linear, attention, or a list of layer names such as [q_proj, v_proj] is needed")
+    raise ValueError("use all-linear, attention, or a list of layer names such as [q_proj, v_proj]")
 
 
 Targets = Annotated[Literal["all-linear", "attention"] | tuple[str, ...], BeforeValidator(_target)]
@@ -59,7 +59,7 @@ def _seed_list(value):
     if isinstance(value, (list, tuple)):
         return value
     raise ValueError(
-        f"a list is needed; write [{value}] for the one seed {value}"
+        f"not a list; write [{value}] for the single seed {value}"
         + (f", or {list(range(value))} for {value} seeds" if type(value) is int and 1 < value < 10 else "")
     )
 
@@ -81,7 +81,7 @@ class ModelSpec(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = spec(
         "auto",
-        "compute dtype; auto is bfloat16 where the GPU or the CPU (AVX512-BF16, AMX) multiplies it in hardware, "
+        "compute dtype; auto is bfloat16 if the GPU or the CPU (AVX512-BF16, AMX) supports it in hardware, "
         "else float32; a run keeps the dtype it started with",
     )
     gradient_checkpointing: bool | Literal["sequences"] = spec(
@@ -113,7 +113,7 @@ class ModelSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #ddbb2330
 class LoraSpec(Section):
-    "The adapter, which is all that is trained. Kept in float32."
+    "The adapter, in float32. Nothing else is trained."
 
     r: int = spec(16, "rank", "S", "dimensions", ge=1)
     alpha: int = spec(32, "scale, applied as alpha / r", "S", ge=1)
@@ -122,15 +122,15 @@ class LoraSpec(Section):
     )
     last_layers: int | None = spec(
         None,
-        "adapt only the last N layers, where the backward pass then ends; none: all layers",
+        "adapt only the last N layers, which shortens the backward pass; none: all layers",
         "D",
         "layers",
         ge=1,
     )
     targets: Targets = spec(
         "all-linear",
-        "linear layers with an adapter: `all-linear` (QLoRA; includes a mixture's experts), `attention`, or a list of "
-        "layer names",
+        "linear layers with an adapter: `all-linear` (QLoRA; includes the experts of an MoE layer), `attention`, or a "
+        "list of layer names",
         "S",
     )
 
@@ -197,7 +197,7 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def some_held_out(self):
-        "`held-out` is the test split of the seed sources that have no name of their own, so one must remain."
+        "The set `held-out` needs a source: at least one source of `pairs` must not be a labelled set."
         if set(self.pairs) <= set(chain(*self.labelled_sets.values())):
             raise ValueError(
                 "labelled_sets names every source of pairs, so the set held-out is empty; remove one source from "
@@ -218,7 +218,7 @@ class WarmStartSpec(Section):
     "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
 
     pairs_per_prompt: int = spec(
-        1, "graded pairs of the SFT model's answers to each of `data.seed_prompts`, at most", "D", "pairs", ge=1
+        1, "at most this many graded pairs of the SFT model's answers per seed prompt", "D", "pairs", ge=1
     )
     epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
     batch_size: int = spec(8, "pairs per optimizer step", "D", "pairs", ge=1)
@@ -232,7 +232,7 @@ class WarmStartSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #c569a142
 class SamplingSpec(Section):
-    "Sampling responses of M_t to the prompt pool."
+    "How M_t samples responses to the prompts."
 
     engine: str = spec(
         "transformers",
@@ -258,7 +258,7 @@ class SamplingSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #631f6def
 class JudgeSpec(Section):
-    "The judge's question: the generative reward model."
+    "The question to the judge, which is the generative reward model."
 
     template: str = spec(
         "Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?",
@@ -283,9 +283,11 @@ class JudgeSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #803e126c
 class LabelSpec(Section):
-    "Labels of the baselines that do not come from the internal models."
+    "Settings of labels that come from votes or from an external reward model."
 
-    votes: int = spec(3, "sampled votes per response of the additive judge (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
+    votes: int = spec(
+        3, "sampled votes per response, each a score of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1
+    )
     vote_tokens: int = spec(128, "longer votes are truncated", "D", "tokens", ge=1)
     external: str | None = spec(None, "a sequence-classification reward model: hub id or local folder", "D")
 
@@ -299,14 +301,14 @@ class AlignmentSpec(Section):
         "model's hub id or folder; none: no win rates",
         "D",
     )
-    judge_model: str = spec("default", "the model's name on that server", "D")
+    judge_model: str = spec("default", "the judge's name, if `judge` is a server", "D")
     reference: str = spec(
         "m1",
         "opponent: `m1`, the model before preference optimisation, on the held-out prompts; or a file with the columns "
         "instruction and output, on its instructions",
         "D",
     )
-    limit: int | None = spec(None, "instructions of that file to compare on", unit="prompts", ge=1)
+    limit: int | None = spec(None, "instructions to use from a reference file", unit="prompts", ge=1)
 
     @field_validator("judge")
     @classmethod
@@ -333,8 +335,8 @@ class TrainSpec(Section):
     )
     replay: float = spec(
         0.25,
-        "fraction of labelled seed pairs among the training pairs of every arm, against forgetting (DICE: one half); "
-        "they have the warm start's loss",
+        "fraction of seed pairs among the training pairs, against forgetting (DICE: one half); their loss is that of "
+        "the warm start",
         "D",
         ge=0,
         lt=1,
@@ -360,7 +362,7 @@ class TrainSpec(Section):
         "one by name",
         "D",
     )
-    lambda_confidence: float = spec(0.1, "weight of their entropy", "S", ge=0)
+    lambda_confidence: float = spec(0.1, "weight of the reward models' entropy", "S", ge=0)
     lambda_sft: float = spec(
         0.5,
         "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps answers well-formed, "
@@ -408,11 +410,13 @@ class Recipe(Section):
         "unnamed", "names the run directory, data/runs/NAME"
     )
     seeds: Seeds = spec((0,), "each seed repeats the whole run", "D", min_length=1)
-    iterations: int = spec(1, "rounds of sampling, judging, training (three are reported)", "S", "rounds", ge=1, le=100)
+    iterations: int = spec(
+        1, "rounds of sampling, judging and training (three in summaries of the paper)", "S", "rounds", ge=1, le=100
+    )
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
     stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec(
         {},
-        "arms with fewer rounds than `iterations`, and their number; two arms are compared at the rounds they share",
+        "arm -> its number of rounds, if fewer than `iterations`; two arms are compared after equally many rounds",
         unit="rounds",
     )
     rewards: tuple[str, ...] = spec(
@@ -420,7 +424,7 @@ class Recipe(Section):
     )
     report_to: Annotated[tuple[str, ...], OneOrMore] = spec(
         (),
-        "trackers that also get the metrics of every training step, by transformers' names: tensorboard, trackio, "
+        "experiment trackers for the metrics of every training step, named as in transformers: tensorboard, trackio, "
         "wandb, ...; results do not depend on it",
     )
     model: ModelSpec = ModelSpec()
@@ -460,7 +464,7 @@ class Recipe(Section):
         return self.train.model_copy(update=ARMS[name])
 
 # %% ../nbs/00_recipe.ipynb #3a638850
-MODELS = Path("data/models")  # where built-in models are made
+MODELS = Path("data/models")  # where built-in models are stored
 PACKAGE = Path(str(files("scir")))
 # recipes, data and run notebooks that come with scir: in the installed package, or in its checkout
 SHIPPED = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
@@ -472,7 +476,7 @@ def locate(path) -> Path:
 
 # %% ../nbs/00_recipe.ipynb #b5e3bf6c
 def root(run: Path | None = None) -> Path:
-    "The project's folder: the nearest parent of the current folder or of a run with nbs/run; else the current one."
+    "The nearest folder with nbs/run, looking upwards from the current folder, then from `run`; else the current one."
     here = Path.cwd()
     return next(
         (p for p in (here, *here.parents, *(run.resolve().parents if run else ())) if (p / "nbs" / "run").is_dir()),
@@ -525,7 +529,7 @@ def parse_recipe(raw: dict, where: str = "recipe") -> Recipe:
 
 # %% ../nbs/00_recipe.ipynb #7f22862f
 def duplicate_key(node: yaml.Node | None) -> str | None:
-    "A key that some mapping below `node` has twice. An alias is the same node again, so each node is visited once."
+    "The first duplicate key of any mapping below `node`. Visits each node once, however many aliases point to it."
     left, seen = [node], set()
     while left:
         if (n := left.pop()) is None or id(n) in seen:
@@ -540,7 +544,7 @@ def duplicate_key(node: yaml.Node | None) -> str | None:
             left += [x for both in n.value for x in both]
 
 # %% ../nbs/00_recipe.ipynb #5629f614
-MAX_VALUES = 10_000  # of a recipe; times 100: its characters
+MAX_VALUES = 10_000  # in a recipe, which may have 100 characters per value
 
 
 def read_yaml(text: str | bytes, where: str):
@@ -557,7 +561,7 @@ def read_yaml(text: str | bytes, where: str):
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e:
         raise RecipeError(f"{where}: not valid YAML: {_SHORT.repr(' '.join(str(e).split()))}") from None
     if has_more_values(value, MAX_VALUES):
-        raise RecipeError(f"{where}: more than {MAX_VALUES} values; write it without aliases that repeat others")
+        raise RecipeError(f"{where}: more than {MAX_VALUES} values; remove its aliases")
     return value
 
 # %% ../nbs/00_recipe.ipynb #e03344dc
@@ -603,7 +607,7 @@ def load_recipe(
     return parse_recipe(raw, str(path))
 
 # %% ../nbs/00_recipe.ipynb #14ac033c
-def shipped_recipes() -> list:  # names to call them by
+def shipped_recipes() -> list:  # paths that `load_recipe` accepts
     "The recipes that come with scir."
     return [f"recipes/{f.name}" for f in sorted(locate("recipes").glob("*.yaml"))]
 

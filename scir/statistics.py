@@ -92,8 +92,8 @@ def metrics(scores: list) -> dict:  # name -> rate, or a plain number
 # %% ../nbs/02_statistics.ipynb #e9b6dfcd
 def rank_correlation(d: pd.DataFrame, names: list) -> dict:  # value, low, high, n
     """Spearman's rank correlation of the margins, averaged over pairs of reward models, with a bootstrap interval over
-    prompts (ranks are those of the whole sample). It is more sensitive than the inconsistency, because a pair with
-    margins near zero hardly counts."""
+    prompts (ranks are those of the whole sample). Unlike the inconsistency, it depends little on
+    pairs with margins near zero, so it detects smaller changes."""
     ranks = d[names].rank().to_numpy()
     of = pd.factorize(d.prompt)[0]
     drawn = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), 2000)[:, of]
@@ -112,8 +112,8 @@ def _weighted_correlation(x, y, weights):  # (R,) for (R, n) weights
 
 # %% ../nbs/02_statistics.ipynb #6a86ae35
 def accuracies(d: pd.DataFrame, names: list, speaking: list) -> dict:  # name -> rate, or a plain number
-    """Accuracy and calibration of each reward model, and accuracy of the log-probability per token. If no reward
-    model is silent, also accuracy where they agree, and of the sign of their mean margin (`mean`)."""
+    """Accuracy and calibration of each reward model, and accuracy of the log-probability per token. If every
+    reward model is decided, also the accuracy on agreed pairs, and that of the mean margin's sign (`mean`)."""
     out = {f"accuracy_{n}": grouped(d[f"right_{n}"], d.prompt) for n in [*speaking, "likelihood"]} | {
         f"ece_{n}": ece(reliability(d, n)) for n in speaking
     }
@@ -135,7 +135,7 @@ def grouped(hits, prompts, level: float = 0.95) -> dict:  # value, low, high, n,
     k = len(size)
     if k == n:
         return rate(hits > 0.5, level) | {"prompts": k}
-    variance = ((total - p * size) ** 2).sum() * k / max(k - 1, 1) / n**2  # of the mean, prompts being independent
+    variance = ((total - p * size) ** 2).sum() * k / max(k - 1, 1) / n**2  # of the mean, with independent prompts
     worth = min(n, p * (1 - p) / variance) if variance > 1e-12 and k > 1 else k
     z = student.ppf((1 + level) / 2, max(k - 1, 1)) ** 2 / worth
     centre, half = (p + z / 2) / (1 + z), np.sqrt(z * (p * (1 - p) + z / 4)) / (1 + z)
@@ -170,11 +170,11 @@ def paired(first, second, prompts=None) -> dict:  # difference, low, high, p, n,
 
 # %% ../nbs/02_statistics.ipynb #d2bf1f9c
 def sign_flip(each: np.ndarray) -> float:
-    "Two-sided p of a mean of zero, by flipping signs at random; McNemar's exact test for values -1, 0 and 1."
+    "Two-sided p-value of a mean, from random sign flips; McNemar's exact test for values -1, 0 and 1."
     if set(each) <= {-1.0, 0.0, 1.0}:
         return float(binomtest(int((each > 0).sum()), int((each != 0).sum())).pvalue) if each.any() else 1.0
     if (each != 0).sum() < 2:
-        return 1.0  # flipping a single sign gives a mean as far from zero
+        return 1.0  # a single sign flip leaves the absolute mean unchanged
     return float(
         permutation_test(
             (each[each != 0],),

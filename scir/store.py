@@ -95,7 +95,7 @@ class Score(Row):
     ids_b: list[int]
     logps: tuple[float, float]  # log pi_t(a|x), log pi_t(b|x), nats
     reference_logps: tuple[float, float]  # the same under pi_ref
-    order_margins: tuple[float, float]  # judge's log-odds for the first shown: a first, b first
+    order_margins: tuple[float, float]  # judge's log-odds for the response shown first, with a first and with b first
     verdict_mass: tuple[float, float]  # p(first) + p(second), both orders
     margins: dict[str, float]  # reward model -> margin of a over b
     label: str | None = None  # "a" or "b" as labelled by people, the data's author or the grader; None: unlabelled
@@ -103,7 +103,7 @@ class Score(Row):
 
 # %% ../nbs/01_store.ipynb #2a91aab2
 class ResponseReward(Row):
-    "A baseline's rewards of one response; None where it gives no usable one."
+    "Rewards of one response for a baseline; None if the reward is missing or unusable."
 
     id: str  # prompt_id/candidate
     prompt_id: str
@@ -111,7 +111,7 @@ class ResponseReward(Row):
 
 # %% ../nbs/01_store.ipynb #2a801670
 class Vote(Row):
-    "One sampled vote of the additive judge."
+    "One sampled vote: the judge's text and the points that it gives, 0 to 5."
 
     id: str  # prompt_id/candidate/number
     text: str
@@ -228,7 +228,7 @@ def remove(paths) -> None:
 
 # %% ../nbs/01_store.ipynb #743403e0
 def salvage(path, kind: type) -> list:
-    "The readable rows of a file that may be missing or damaged; prints how many are not, except a truncated last one."
+    "The readable rows of a file that may be missing or damaged; prints the number of damaged lines before the last."
     *lines, _ = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
     rows = [row for line in lines for row in _parsed(line, kind)]
     if damaged := len(lines) - len(rows):
@@ -280,9 +280,9 @@ def all_gather(value) -> list:  # a value of each process, in order
 
 # %% ../nbs/01_store.ipynb #f731f3b3
 def peak_bytes() -> int:
-    """Peak memory of this process: of its GPU if it used one, else of the machine.
+    """Peak memory of this process: GPU memory if it used a GPU, else main memory.
 
-    On Linux we read VmHWM, since `ru_maxrss` is the parent's where that was larger."""
+    On Linux we read VmHWM: `ru_maxrss` also counts the peak of the parent process before the fork."""
     torch, status = sys.modules.get("torch"), Path("/proc/self/status")
     if torch and torch.cuda.is_available() and (taken := torch.cuda.max_memory_reserved()):
         return taken
@@ -296,7 +296,7 @@ def peak_bytes() -> int:
 class Journal:
     """Rows go to disk as they are computed, so a kill loses at most one. `finish` orders them in the final file.
 
-    Continues the unfinished files of an earlier try. Each of several processes has a file of its own."""
+    Continues the unfinished files of an earlier attempt. Each of several processes has a file of its own."""
 
     def __init__(self, out, kind: type):
         self.out, self.kind, self.part = Path(out), kind, unfinished(out, rank())
@@ -309,7 +309,9 @@ class Journal:
         if rank():
             write_rows(self.part, self.rows)
         else:
-            remove(p for k, p in unfinished_parts(out).items() if k >= processes())  # of a try with more processes
+            remove(
+                p for k, p in unfinished_parts(out).items() if k >= processes()
+            )  # left by an attempt with more processes
         self.file = open(self.part, "a", encoding="utf-8")
 
     def add(self, row: Row) -> None:

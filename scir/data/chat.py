@@ -24,7 +24,7 @@ class Message(BaseModel):
 
 Prompted = str | tuple[Message, ...]  # a prompt: one user turn as text, or a conversation
 
-# %% ../../nbs/data/01_chat.ipynb #b68355fc
+
 def conversation(
     turns: list,  # of Message
 ) -> Prompted:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from .chat import Message, Prompted, conversation
 
-# %% ../../nbs/data/02_layouts.ipynb #592d0d7a
+# %% ../../nbs/data/02_layouts.ipynb #f628298a
 class Drop(Exception):
     "Raised for an unusable row; the message is the reason under which it is counted."
 
-# %% ../../nbs/data/02_layouts.ipynb #f628298a
+
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -44,7 +44,7 @@ def _turn(role, value) -> Message:
         raise Drop("unknown role")
     return Message(role=ROLES[str(role).lower()], content=_content(value))
 
-
+# %% ../../nbs/data/02_layouts.ipynb #28ccf51a
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -66,7 +66,7 @@ def _parsed(text: str):
     except ValueError:
         raise Drop("messages not in JSON") from None
 
-# %% ../../nbs/data/02_layouts.ipynb #becd0234
+
 def as_turns(
     value,  # a text, a message, messages or a transcript
     role: str,  # its author, if it is a text
@@ -99,22 +99,11 @@ def asked(turns: list) -> Prompted:
         raise Drop("turns do not alternate")
     return conversation(turns)
 
-
+# %% ../../nbs/data/02_layouts.ipynb #1267a6c2
 def _split_system(turns):  # (system messages, the other turns)
     return [t for t in turns if t.role == "system"], [t for t in turns if t.role != "system"]
 
 
-def _with_system(turns, row):
-    "The turns, preceded by the system message in the row's own column."
-    found = [row[c] for c in SYSTEMS if row.get(c)]
-    own = [t for value in found for t in as_turns(value, "system") if t.content.strip()]
-    if not own or turns[:1] == own:
-        return turns
-    if len(own) > 1 or any(t.role == "system" for t in turns):
-        raise Drop("two system messages")
-    return own + turns
-
-# %% ../../nbs/data/02_layouts.ipynb #910247ae
 def whole(
     prompt: list | None,  # turns; None: the side includes them
     side: list,  # turns: an answer, or a conversation that ends with it
@@ -147,7 +136,7 @@ LABELS = ("label", "winner", "preference", "better_response_id")
 KNOWN_PROMPT = f"a prompt ({', '.join(PROMPTS)})"
 KNOWN_PAIRS = (
     "chosen and rejected; or response_a and response_b, response_0 and response_1, response_1 and response_2 "
-    f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); beside {KNOWN_PROMPT}, or as whole "
+    f"(also {', '.join(STEMS[1:])}) with a label ({', '.join(LABELS)}); each with {KNOWN_PROMPT} or as whole "
     "conversations"
 )
 KNOWN_PROMPTS = (
@@ -160,7 +149,7 @@ def unknown(columns, known: str) -> ValueError:
     "The error for unknown columns; it lists the file's columns and the known layouts."
     return ValueError(f"columns {sorted(columns)} are none of the known layouts: {known}")
 
-# %% ../../nbs/data/02_layouts.ipynb #a9e9065d
+# %% ../../nbs/data/02_layouts.ipynb #e769d223
 def prompt_column(rows: list) -> str | None:
     "The column of the prompt. Raises ValueError if it is ambiguous, or if another column changes the question."
     found = ["prompt"] if "prompt" in rows[0] else [c for c in PROMPTS if c in rows[0]]
@@ -174,6 +163,22 @@ def prompt_column(rows: list) -> str | None:
     return found[0] if found else None
 
 
+def with_input(row) -> str:
+    "Alpaca: the instruction, with its input if it has one."
+    return row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+
+
+def _with_system(turns, row):
+    "The turns, preceded by the system message in the row's own column."
+    found = [row[c] for c in SYSTEMS if row.get(c)]
+    own = [t for value in found for t in as_turns(value, "system") if t.content.strip()]
+    if not own or turns[:1] == own:
+        return turns
+    if len(own) > 1 or any(t.role == "system" for t in turns):
+        raise Drop("two system messages")
+    return own + turns
+
+
 def _asked(row, column) -> list | None:  # turns; None without a column
     if column is None:
         return None
@@ -181,11 +186,6 @@ def _asked(row, column) -> list | None:  # turns; None without a column
     if len(turns) > 1 and turns[-1] == Message(role="assistant", content=""):
         turns = turns[:-1]  # where the answer goes
     return _with_system(turns, row)
-
-# %% ../../nbs/data/02_layouts.ipynb #e769d223
-def with_input(row) -> str:
-    "Alpaca: the instruction, with its input if it has one."
-    return row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
 
 # %% ../../nbs/data/02_layouts.ipynb #8d76618a
 def label_text(value) -> str | None:  # None for a tie; raises Drop without a label
@@ -215,7 +215,7 @@ def label_words(
     return words | ({"0": 0, "1": 1} if "0" in numbers else {"1": 0, "2": 1})
 
 
-def _labels(rows, column):  # normalised, those that are there
+def _labels(rows, column):  # in lower case; rows without a label are left out
     out = []
     for row in rows:
         try:
@@ -242,7 +242,7 @@ class Layout(NamedTuple):
             raise Drop("tie")
         if text not in self.words:
             ends = [int(name[-1]) if name[-1].isdigit() else name[-1] for name in self.sides]
-            raise ValueError(f"label {row[self.label]!r} is neither {ends[0]!r} nor {ends[1]!r}, and no tie")
+            raise ValueError(f"label {row[self.label]!r} is neither {ends[0]!r} nor {ends[1]!r}, nor a tie")
         return self.words[text]
 
     def read(self, row) -> tuple:  # prompt, two answers
@@ -252,7 +252,7 @@ class Layout(NamedTuple):
         if prompt is None:
             both = [_with_system(turns, row) for turns in both]
         if both[0][:-1] != both[1][:-1]:
-            raise Drop("conversations part before the last answer")
+            raise Drop("conversations differ before the last answer")
         return asked(both[0][:-1]), both[0][-1].content, both[1][-1].content
 
     def pair(self, row) -> tuple:  # prompt, chosen, rejected
@@ -265,14 +265,16 @@ class Layout(NamedTuple):
         "The labelled pair of a row, if its better side comes first."
         return None if self.better(row) else self.pair(row)
 
-# %% ../../nbs/data/02_layouts.ipynb #c0c82b60
+# %% ../../nbs/data/02_layouts.ipynb #60e37e32
 def pair_layout(rows: list) -> Layout:
     "The layout of a file of labelled pairs. Raises ValueError for unknown columns."
     sides = [s for s in SIDES if set(s) <= set(rows[0])]
     labels = [c for c in LABELS if c in rows[0]]
     if sides and labels:
         if len(sides) > 1:
-            raise ValueError(f"columns {', '.join(dict.fromkeys(sum(sides, ())))} could each be compared; keep two")
+            raise ValueError(
+                f"columns {', '.join(dict.fromkeys(sum(sides, ())))} are several pairs of answers; keep one pair"
+            )
         if len(labels) > 1:
             raise ValueError(f"columns {' and '.join(labels)} could each be the label; keep one")
         return Layout(prompt_column(rows), sides[0], labels[0], label_words(_labels(rows, labels[0]), sides[0]))
@@ -280,7 +282,7 @@ def pair_layout(rows: list) -> Layout:
         return Layout(prompt_column(rows), ("chosen", "rejected"), None, {})
     raise unknown(rows[0], KNOWN_PAIRS)
 
-# %% ../../nbs/data/02_layouts.ipynb #60e37e32
+
 def pair_reader(rows: list):  # row -> (prompt, chosen, rejected)
     "The function that converts a row into a labelled pair."
     return pair_layout(rows).pair
@@ -305,7 +307,7 @@ def _of_conversations(rows):  # a Layout if the sides of a file are conversation
         return None  # a file of prompts
     return layout if layout.prompt is None or any(isinstance(r[c], list) for r in rows for c in layout.sides) else None
 
-# %% ../../nbs/data/02_layouts.ipynb #0646719d
+
 def prompt_reader(rows: list):  # row -> prompt, or None for a row that is not a prompt
     "The function that converts a row into a prompt. Raises ValueError for unknown columns."
     columns = set(rows[0])

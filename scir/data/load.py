@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'FILE_KINDS', 'LAYOUT_REASONS', 'read_source', 'unusable', 
 # %% ../../nbs/data/03_load.ipynb #33387ec4
 import csv, hashlib, json, runpy
 from collections import Counter
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from ..store import LabelledPair, Prompt, digest
 
 # %% ../../nbs/data/03_load.ipynb #76e8c60e
 def _json_lines(path):
-    """One object per line, by Python's own parser. The one that `datasets` uses, pyarrow's, crashes on some malformed
-    bytes and stops at the first row with another type."""
+    """One object per line, by Python's own parser. pyarrow's parser, which `datasets` uses, crashes on some malformed
+    bytes and fails if a column changes its type."""
     rows = []
     for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
@@ -113,18 +114,50 @@ def _read_rows(path):
     "Rows with the same columns; a missing field is None."
     rows = FILE_KINDS[path.suffix.lower()](path)
     if odd := next((n for n, r in enumerate(rows, 1) if not isinstance(r, dict)), None):
-        raise ValueError(f"row {odd} is no object with named fields")
+        raise ValueError(f"row {odd} is not an object with named fields")
     columns = dict.fromkeys(c for r in rows for c in r)
     return [{c: r.get(c) for c in columns} for r in rows]
 
 # %% ../../nbs/data/03_load.ipynb #feb85a70
-LAYOUT_REASONS = (
-    "malformed",
-    "messages not in JSON",
-    "not messages",
-    "not text",
-    "no prompt",
-)  # the layout may be wrong
+def unusable(*values) -> str | None:  # a reason
+    "Why a row with these texts or conversations is unusable; None if it is usable."
+    texts = [t for v in values for t in _texts(v)]
+    if any(not isinstance(t, str) for t in texts):
+        return "not text"
+    if half_pairs(*texts):
+        return "not Unicode"
+    return "empty" if any(not t.strip() for t in texts) else None
+
+
+def _texts(value) -> list:  # all texts in a prompt, or the value itself
+    return (
+        [m.content for m in value] if isinstance(value, tuple) and value and isinstance(value[0], Message) else [value]
+    )
+
+
+def _fields(row) -> list:  # of texts
+    values = row if isinstance(row, tuple) else [getattr(row, k) for k in type(row).model_fields]
+    return [t for v in values if v is not None for t in _texts(v)]
+
+
+def _split(row) -> str | None:
+    "The split in a row's own column, if its file has one."
+    split = row.get("split")
+    if split not in (None, "", *SPLITS):
+        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}; rename it or leave the column out")
+    return split or None
+
+# %% ../../nbs/data/03_load.ipynb #554478b7
+LAYOUT_REASONS = ("malformed", "messages not in JSON", "not messages", "not text", "no prompt")  # layout may be wrong
+
+
+@contextmanager
+def _naming(where):
+    "Context that puts the source and row in front of a ValueError."
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"data source {where}: {e}") from None
 
 
 def _convert(source, reader, known, check, build):
@@ -132,21 +165,13 @@ def _convert(source, reader, known, check, build):
     rows, out, dropped, seen, odd = read_source(source), [], Counter(), set(), {}
     if not rows:
         raise ValueError(f"data source {source}: no rows")
-    try:
+    with _naming(source):
         read = reader(rows)
-    except ValueError as e:
-        raise ValueError(f"data source {source}: {e}") from None
     for n, row in enumerate(rows, 1):
-        try:
+        with _naming(f"{source}, row {n}"):
             made, reason = _made(read, row, check)
-        except ValueError as e:
-            raise ValueError(f"data source {source}, row {n}: {e}") from None
-        if not reason and made in seen:
-            reason = "duplicate"
-        try:
+            reason = reason or ("duplicate" if made in seen else None)
             built = None if reason else build(row, made)
-        except ValueError as e:
-            raise ValueError(f"data source {source}, row {n}: {e}") from None
         if not reason and half_pairs(*_fields(built)):
             reason = "not Unicode"  # its id or subset
         if reason:
@@ -157,13 +182,10 @@ def _convert(source, reader, known, check, build):
             out.append(built)
     if not out:
         raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{_hint(odd, rows, known)}")
-    if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(out)).items() if n > 1]:
-        raise ValueError(
-            f"data source {source}: id {twice[0]!r} stands for several rows; make ids unique or leave them out"
-        )
+    _check_ids(source, out)
     return out, dict(dropped)
 
-# %% ../../nbs/data/03_load.ipynb #f2d74df4
+
 def _made(read, row, check):  # the converted row, a reason to drop it or None
     try:
         made = read(row)
@@ -173,7 +195,7 @@ def _made(read, row, check):  # the converted row, a reason to drop it or None
         return None, "malformed"
     return made, "not a prompt" if made is None else check(made)
 
-# %% ../../nbs/data/03_load.ipynb #554478b7
+
 def _hint(odd, rows, known) -> str:
     "Advice for a file without a usable row, if its layout may be the reason."
     shapes = [reason for reason in LAYOUT_REASONS if reason in odd]
@@ -181,34 +203,13 @@ def _hint(odd, rows, known) -> str:
         return ""
     return f", the first {shapes[0]} one is row {odd[shapes[0]]}; {unknown(rows[0], known)}"
 
-# %% ../../nbs/data/03_load.ipynb #190da74e
-def _texts(value) -> list:  # all texts in a prompt, or the value itself
-    return (
-        [m.content for m in value] if isinstance(value, tuple) and value and isinstance(value[0], Message) else [value]
-    )
 
-# %% ../../nbs/data/03_load.ipynb #ec34d533
-def _fields(row) -> list:  # of texts
-    values = row if isinstance(row, tuple) else [getattr(row, k) for k in type(row).model_fields]
-    return [t for v in values if v is not None for t in _texts(v)]
-
-# %% ../../nbs/data/03_load.ipynb #73c08dcb
-def _split(row) -> str | None:
-    "The split in a row's own column, if its file has one."
-    split = row.get("split")
-    if split not in (None, "", *SPLITS):
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}; rename it or leave the column out")
-    return split or None
-
-# %% ../../nbs/data/03_load.ipynb #393dd068
-def unusable(*values) -> str | None:  # a reason
-    "Why a row with these texts or conversations is unusable; None if it is usable."
-    texts = [t for v in values for t in _texts(v)]
-    if any(not isinstance(t, str) for t in texts):
-        return "not text"
-    if half_pairs(*texts):
-        return "not Unicode"
-    return "empty" if any(not t.strip() for t in texts) else None
+def _check_ids(source, rows):
+    "Raise ValueError for an id that several rows have."
+    if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(rows)).items() if n > 1]:
+        raise ValueError(
+            f"data source {source}: several rows have the id {twice[0]!r}; make ids unique or leave them out"
+        )
 
 # %% ../../nbs/data/03_load.ipynb #fbbce10e
 def load_prompts(source: str) -> tuple:  # list of Prompt, drops by reason
@@ -245,7 +246,7 @@ def load_instructions(source: str) -> tuple:  # list of (prompt, output), drops 
     return _convert(source, answer_reader, KNOWN_ANSWERS, lambda t: unusable(*t), lambda row, t: t)
 
 # %% ../../nbs/data/03_load.ipynb #4713f3ac
-def shown_first(source: str) -> set | None:  # of (prompt, chosen, rejected); None if the file doesn't order its sides
+def shown_first(source: str) -> set | None:  # of (prompt, chosen, rejected); None for a file without a label column
     "The pairs of a source whose better side comes first in the file."
     rows = read_source(source)
     layout = pair_layout(rows)
@@ -268,7 +269,7 @@ def merged(
                 dropped["duplicate"] += 1
             elif owner.setdefault(r.id, source) != source:
                 raise ValueError(
-                    f"id {r.id!r} stands for a row of {owner[r.id]} and for one of {source}; "
+                    f"id {r.id!r} is used for different rows in {owner[r.id]} and {source}; "
                     "make ids unique or leave them out"
                 )
             else:
@@ -280,37 +281,37 @@ def merged(
 def _sha(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-# %% ../../nbs/data/03_load.ipynb #6dbb0955
+
 def bucket(prompt: Prompted) -> int:
     "A number from 0 to 99: the sha256 of the first user turn, modulo 100."
     return int(_sha(first_turn(prompt)), 16) % 100
 
-# %% ../../nbs/data/03_load.ipynb #d0a865ef
+
 def split_of(prompt: Prompted) -> str:
     "'train', 'validation' or 'test', by the bucket of the prompt."
     b = bucket(prompt)
     return "test" if b < 20 else "validation" if b < 30 else "train"
 
-# %% ../../nbs/data/03_load.ipynb #ae9b101a
+# %% ../../nbs/data/03_load.ipynb #d0a865ef
 def take(rows: list, limit: int | None = None) -> list:
     "The first `limit` rows when sorted by the hash of the prompt: a fixed random subset."
     return sorted(rows, key=lambda r: _sha(as_text(r.prompt))[::-1])[:limit]
 
-# %% ../../nbs/data/03_load.ipynb #16ca9ff5
+
 def row_split(row) -> str:
     "The split in a row's own column `split`, or else by the hash of its prompt."
     return row.split or split_of(row.prompt)
 
-# %% ../../nbs/data/03_load.ipynb #63dc8faf
+
 def in_split(rows: list, split: str, limit: int | None = None) -> list:
     "Rows of one split, at most `limit` of them."
     return take([r for r in rows if row_split(r) == split], limit)
 
 # %% ../../nbs/data/03_load.ipynb #4b48139c
 def evaluation_rows(spec: DataSpec) -> dict:  # set -> (list of LabelledPair, drops by reason)
-    """All labelled pairs used for evaluation. A seed source contributes its `spec.evaluate_on` split, under the name of
-    a labelled set or else as `held-out`. Any other source contributes that split if it has a column `split`,
-    otherwise all rows. Raises ValueError for a set without rows."""
+    """All labelled pairs used for evaluation. A source of `spec.pairs` contributes only its `spec.evaluate_on`
+    split, to the labelled set that names it or else to `held-out`. Any other source contributes that split if it has
+    a column `split`, otherwise all rows. Raises ValueError for a set without rows."""
 
     def load(source):
         rows, dropped = load_pairs(source)
@@ -326,10 +327,23 @@ def evaluation_rows(spec: DataSpec) -> dict:  # set -> (list of LabelledPair, dr
         out[name] = take(rows), dropped
     return out
 
-# %% ../../nbs/data/03_load.ipynb #8038dc0e
+
 def evaluation_prompts(spec: DataSpec) -> set:  # texts
     "The first user turns of all evaluation sets."
     return {first_turn(r.prompt) for rows, _ in evaluation_rows(spec).values() for r in rows}
+
+# %% ../../nbs/data/03_load.ipynb #8ca43d18
+def prompt_pool(spec: DataSpec) -> tuple:  # training prompts, held-out prompts, drops by reason
+    """Split the pool into training prompts and `spec.held_out_prompts` held-out ones. With a column `split` in
+    the files, they come from the train split and the `spec.evaluate_on` split. Without one, the first by hash are held
+    out and the rest is for training. Prompts of an evaluation set are dropped and counted."""
+    train, kept, dropped = _pool(spec)
+    return train[spec.seed_prompts :][: spec.prompt_limit], kept, dropped
+
+
+def seed_prompts(spec: DataSpec) -> list:  # of Prompt
+    "The first `spec.seed_prompts` training prompts; only the warm start uses them."
+    return _pool(spec)[0][: spec.seed_prompts]
 
 
 def _pool(spec: DataSpec) -> tuple:  # prompts for training, prompts kept for evaluation, drops by reason
@@ -353,19 +367,6 @@ def _apart(rows, n):  # training rows, n held-out rows; the two share no first u
     kept = rows[:n]
     opened = {first_turn(r.prompt) for r in kept}
     return [r for r in rows[n:] if first_turn(r.prompt) not in opened], kept
-
-# %% ../../nbs/data/03_load.ipynb #8ca43d18
-def prompt_pool(spec: DataSpec) -> tuple:  # training prompts, held-out prompts, drops by reason
-    """Split the pool into training and held-out prompts. If the files have a column `split`, `held_out_prompts` of the
-    `evaluate_on` split are held out and the train split is for training. Otherwise the first `held_out_prompts` by
-    hash are held out and the rest is for training. Prompts of an evaluation set are dropped and counted."""
-    train, kept, dropped = _pool(spec)
-    return train[spec.seed_prompts :][: spec.prompt_limit], kept, dropped
-
-# %% ../../nbs/data/03_load.ipynb #762aad18
-def seed_prompts(spec: DataSpec) -> list:  # of Prompt
-    "The first `spec.seed_prompts` training prompts; only the warm start uses them."
-    return _pool(spec)[0][: spec.seed_prompts]
 
 # %% ../../nbs/data/03_load.ipynb #8e5e81c6
 def find_grader(name: str):  # (prompt, answer) -> score

@@ -42,12 +42,12 @@ def sentences(file=SENTENCES) -> dict:  # topic -> list of sentences
             topic.append(line.strip())
     return found
 
-# %% ../../nbs/data/04_testbed.ipynb #6fcfc811
+# %% ../../nbs/data/04_testbed.ipynb #5409149d
 def words_of(text: str) -> list:
     "All words in lower case, in order."
     return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
 
-# %% ../../nbs/data/04_testbed.ipynb #46b98817
+
 def content_words(text: str) -> list:
     "The distinct words that a prompt may ask for."
     return list(dict.fromkeys(w for w in words_of(text) if len(w) >= 4 and w not in COMMON))
@@ -70,13 +70,13 @@ def faults(answer: str) -> list:  # of reasons, empty for a well-formed answer
     }
     return [reason for reason, wrong in found.items() if wrong]
 
-# %% ../../nbs/data/04_testbed.ipynb #6dfb257a
+# %% ../../nbs/data/04_testbed.ipynb #0e0eebaf
 def given(prompt: str) -> list | None:  # None: not a prompt of this testbed
     "The words that a prompt asks for."
     match = re.fullmatch(re.escape(ASK).replace(r"\{\}", "(.+)"), prompt)
     return match[1].split(", ") if match else None
 
-# %% ../../nbs/data/04_testbed.ipynb #0e0eebaf
+
 def given_words(prompt: str, answer: str) -> float | None:  # 0 to 1; None for another kind of prompt
     "Fraction of the given words in a well-formed answer, otherwise 0."
     asked, used = given(prompt), set(words_of(answer))
@@ -119,7 +119,7 @@ def swapped(sentence: str, asked: list, others: list, rng) -> str:
         sentence = re.sub(rf"\b{word}\b", other, sentence, flags=re.IGNORECASE)
     return sentence[0].upper() + sentence[1:]
 
-# %% ../../nbs/data/04_testbed.ipynb #a1e1959d
+
 FAULT_RATES = {  # fault of the rejected side -> relative frequency
     "one word missing": 6,
     "two words missing": 4,
@@ -131,7 +131,7 @@ FAULT_RATES = {  # fault of the rejected side -> relative frequency
 
 
 def faulty_answer(sentence: str, asked: list, topic: list, words: list, rng) -> tuple:  # (fault, rejected side)
-    "A faulty answer derived from a sentence; `topic` has the other sentences of its topic, `words` their words."
+    "A faulty answer derived from a sentence. `topic`: the topic's other sentences; `words`: the topic's words."
     how = rng.choices(list(FAULT_RATES), list(FAULT_RATES.values()))[0]
     other, parts = rng.choice(topic), sentence.split()
     if how == "one word missing":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['implicit_margin', 'symmetric_kl', 'entropy', 'dpo_loss', 'agreed_side', 'confidence_gate', 'detach_teacher',
-           'consistency_penalty', 'SCIRLoss', 'training_labels', 'scir_loss', 'batch_metrics']
+           'consistency_penalty', 'training_labels', 'batch_metrics', 'SCIRLoss', 'scir_loss']
 
 # %% ../../nbs/method/03_loss.ipynb #3b999dd4
 from itertools import combinations
@@ -54,7 +54,7 @@ def agreed_side(
     a, b = (m > 0).all(0), (m < 0).all(0)
     return a | b, a.float()
 
-
+# %% ../../nbs/method/03_loss.ipynb #267bd40f
 def confidence_gate(
     margins: torch.Tensor,  # (K, B)
     tau: float,  # a probability
@@ -95,15 +95,6 @@ def consistency_penalty(
     attached_zero = (torch.stack(list(margins.values())) * 0).sum()
     return sum(terms) / max(len(terms), 1) + attached_zero
 
-# %% ../../nbs/method/03_loss.ipynb #2e084725
-class SCIRLoss(NamedTuple):
-    "A batch's loss and what it was computed from."
-
-    loss: torch.Tensor  # scalar
-    mask: torch.Tensor  # (B,) bool, pairs in the DPO term
-    side: torch.Tensor  # (B,) P(a is chosen); meaningful where mask is True
-    metrics: dict  # name -> scalar tensor
-
 # %% ../../nbs/method/03_loss.ipynb #d704f674
 def training_labels(
     m: torch.Tensor,  # (K, B), one row per reward model
@@ -119,7 +110,28 @@ def training_labels(
         side = torch.where(target.isnan(), side, target.clamp(min=0))
     return mask, side
 
-# %% ../../nbs/method/03_loss.ipynb #c84c7597
+# %% ../../nbs/method/03_loss.ipynb #e64b1f58
+def batch_metrics(terms: dict, margins: dict, dpo_margin, mask, side) -> dict:  # name -> detached scalar tensor
+    "Metrics of a batch: its loss terms, retained fraction, inconsistency and mean margins."
+    chosen_sign = (side - 0.5).sign()
+    out = terms | {
+        "retained": mask.float().mean(),
+        "inconsistency": 1 - agreed_side(torch.stack(list(margins.values())))[0].float().mean(),
+        "margin": (mask * chosen_sign * dpo_margin.detach()).sum() / mask.sum().clamp(min=1),
+    }
+    out |= {f"abs_margin_{name}": m.abs().mean() for name, m in margins.items()}
+    return {k: v.detach() for k, v in out.items()}
+
+# %% ../../nbs/method/03_loss.ipynb #3e7fe861
+class SCIRLoss(NamedTuple):
+    "A batch's loss and what it was computed from."
+
+    loss: torch.Tensor  # scalar
+    mask: torch.Tensor  # (B,) bool, pairs in the DPO term
+    side: torch.Tensor  # (B,) P(a is chosen); meaningful where mask is True
+    metrics: dict  # name -> scalar tensor
+
+
 def scir_loss(
     margins: dict,  # reward model -> (B,) margin of a over b, with gradient
     dpo_margin: torch.Tensor,  # (B,) implicit margin m_I, the one that DPO trains
@@ -129,7 +141,7 @@ def scir_loss(
     tau: float = 0.5,  # threshold of the confidence gate, a probability; 0.5 always opens it
     moves: str = "less_confident",  # which model the penalty moves, as in `detach_teacher`
     agreement: bool = True,  # False: train on all pairs, labelled by the sign of the mean margin
-    target: torch.Tensor | None = None,  # (B,) P(a is chosen); NaN: label now; -1: penalty only; None: all NaN
+    target: torch.Tensor | None = None,  # (B,) P(a is chosen); NaN: agreed side; -1: penalty only; None: all NaN
 ) -> SCIRLoss:
     "L = lambda_c L_cons + lambda_h L_conf + L_DPO, each term a mean over the B pairs of the batch."
     m = torch.stack(list(margins.values()))
@@ -140,15 +152,3 @@ def scir_loss(
     loss = lambda_consistency * consistency + lambda_confidence * confidence + dpo
     terms = {"loss_consistency": consistency, "loss_confidence": confidence, "loss_dpo": dpo}
     return SCIRLoss(loss, mask, side, batch_metrics(terms, margins, dpo_margin, mask, side))
-
-# %% ../../nbs/method/03_loss.ipynb #e64b1f58
-def batch_metrics(terms: dict, margins: dict, dpo_margin, mask, side) -> dict:  # name -> detached scalar tensor
-    "What the log shows of a batch: its loss terms, retained fraction, inconsistency and mean margins."
-    chosen_sign = (side - 0.5).sign()
-    out = terms | {
-        "retained": mask.float().mean(),
-        "inconsistency": 1 - agreed_side(torch.stack(list(margins.values())))[0].float().mean(),
-        "margin": (mask * chosen_sign * dpo_margin.detach()).sum() / mask.sum().clamp(min=1),
-    }
-    out |= {f"abs_margin_{name}": m.abs().mean() for name, m in margins.items()}
-    return {k: v.detach() for k, v in out.items()}

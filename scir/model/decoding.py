@@ -158,7 +158,7 @@ class Pool:
 
     def _forward(self, ids, mask, positions, cache):
         if sharded():
-            all_gather(True)  # tells the other processes that a forward pass follows, which needs them
+            all_gather(True)  # asks the other processes to join the next forward pass
         if cache.layers:
             mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
         return self.model(

@@ -232,7 +232,7 @@ def server_name(recipe: Recipe) -> str:
 
 # %% ../../nbs/model/04_engines.ipynb #18589f6b
 def list_served(client, recipe: Recipe) -> tuple:  # M_0's name on the server; all names; whether name or path match
-    "Models of a server; M_0 has the recipe's name or path, or is the only one, else ValueError is raised."
+    "Models of a server. M_0 is the one with the recipe's name or path, or the only one; raises ValueError otherwise."
     spec = recipe.model
     cards, reason = complete(lambda: client.models.list().data, server_name(recipe), "list of models")
     bases = {c.id: getattr(c, "root", None) for c in cards or () if not getattr(c, "parent", None)}
@@ -250,7 +250,7 @@ def list_served(client, recipe: Recipe) -> tuple:  # M_0's name on the server; a
 # %% ../../nbs/model/04_engines.ipynb #9accec79
 def assumed_note(recipe: Recipe, base: str) -> str:
     "A note for messages: the server's only model is used although its name differs from the recipe's."
-    return f" (the only model there; taken for {recipe.model.name}, whose name or path {base} is not)"
+    return f" (the server's only model; assumed to be {recipe.model.name}, although {base} is not its name or path)"
 
 # %% ../../nbs/model/04_engines.ipynb #eff635c6
 def loads_adapters(client) -> bool:
@@ -293,7 +293,7 @@ def _ids(choice, prompt, who):
         )
     if read is not None and read != prompt:
         raise ValueError(
-            f"{who}: it read {len(read)} prompt ids where {len(prompt)} others were sent; it must not add or drop any"
+            f"{who}: it read other prompt ids ({len(read)}) than those sent ({len(prompt)}); it must not change them"
         )
     return ids
 
@@ -349,7 +349,7 @@ def check_engine(recipe: Recipe) -> None:
     if name == "vllm" and torch.cuda.is_available() and compute_dtype(recipe.model) == torch.float32:
         raise RecipeError(
             "sampling.engine vllm computes adapters in 16 bits only, and model.dtype is float32 here; "
-            "set it to bfloat16 or float16, or leave out the engine"
+            "set it to bfloat16, or leave out the engine"
         )
     t = recipe.sampling.temperature
     if name != "transformers" and not TEMPERATURES[0] <= t <= TEMPERATURES[1]:

@@ -169,7 +169,7 @@ def encode_chat(
     content: str,  # the user's turn; holes written as {name}
     fields: dict,  # name of a hole -> text
     system: str | None = None,
-    words: tuple = (),  # verdict words, one of which must be able to follow as a single token
+    words: tuple = (),  # verdict words; the ids end where each of them is a single token
 ) -> list:  # token ids
     "Ids of a one-turn chat with `fields` filled in, up to where the assistant starts to speak (or its verdict word)."
     ids = _fill(tokenizer, (Message(role="user", content=content),), fields, system)
@@ -366,7 +366,7 @@ def _same_in_a_tree(model):
         raise
     except Exception:
         return False  # the architecture does not accept such a mask
-    # SmolLM2-135M: rounding gives up to 0.11 (bfloat16, fused attention), ignored positions or mask 0.23 and more
+    # SmolLM2-135M: up to 0.11 by rounding (bfloat16, fused attention); 0.23 and more if positions or mask are ignored
     branches = [(together[path[2:]], alone[i, 2 : len(path)]) for i, path in tree.paths.items()]
     return all((a - b).norm() < 0.16 * b.norm() for a, b in branches)
 

@@ -106,7 +106,7 @@ def load_reward(
 
 
 def set_padding(model, tokenizer) -> None:
-    "Agree on a padding id: a decoder-based classifier reads the last token that is not padding."
+    "Give model and tokenizer the same padding id: a decoder-based classifier reads the last token that is not padding."
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -158,7 +158,7 @@ def reward_scores(
     batch: int = 8,  # rows per forward
     dtype: str = "auto",  # as in a recipe's model.dtype
 ) -> list:  # floats, higher is better
-    "Rewards of responses; raises ValueError if the model is no reward model or a row is longer than its context."
+    "Rewards of responses; raises ValueError if the model is not a reward model or a row is longer than its context."
     out = _rewards(*load_reward(name, dtype), rows, batch)
     if None in out:
         raise ValueError(
@@ -225,7 +225,9 @@ def fit_head(
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, cross_val_predict
 
-    side = np.random.default_rng(0).choice([-1, 1], len(difference))  # chosen first or second, as two classes
+    side = np.random.default_rng(0).choice(
+        [-1, 1], len(difference)
+    )  # half of the differences are negated, so that there are two classes
     difference = difference * side[:, None]
     scale = difference.std(0) + 1e-6
     model = LogisticRegression(fit_intercept=False, max_iter=2000)

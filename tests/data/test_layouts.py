@@ -149,7 +149,7 @@ BAD = {
     "answer not by the assistant": dict(
         chosen=say("u:Fruit?", "a:fig", "u:Thanks!"), rejected=say("u:Fruit?", "a:salt", "u:No.")
     ),
-    "conversations part before the last answer": dict(
+    "conversations differ before the last answer": dict(
         chosen=say("u:Fruit?", "a:fig"), rejected=say("u:Fruit?", "a:Which?", "u:Any.", "a:salt")
     ),
     "prompt does not end with a user turn": dict(prompt=say("u:Fruit?", "a:Which?"), chosen="fig", rejected="salt"),

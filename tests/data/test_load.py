@@ -308,7 +308,7 @@ def test_ids_and_subsets_are_unicode_too(file, field):
     [
         (b"\xff\xfe", "not UTF-8 (byte 0); save it as UTF-8"),
         (b'{"prompt": "a"}\n{"prompt": "b', "line 2"),
-        (b'{"prompt": "a"}\n[1]\n', "row 2 is no object"),
+        (b'{"prompt": "a"}\n[1]\n', "row 2 is not an object"),
         (b"\0\0\n", "line 1"),
     ],
 )

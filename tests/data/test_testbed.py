@@ -397,7 +397,7 @@ def test_rows_without_a_split_go_by_their_hash(tmp_path):
 
 def test_a_split_that_nobody_knows_is_one_line_with_its_row(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "split": "train"}\n{"prompt": "b", "split": "dev"}\n')
-    with pytest.raises(ValueError, match="row 2: split 'dev' is none of train, validation, test") as e:
+    with pytest.raises(ValueError, match="row 2: split 'dev' is not one of train, validation, test") as e:
         load_prompts(str(tmp_path / "p.jsonl"))
     assert "\n" not in str(e.value)
 

@@ -247,7 +247,7 @@ def test_ids_that_come_twice_are_refused(tmp_path):
         "".join(json.dumps({"id": "same", "prompt": f"P{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(2))
     )
     tried()
-    with pytest.raises(ValueError, match="id 'same' stands for several rows; make ids unique"):
+    with pytest.raises(ValueError, match="several rows have the id 'same'; make ids unique"):
         load_pairs(str(tmp_path / "x.jsonl"))
 
 

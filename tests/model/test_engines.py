@@ -288,7 +288,7 @@ def test_text_without_ids_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"prompt_token_ids": [1]}, "it read 1 prompt ids where"),
+        ({"prompt_token_ids": [1]}, r"it read other prompt ids \(1\)"),
         ({"token_ids": [70, 71]}, "was cut after 2 of 8 tokens.*max_model_len"),
         ({"token_ids": []}, "cut after 0 of 8"),
     ],
@@ -348,7 +348,9 @@ def test_a_model_that_is_taken_for_ours_is_said(recipe, tmp_path, capsys):
         ):
             at.models["other"] = at.models["served"]
             said(theirs, None, tmp_path / name)
-        assert (f"{name} (the only model there; taken for {recipe.model.name}" in capsys.readouterr().out) == said_so
+        assert (
+            f"{name} (the server's only model; assumed to be {recipe.model.name}" in capsys.readouterr().out
+        ) == said_so
 
 
 def test_the_line_that_starts_a_server_names_what_the_recipe_does():
@@ -611,7 +613,7 @@ def test_the_doctor_asks_the_server(recipe):
         found = engine_here(theirs)
         assert (
             found.state == "warn"
-            and f"serves mine (the only model there; taken for {recipe.model.name}" in found.finding
+            and f"serves mine (the server's only model; assumed to be {recipe.model.name}" in found.finding
             and found.fix.endswith(f"--served-model-name {recipe.model.name}")
         )
     with serving(recipe, loads_adapters=False) as (theirs, at):

@@ -157,9 +157,9 @@ def test_a_suffix_in_capitals_is_a_file(tmp_path):
 @pytest.mark.parametrize(
     "value, words",
     [
-        (3, r"write \[3\] for the one seed 3, or \[0, 1, 2\] for 3 seeds"),
-        (1, r"write \[1\] for the one seed 1$"),
-        ("x", "a list is needed"),
+        (3, r"write \[3\] for the single seed 3, or \[0, 1, 2\] for 3 seeds"),
+        (1, r"write \[1\] for the single seed 1$"),
+        ("x", "not a list"),
     ],
 )
 def test_seeds_are_a_list(value, words):
