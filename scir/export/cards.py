@@ -20,7 +20,7 @@ from ..store import read_json
 
 # %% ../../nbs/export/03_cards.ipynb #c1719efa
 def measures(o: Origin) -> dict:  # set -> {name: rate}
-    "The measures from a model's evaluation; empty without an evaluation of this very model."
+    "The measures from a model's evaluation; empty if the model was not evaluated or has changed since."
     if outdated(o, "evaluate", "evaluation/metrics.json"):
         return {}
     sets = read_json(o.run / o.node / "evaluation" / "metrics.json")["sets"]
@@ -50,7 +50,7 @@ def measures_table(found: dict) -> str:
 
 # %% ../../nbs/export/03_cards.ipynb #926b3614
 def win_rate_sentence(o: Origin) -> str:
-    "The win rate in a sentence, or an empty string; the address of a server that judges stays private."
+    "The win rate in a sentence, or an empty string; if the judge is on a server, the sentence omits the address."
     if outdated(o, "align", "alignment/metrics.json"):
         return ""
     w = read_json(o.run / o.node / "alignment" / "metrics.json")
@@ -213,7 +213,7 @@ def weights_text(o: Origin, to: str, known: dict) -> str:
     text = f"A LoRA adapter for {base}."
     if Path(spec.name).is_dir() or spec.name in PUBLISHED:
         text += (
-            " Its `adapter_config.json` refers to the base by a folder of the machine that trained it; elsewhere, "
+            " Its `adapter_config.json` names the base by a local path on the training machine; elsewhere, "
             "load the base first, then call `PeftModel.from_pretrained(base, ...)`."
         )
     return text

@@ -142,8 +142,8 @@ LABELLERS = {  # `chosen` is the side ...
     "generative": "preferred by the judge",
     "implicit": "preferred by the implicit reward",
     "votes": "preferred by sampled 5-point votes",
-    "cream": "favoured by the soft label: the side that the implicit reward preferred, or the other one if its "
-    "rankings agree with the previous model's by less than half",
+    "cream": "favoured by the soft label: the side preferred by the implicit reward, or the other side if the implicit "
+    "reward and the previous model rank fewer than half of the pairs alike",
     "external": "preferred by an external reward model",
 }
 

@@ -83,7 +83,7 @@ def files_read(record: dict) -> list:
 
 
 def changed_inputs(recipe: Recipe, run: Path, key: str, record: dict, hashes: dict) -> str:
-    "Which fields and files (`hashes`: as recorded by the steps that wrote them) differ from those that a step read."
+    "How the inputs that a step recorded differ from the recipe and from `hashes`, those of the files as last written."
     from scir.runner.plan import Step
     from scir.runner.state import differences, inputs
 

@@ -218,7 +218,7 @@ def ablation_claims(g: Gathered) -> list:  # of Part
 
 # %% ../../nbs/report/03_claims.ipynb #6bd00d93
 def untrained_arms(g: Gathered) -> set:
-    "Arms that had no pairs to train on in any iteration of some seed: their model is still M_1."
+    "Arms whose model is still M_1 in at least one seed, because no iteration had pairs to train on."
     m = g.models[g.models.iteration > 1]
     steps = pd.to_numeric(m.steps).groupby([m.arm, m.seed]).sum(min_count=1)
     return set(steps[steps == 0].index.get_level_values("arm"))

@@ -93,7 +93,7 @@ def last(g: Gathered, arms: tuple = (), table: pd.DataFrame | None = None) -> pd
 
 
 def others(g: Gathered, one: str = "scir") -> list:
-    "The other arms of a run, if it has the arm `one`."
+    "The arms to compare `one` with; none if the run lacks `one`."
     there = set(g.models.arm)
     return [a for a in ARMS if a in there and a != one and one in there]
 
@@ -113,7 +113,7 @@ def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two f
 
 # %% ../../nbs/report/02_compare.ipynb #e7cba8e2
 def widened(gap: dict) -> dict:
-    "Replace a zero-width bootstrap interval (all differences equal) by Wilson's for a rate of 0 over as many prompts."
+    "If all differences are equal, replace the zero-width bootstrap interval: Wilson's for no event in as many prompts."
     if gap["high"] - gap["low"] > 1e-12:
         return gap
     half = rate(np.zeros(gap["prompts"]))["high"]
@@ -125,7 +125,7 @@ def by_seed(each: pd.Series, difference: float) -> dict:  # seeds, same_way
     return {"seeds": len(each), "same_way": int((np.sign(each) == np.sign(difference)).sum())}
 
 # %% ../../nbs/report/02_compare.ipynb #b42b0baf
-def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # as `paired`, and seeds, same_way
+def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # `paired`'s result, with seeds, same_way
     "Difference `one` - `other` on the same pairs; empty if they have no pair in common."
     a, b = matched(d, one, other, name)
     first, second = (pick(x).astype(float) for x in (a, b))
@@ -137,7 +137,7 @@ def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # 
 
 # %% ../../nbs/report/02_compare.ipynb #b56c1b1a
 def hits(d: pd.DataFrame, values) -> pd.DataFrame:
-    "Boolean values of some of the pairs, in the form that `rate_gap` compares."
+    "Boolean `values` of pairs in `d` as a frame for `rate_gap`: run, seed, prompt, hit."
     return d.loc[values.index].reset_index()[["run", "seed", "prompt"]].assign(hit=values.to_numpy(float))
 
 # %% ../../nbs/report/02_compare.ipynb #4467f19e

@@ -55,14 +55,15 @@ FIGURE_CAPTIONS = {  # kind of figure -> caption, in display order
     "Bars are 95% intervals over prompts.",
     "inconsistency": "Inconsistency by iteration.",
     "own_accuracy": "Accuracy on own answers by iteration; the dashed line is chance.",
-    "retained": "Fraction of the scored pairs that enter the DPO loss, by training step. A marker ends an iteration.",
+    "retained": "Fraction of the scored pairs that enter the DPO loss, by training step. Markers show where an "
+    "iteration ends.",
     "joint": "Judge against implicit reward. They disagree in the shaded quadrants.",
     "length": "Implicit margin against the length difference of the pair, on own answers.",
     "splits": "Inconsistency by confidence and by length difference.",
     "calibration": "Accuracy by confidence; a model on the diagonal is calibrated.",
     "flip_rate": "Position inconsistency of the judge (flip rate) by iteration.",
     "training": "Loss terms, inconsistency and margins by training step, averaged over seeds and smoothed over a tenth "
-    "of an iteration. Excluded pairs count as zero in the DPO term. A marker ends an iteration.",
+    "of an iteration. Excluded pairs count as zero in the DPO term. Markers show where an iteration ends.",
 }
 
 # %% ../../nbs/report/06_document.ipynb #74d94122

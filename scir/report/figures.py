@@ -58,7 +58,7 @@ def every_round(g: Gathered) -> dict:  # (arm, iteration) -> its rows
     return {model: d for model, d in found.items() if len(d)}
 
 
-def _dots(ax, found, color, mark, shift=0.0, label=None):  # found: one dict, or none, per line
+def _dots(ax, found, color, mark, shift=0.0, label=None):  # found: a rate per line; {} where there is none
     for y, r in enumerate(found):
         if not r:
             continue
@@ -98,7 +98,7 @@ def plot_headline(g: Gathered):
     return fig
 
 
-def _success(g, arm, iteration):  # as from `measure`
+def _success(g, arm, iteration):  # a rate, like `measure`'s
     d = g.answers[(g.answers.arm == arm) & (g.answers.iteration == iteration) & g.answers.success.notna()]
     return grouped(d.success, d.prompt) if len(d) else None
 
@@ -129,7 +129,7 @@ def _accuracies(ax, found, name):  # found: measure -> a dict per arm
 
 # %% ../../nbs/report/05_figures.ipynb #7ba93d93
 def families(arms) -> dict:  # title -> arms
-    "Trained arms by panel: the methods with scir, and the ablations with scir."
+    "Trained arms by panel, `methods` and `ablations`; scir is in both."
     arms = [a for a in ARMS if a in set(arms) - {"sft"}]
     methods, ablations = ([a for a in arms if not a.startswith("scir-")], [a for a in arms if a.startswith("scir")])
     made = {"methods": methods, "ablations": ablations}
@@ -299,7 +299,7 @@ def _legend(ax, axes):  # one legend beside `ax` for all `axes`
 
 # %% ../../nbs/report/05_figures.ipynb #6ed210a8
 def plot_retained(g: Gathered):
-    "Fraction of the scored pairs that enter the DPO loss, by optimizer step; a marker ends an iteration."
+    "Fraction of the scored pairs that enter the DPO loss, by optimizer step; markers show where an iteration ends."
     has_data = lambda arms: any(len(training_curve(g, a, "retained")) for a in arms)
     rows = {k: arms for k, arms in families(g.steps.arm.unique()).items() if has_data(arms)}
     if not rows:
@@ -325,7 +325,7 @@ TERMS = {
 
 
 def plot_training(g: Gathered, family: str = "methods"):
-    "Loss terms, inconsistency and margins by optimizer step; a marker ends an iteration. None without training."
+    "Loss terms, inconsistency and margins by step; markers show where an iteration ends. None without training."
     import matplotlib.pyplot as plt
 
     arms = families(g.steps.arm.unique()).get(family, [])
@@ -363,7 +363,7 @@ def plot_calibration(g: Gathered, name: str):
     return fig
 
 
-def _clipped(t):  # by rounding, an interval may exclude its value
+def _clipped(t):  # rounding can push a value just outside its interval
     return t.assign(low=t[["low", "value"]].min(axis=1), high=t[["high", "value"]].max(axis=1))
 
 

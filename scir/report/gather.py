@@ -21,7 +21,7 @@ from ..store import Grade, Response, Score, digest, read_json, read_rows
 
 # %% ../../nbs/report/01_gather.ipynb #f14d16bb
 AT = ["run", "seed", "arm", "iteration"]
-KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba", "mass", "likelihood"]  # and rewards
+KEEP = ["id", "prompt", "subset", "label", "tokens_a", "tokens_b", "m_ab", "m_ba", "mass", "likelihood"]  # and margins
 WON = ["win_rate", "win_rate_low", "win_rate_high", "win_rate_n", "length_controlled", "judge", "reference"]
 
 
