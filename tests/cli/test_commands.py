@@ -335,3 +335,16 @@ def test_a_rehearsal_tells_where_the_run_is_from_where_it_was_called(project, mo
     monkeypatch.chdir(project / "data")
     done = CliRunner().invoke(app, ["run", "../recipes/tiny.yaml", "--dry-run", "--json"])
     assert json.loads(done.stdout)["run"] == "runs/tiny"
+
+
+def documented_runs() -> list:  # arguments
+    "The `scir run` commands of README and of the results page."
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/results.md"))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("scir run recipes/")]
+
+
+@pytest.mark.parametrize("words", documented_runs(), ids=lambda words: words[3])
+def test_documented_runs_have_a_plan(words):
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert done.exit_code == 0, done.output
