@@ -581,7 +581,7 @@ def grader(recipe, fetch: bool = False) -> Finding | None:
         return None  # reported by `data`
     return gradable(name, function, lists)
 
-
+# %% ../nbs/03_doctor.ipynb #c0d2e007
 def gradable(name: str, function, lists: dict) -> Finding:  # lists: kind of prompts -> prompts
     "How many prompts of each kind a grader can grade."
     from scir.data.load import grade
@@ -974,7 +974,7 @@ RUN_CHECKS = (data, grader, causal, verdicts, token_ids, context, adapter, decod
 RECIPE_CHECKS = models, hub_token, engine, *RUN_CHECKS, room_on_disk
 
 
-def planned(recipe, gpu: float | None = None, probed: bool = True) -> list:  # of Finding
+def planned(recipe, gpu: float | None, probed: bool) -> list:  # of Finding
     "Memory and hours. A failed estimate is only a warning, since the run may still work."
     try:
         return memory_and_hours(recipe, gpu, probed)

@@ -189,7 +189,7 @@ def end_ids(config, tokenizer) -> set:
     configured = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return {turn_end(tokenizer), tokenizer.eos_token_id, *configured}
 
-# %% ../../nbs/model/03_decoding.ipynb #ce78c546
+# %% ../../nbs/model/03_decoding.ipynb #c0d2e000
 def half_as_many(spec: SamplingSpec, left: int) -> SamplingSpec:
     "After an out-of-memory error: decode half as many of the `left` responses, or raise MemoryError."
     if spec.batch_size == 1:
@@ -205,7 +205,7 @@ def half_as_many(spec: SamplingSpec, left: int) -> SamplingSpec:
     make_room(f"{spec.batch_size} responses decoded together")
     return spec
 
-
+# %% ../../nbs/model/03_decoding.ipynb #ce78c546
 @torch.no_grad()
 def generate(
     model,

@@ -52,7 +52,7 @@ def _read(call):
     except (ValueError, TypeError, AttributeError, IndexError):
         raise Garbled from None
 
-# %% ../../nbs/model/04_engines.ipynb #d1987d00
+# %% ../../nbs/model/04_engines.ipynb #c0d2e002
 def garbled_retries():
     "Retries of garbled replies. After HTTP errors, the client itself retries."
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -60,7 +60,7 @@ def garbled_retries():
     again = retry_if_exception_type(Garbled)
     return Retrying(stop=stop_after_attempt(RETRIES + 1), wait=wait_exponential(0.5, max=8), retry=again, reraise=True)
 
-
+# %% ../../nbs/model/04_engines.ipynb #d1987d00
 def complete(
     call,  # () -> result; sends a request and parses the reply
     who: str,  # the server, for messages

@@ -476,7 +476,7 @@ def batches(
         filled += size
     return out
 
-# %% ../../nbs/model/02_logprobs.ipynb #f044c359
+# %% ../../nbs/model/02_logprobs.ipynb #c0d2e001
 def smaller_batches(rows: list, queue: list, sizes: list) -> list:  # lists of row numbers
     "After an out-of-memory error on `rows`: these and the queue in batches of half the tokens, unless it is one row."
     tokens = sum(sizes[i] for i in rows)
@@ -494,7 +494,7 @@ def smaller_batches(rows: list, queue: list, sizes: list) -> list:  # lists of r
     make_room(f"batches of at most {budget} tokens")
     return [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #f044c359
 def in_batches(
     read,  # list of row numbers -> result
     parts: list,  # lists of row numbers

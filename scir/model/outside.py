@@ -36,7 +36,7 @@ def judge_function(read, failures: Counter):
     ask.failures = failures
     return ask
 
-# %% ../../nbs/model/05_outside.ipynb #5118be8b
+# %% ../../nbs/model/05_outside.ipynb #c0d2e003
 def verdict_probabilities(
     model,
     seqs: list,  # token ids of each question
@@ -55,7 +55,7 @@ def verdict_probabilities(
             out[i] = p
     return out
 
-
+# %% ../../nbs/model/05_outside.ipynb #5118be8b
 def local_judge(spec: ModelSpec, judge: JudgeSpec):
     "A causal language model as judge, P = sigmoid(verdict margin); raises ValueError if a verdict is not one token."
     import torch
@@ -168,20 +168,20 @@ def reward_scores(
     return out
 
 # %% ../../nbs/model/05_outside.ipynb #47cf7c30
-def reward_judge(name: str, batch: int = 8, dtype: str = "auto"):
+def reward_judge(name: str, dtype: str = "auto"):
     "A reward model as judge: P(first is better) = sigmoid(r_first - r_second)."
     (model, tokenizer), failures = load_reward(name, dtype), Counter()
 
     def read(rows):
         single = list(dict.fromkeys((i, x) for i, *both in rows for x in both))
-        r = dict(zip(single, _rewards(model, tokenizer, single, batch)))
+        r = dict(zip(single, _rewards(model, tokenizer, single, batch=8)))
         margins = [None if None in (r[i, a], r[i, b]) else r[i, a] - r[i, b] for i, a, b in rows]
         failures.update(TOO_LONG for m in margins if m is None)
         return [None if m is None else 0.5 + math.tanh(m / 2) / 2 for m in margins]  # sigmoid, with no overflow
 
     return judge_function(read, failures)
 
-# %% ../../nbs/model/05_outside.ipynb #33bcbd95
+# %% ../../nbs/model/05_outside.ipynb #c0d2e004
 def head_inputs(model, tokenizer, rows: list) -> np.ndarray:  # (rows, d)
     "The last hidden state of each row, which is what the head gets."
     import torch
@@ -192,7 +192,7 @@ def head_inputs(model, tokenizer, rows: list) -> np.ndarray:  # (rows, d)
     finally:
         model.score = head
 
-
+# %% ../../nbs/model/05_outside.ipynb #33bcbd95
 def fit_reward(
     base: str,  # causal model: folder, hub id or built-in name
     pairs: list,  # of LabelledPair
@@ -300,7 +300,7 @@ def open_replies(cache) -> dict:  # id -> text
     write_rows(cache, rows)
     return {r.id: r.text for r in rows}
 
-# %% ../../nbs/model/05_outside.ipynb #e10a49eb
+# %% ../../nbs/model/05_outside.ipynb #c0d2e005
 def replies(client, requests: dict):  # key -> request; yields (key, text, None) or (key, None, reason)
     "Ask a server, `AT_ONCE` requests at a time. After `GIVE_UP` in a row without an answer, no more are sent."
     silent, pool = [], ThreadPoolExecutor(AT_ONCE)
@@ -322,7 +322,7 @@ def replies(client, requests: dict):  # key -> request; yields (key, text, None)
     finally:
         pool.shutdown(cancel_futures=True)
 
-
+# %% ../../nbs/model/05_outside.ipynb #e10a49eb
 def endpoint_judge(
     url: str,  # of an OpenAI-compatible server, with its /v1
     model: str,  # as the server names it

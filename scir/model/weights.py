@@ -339,7 +339,7 @@ def check_causal(config, spec: ModelSpec) -> None:
         "(AutoModelForCausalLM), so it cannot be trained here"
     )
 
-# %% ../../nbs/model/01_weights.ipynb #b4ae96c3
+# %% ../../nbs/model/01_weights.ipynb #c0d2e006
 def nf4_config(dtype: torch.dtype):
     "4-bit weights with double quantisation, computing in `dtype`."
     from transformers import BitsAndBytesConfig
@@ -348,7 +348,7 @@ def nf4_config(dtype: torch.dtype):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
-
+# %% ../../nbs/model/01_weights.ipynb #b4ae96c3
 def load_base(spec: ModelSpec):
     "M_0, frozen and in eval mode, on this process's device (on the CPU if it will be sharded); quantised if set."
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -139,7 +139,7 @@ def run_parallel(recipe: Recipe, run: Path, steps: list, at, jobs: int) -> None:
     if failed:
         raise RuntimeError(failure_text(failed, len(steps)))
 
-
+# %% ../../nbs/runner/09_parallel.ipynb #c0d2e008
 def failure_text(failed: dict, total: int) -> str:  # failed: step -> reason
     "How many steps are not done, and the reason of each that failed itself."
     causes = "; ".join(f"{s.key}: {why}" for s, why in failed.items() if not why.startswith("needs "))
