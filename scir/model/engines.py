@@ -27,7 +27,7 @@ NO_ANSWER = "no answer"  # prefix of the reasons for which a later retry may hel
 class Garbled(Exception):
     "A reply that cannot be parsed."
 
-# %% ../../nbs/model/04_engines.ipynb #555b4885
+
 def connect(
     url: str,  # of an OpenAI-compatible server, with its /v1
     timeout: float,  # seconds per request
@@ -51,7 +51,20 @@ def _read(call):
     except (ValueError, TypeError, AttributeError, IndexError):
         raise Garbled from None
 
-# %% ../../nbs/model/04_engines.ipynb #d1987d00
+
+def _read_with_retries(call):
+    "Call again after garbled replies; the client itself retries after HTTP errors."
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+    retrying = Retrying(
+        stop=stop_after_attempt(RETRIES + 1),
+        wait=wait_exponential(0.5, max=8),
+        retry=retry_if_exception_type(Garbled),
+        reraise=True,
+    )
+    return retrying(_read, call)
+
+
 def complete(
     call,  # () -> result; sends a request and parses the reply
     who: str,  # the server, for messages
@@ -59,17 +72,9 @@ def complete(
 ) -> tuple:  # (result, None) or (None, reason)
     "Send a request, with retries; raises ValueError if no request to this server can succeed."
     import openai
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-    # the client itself retries after HTTP errors; this retries garbled replies
-    retrying = Retrying(
-        stop=stop_after_attempt(RETRIES + 1),
-        wait=wait_exponential(0.5, max=8),
-        retry=retry_if_exception_type(Garbled),
-        reraise=True,
-    )
     try:
-        return retrying(_read, call), None
+        return _read_with_retries(call), None
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
         raise ValueError(
             f"{who}: the server answers {e.status_code}; check the url, the model's name and OPENAI_API_KEY"
@@ -101,7 +106,7 @@ def _config(spec):
         model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
 
-# %% ../../nbs/model/04_engines.ipynb #85607ea3
+
 def stop_ids(spec: ModelSpec, tokenizer) -> set:
     "All ids that end a response, read from the model's files."
     from transformers import GenerationConfig
@@ -149,7 +154,7 @@ def lora_room(r: int) -> int:
     "The smallest max_lora_rank of vLLM for an adapter of rank `r`."
     return next((n for n in RANKS if n >= r), r)
 
-# %% ../../nbs/model/04_engines.ipynb #d0117b51
+
 def vllm_model(recipe: Recipe, adapter) -> dict:
     "Arguments of vLLM's `LLM` for M_0, with an adapter if there is one."
     from scir.model.weights import compute_dtype, model_path
@@ -172,7 +177,7 @@ def vllm_model(recipe: Recipe, adapter) -> dict:
         "max_model_len": -1,  # as much of the model's context as fits into memory
     } | lora
 
-
+# %% ../../nbs/model/04_engines.ipynb #1ff409c6
 def _vllm_rows(llm, lora, ends, jobs, spec):
     "Sample jobs, a few batches per call."
     from vllm import SamplingParams, TokensPrompt
@@ -186,7 +191,7 @@ def _vllm_rows(llm, lora, ends, jobs, spec):
         for (key, *_), out in zip(part, found, strict=True):
             yield checked_row(key, list(out.outputs[0].token_ids), spec, ends)
 
-# %% ../../nbs/model/04_engines.ipynb #1ff409c6
+
 @contextmanager
 def vllm_engine(recipe: Recipe, tokenizer, adapter):  # engine(jobs, spec)
     "Sample from M_t with vLLM, which starts and ends with the context."
@@ -212,7 +217,7 @@ def adapter_name(adapter) -> str:
     "An adapter's name on a server: a hash of its content and path."
     return f"scir-{digest(hash_path(adapter), str(Path(adapter).resolve()))}"
 
-# %% ../../nbs/model/04_engines.ipynb #505a16e8
+
 def serve_line(recipe: Recipe) -> str:
     "The command that starts a server for a recipe; float32 is left out, since vLLM's adapters need 16 bits on a GPU."
     spec = recipe.model
@@ -224,12 +229,12 @@ def serve_line(recipe: Recipe) -> str:
     words += ["--trust-remote-code"] * spec.trust_remote_code
     return "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(words)
 
-# %% ../../nbs/model/04_engines.ipynb #7e6b0a37
+# %% ../../nbs/model/04_engines.ipynb #0d6e7664
 def server_name(recipe: Recipe) -> str:
     "Name of a recipe's server in messages."
     return f"sampling.engine {recipe.sampling.engine}"
 
-# %% ../../nbs/model/04_engines.ipynb #18589f6b
+
 def list_served(client, recipe: Recipe) -> tuple:  # M_0's name on the server; all names; whether name or path match
     "Models of a server. M_0 is the one with the recipe's name or path, or the only one; raises ValueError otherwise."
     spec = recipe.model
@@ -246,12 +251,12 @@ def list_served(client, recipe: Recipe) -> tuple:  # M_0's name on the server; a
         raise ValueError(f"{server_name(recipe)}: {problem}; start a server with: {serve_line(recipe)}")
     return found[0], {c.id for c in cards}, bool(named)
 
-# %% ../../nbs/model/04_engines.ipynb #9accec79
+
 def assumed_note(recipe: Recipe, base: str) -> str:
     "A note for messages: the server's only model is used although its name differs from the recipe's."
     return f" (the server's only model; assumed to be {recipe.model.name}, although {base} is not its name or path)"
 
-# %% ../../nbs/model/04_engines.ipynb #eff635c6
+# %% ../../nbs/model/04_engines.ipynb #250de12d
 def loads_adapters(client) -> bool:
     "Whether a server can load adapters: if so, it answers an empty request with a missing-name error."
     import httpx, openai
@@ -262,7 +267,7 @@ def loads_adapters(client) -> bool:
         return isinstance(e, (openai.BadRequestError, openai.UnprocessableEntityError))
     return True
 
-# %% ../../nbs/model/04_engines.ipynb #b8684f43
+
 def load_remote_adapter(client, recipe: Recipe, adapter, known: set) -> str:  # the adapter's name on the server
     "Load an adapter on a server, unless it is `known` there; raises ValueError if the server refuses."
     import httpx, openai
@@ -365,7 +370,7 @@ def when_asked(opened):  # engine(jobs, spec)
         engine = cache(lambda: until.enter_context(opened))
         yield lambda jobs, spec: engine()(jobs, spec) if jobs or sharded() else iter(())
 
-# %% ../../nbs/model/04_engines.ipynb #64b3b06b
+
 def open_engine(
     recipe: Recipe,  # model, sampling.engine
     tokenizer,
