@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'TIMEOUT', 'TOKENS', 'AT_ONCE', 'GIVE_UP', 'judge_function', 'local_judge', 'load_reward', 'set_padding',
-           'reward_inputs', 'reward_scores', 'reward_judge', 'fit_reward', 'fit_head', 'parse_verdict', 'Reply',
-           'chat_request', 'ask_server', 'open_replies', 'endpoint_judge', 'open_judge']
+           'reward_inputs', 'reward_scores', 'reward_judge', 'fit_head', 'fit_reward', 'parse_verdict', 'chat_request',
+           'ask_server', 'Reply', 'open_replies', 'endpoint_judge', 'open_judge']
 
 # %% ../../nbs/model/05_outside.ipynb #ee13fe7f
 import math, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -34,35 +35,43 @@ def judge_function(read, failures: Counter):
     ask.failures = failures
     return ask
 
-# %% ../../nbs/model/05_outside.ipynb #5118be8b
+
 def local_judge(spec: ModelSpec, judge: JudgeSpec):
     "A causal language model as judge, P = sigmoid(verdict margin); raises ValueError if a verdict is not one token."
-    import torch
-    from scir.method.judge import find_verdicts, judge_ids, verdict_margins
-    from scir.model.logprobs import batches, in_batches
+    from scir.method.judge import find_verdicts, judge_ids
     from scir.model.weights import dense, load_tokenizer
 
     tokenizer, failures = load_tokenizer(spec), Counter()
     verdicts, model = find_verdicts(tokenizer, judge.verdicts), dense(spec)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
-    @torch.no_grad()
     def read(rows):
         seqs = [judge_ids(tokenizer, judge, *row) for row in rows]
-        fits = [i for i, s in enumerate(seqs) if len(s) <= room]
         failures.update(TOO_LONG for s in seqs if len(s) > room)
-        out, sizes = [None] * len(rows), [len(seqs[i]) for i in fits]
-
-        def margins(batch):
-            return verdict_margins(model, [seqs[fits[b]] for b in batch], verdicts)[0]
-
-        found = in_batches(margins, batches(sizes, judge.batch_tokens), sizes)
-        for batch, m in tqdm(found, desc="judging", unit="batch"):
-            for b, p in zip(batch, m.sigmoid().tolist()):
-                out[fits[b]] = p
-        return out
+        fits = [i for i, s in enumerate(seqs) if len(s) <= room]
+        found = _probabilities(model, [seqs[i] for i in fits], verdicts, judge.batch_tokens)
+        by_row = dict(zip(fits, found))
+        return [by_row.get(i) for i in range(len(rows))]
 
     return judge_function(read, failures)
+
+
+def _probabilities(model, seqs, verdicts, budget) -> list:
+    "P(the first response is better) of each question, in batches of `budget` tokens."
+    import torch
+    from scir.method.judge import verdict_margins
+    from scir.model.logprobs import batches, in_batches
+
+    out, sizes = [None] * len(seqs), [len(s) for s in seqs]
+
+    def margins(batch):
+        return verdict_margins(model, [seqs[b] for b in batch], verdicts)[0]
+
+    with torch.no_grad():
+        for batch, m in tqdm(in_batches(margins, batches(sizes, budget), sizes), desc="judging", unit="batch"):
+            for b, p in zip(batch, m.sigmoid().tolist()):
+                out[b] = p
+    return out
 
 # %% ../../nbs/model/05_outside.ipynb #fd801f1b
 def load_reward(
@@ -92,9 +101,14 @@ def load_reward(
         )
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     set_padding(model, tokenizer)
-    if hasattr(model, "score"):  # a float32 head: in bfloat16 close rewards would be equal
-        model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))
+    _use_float32_head(model)
     return model.eval(), tokenizer
+
+
+def _use_float32_head(model):
+    "Compute rewards in float32: in bfloat16 close ones would be equal."
+    if hasattr(model, "score"):
+        model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))
 
 
 def set_padding(model, tokenizer) -> None:
@@ -103,7 +117,7 @@ def set_padding(model, tokenizer) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
-# %% ../../nbs/model/05_outside.ipynb #97d96182
+
 def reward_inputs(tokenizer, prompt: Prompted, response: str) -> dict:  # name -> list of ints
     "Model inputs for a prompt and its response."
     from scir.model.logprobs import encode_messages
@@ -114,7 +128,7 @@ def reward_inputs(tokenizer, prompt: Prompted, response: str) -> dict:  # name -
     return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
 # %% ../../nbs/model/05_outside.ipynb #653d50ac
-def _outputs(model, tokenizer, rows, batch):
+def _outputs(model, tokenizer, rows, batch=8):
     "Outputs of the head per row, None for rows longer than the context; batches have rows of similar length."
     import torch
     from scir.model.logprobs import in_batches, pad_right
@@ -139,11 +153,11 @@ def _outputs(model, tokenizer, rows, batch):
     return out
 
 
-def _rewards(model, tokenizer, rows, batch):
+def _rewards(model, tokenizer, rows, batch=8):
     "One reward per row, None for rows longer than the context."
     return [None if x is None else x[0] for x in _outputs(model, tokenizer, rows, batch)]
 
-# %% ../../nbs/model/05_outside.ipynb #d8a0cc46
+
 def reward_scores(
     name: str,  # reward model: folder or hub id
     rows: list,  # (prompt, response)
@@ -160,13 +174,13 @@ def reward_scores(
     return out
 
 # %% ../../nbs/model/05_outside.ipynb #47cf7c30
-def reward_judge(name: str, batch: int = 8, dtype: str = "auto"):
+def reward_judge(name: str, dtype: str = "auto"):
     "A reward model as judge: P(first is better) = sigmoid(r_first - r_second)."
     (model, tokenizer), failures = load_reward(name, dtype), Counter()
 
     def read(rows):
         single = list(dict.fromkeys((i, x) for i, *both in rows for x in both))
-        r = dict(zip(single, _rewards(model, tokenizer, single, batch)))
+        r = dict(zip(single, _rewards(model, tokenizer, single)))
         margins = [None if None in (r[i, a], r[i, b]) else r[i, a] - r[i, b] for i, a, b in rows]
         failures.update(TOO_LONG for m in margins if m is None)
         return [None if m is None else 0.5 + math.tanh(m / 2) / 2 for m in margins]  # sigmoid, with no overflow
@@ -174,36 +188,6 @@ def reward_judge(name: str, batch: int = 8, dtype: str = "auto"):
     return judge_function(read, failures)
 
 # %% ../../nbs/model/05_outside.ipynb #33bcbd95
-def fit_reward(
-    base: str,  # causal model: folder, hub id or built-in name
-    pairs: list,  # of LabelledPair
-    folder,  # where the sequence classifier is saved
-    batch: int = 8,  # rows per forward
-) -> dict:  # number of pairs; accuracy in 5-fold cross-validation, with its interval
-    "Fit and save a linear reward model; raises ValueError for fewer than 20 pairs."
-    import torch
-    from transformers import AutoModelForSequenceClassification
-    from scir.model.weights import load_tokenizer, model_path
-
-    if len(pairs) < 20:
-        raise ValueError(f"{len(pairs)} labelled pairs are too few to fit a reward model; at least 20 are needed")
-    tokenizer = load_tokenizer(ModelSpec(name=base))
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_path(ModelSpec(name=base)), num_labels=1, dtype=torch.float32, use_safetensors=True
-    )
-    set_padding(model, tokenizer)
-    head, model.score = model.score, torch.nn.Identity()  # then the outputs are the last hidden states
-    rows = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
-    hidden = np.array(_outputs(model.eval(), tokenizer, rows, batch))
-    weights, correct = fit_head(hidden[: len(pairs)] - hidden[len(pairs) :])
-    model.score = head
-    with torch.no_grad():
-        head.weight.copy_(torch.tensor(weights, dtype=torch.float32))
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return {"pairs": len(pairs), "cross-validated": rate(correct)}
-
-
 def fit_head(
     difference: np.ndarray,  # (N, d), hidden state of chosen minus rejected
 ) -> tuple:  # (1, d) weights; (N,) bool, correct in cross-validation
@@ -220,6 +204,43 @@ def fit_head(
     fit = GridSearchCV(model, {"C": np.logspace(-5, 1, 7)}, cv=5).fit(difference / scale, side)
     correct = cross_val_predict(fit, difference / scale, side, cv=5) == side
     return fit.best_estimator_.coef_ / scale, correct
+
+# %% ../../nbs/model/05_outside.ipynb #29a912e9
+def fit_reward(
+    base: str,  # causal model: folder, hub id or built-in name
+    pairs: list,  # of LabelledPair
+    folder,  # where the sequence classifier is saved
+) -> dict:  # number of pairs; accuracy in 5-fold cross-validation, with its interval
+    "Fit and save a linear reward model; raises ValueError for fewer than 20 pairs."
+    import torch
+
+    if len(pairs) < 20:
+        raise ValueError(f"{len(pairs)} labelled pairs are too few to fit a reward model; at least 20 are needed")
+    model, tokenizer = _unfitted_reward(base)
+    head, model.score = model.score, torch.nn.Identity()  # then the outputs are the last hidden states
+    rows = [(p.prompt, getattr(p, side)) for side in ("chosen", "rejected") for p in pairs]
+    hidden = np.array(_outputs(model.eval(), tokenizer, rows))
+    weights, correct = fit_head(hidden[: len(pairs)] - hidden[len(pairs) :])
+    model.score = head
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor(weights, dtype=torch.float32))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return {"pairs": len(pairs), "cross-validated": rate(correct)}
+
+
+def _unfitted_reward(base: str) -> tuple:  # model, tokenizer
+    "A causal model as a sequence classifier, whose head is not fitted yet."
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from scir.model.weights import load_tokenizer, model_path
+
+    tokenizer = load_tokenizer(ModelSpec(name=base))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_path(ModelSpec(name=base)), num_labels=1, dtype=torch.float32, use_safetensors=True
+    )
+    set_padding(model, tokenizer)
+    return model, tokenizer
 
 # %% ../../nbs/model/05_outside.ipynb #9d48c8e3
 _OPEN, _CLOSE = r"[\s*_`\"'“”‘’(\[{<>#:.,-]*", r"[\s*_`\"'“”’)\]}>.!,]*"
@@ -249,14 +270,6 @@ AT_ONCE = 4  # requests in parallel
 GIVE_UP = 8  # consecutive requests without an answer after which no more are sent
 
 
-class Reply(Row):
-    "A cached reply of a server."
-
-    id: str  # digest of url and request
-    model: str
-    text: str
-
-# %% ../../nbs/model/05_outside.ipynb #fea48378
 def chat_request(model: str, judge: JudgeSpec, instruction: Prompted, first: str, second: str) -> dict:
     "The judge's question as a chat completion request; braces inside the responses stay as they are."
     fields = {"prompt": as_text(instruction), "first": first, "second": second}
@@ -280,13 +293,21 @@ def ask_server(client, request: dict) -> tuple:  # (text, None) or (None, reason
     return complete(ask, f"judge {request['model']}", "chat completion")
 
 # %% ../../nbs/model/05_outside.ipynb #1fbf4923
+class Reply(Row):
+    "A cached reply of a server."
+
+    id: str  # digest of url and request
+    model: str
+    text: str
+
+
 def open_replies(cache) -> dict:  # id -> text
     "Cached replies; truncated or damaged lines are removed from the file."
     rows = salvage(cache, Reply)
     write_rows(cache, rows)
     return {r.id: r.text for r in rows}
 
-# %% ../../nbs/model/05_outside.ipynb #e10a49eb
+# %% ../../nbs/model/05_outside.ipynb #ec1be601
 def endpoint_judge(
     url: str,  # of an OpenAI-compatible server, with its /v1
     model: str,  # as the server names it
@@ -294,35 +315,18 @@ def endpoint_judge(
     cache,  # JSON Lines file of replies
 ):
     "A model on a server as judge, P is 0 or 1; API: https://platform.openai.com/docs/api-reference/chat"
-    client = connect(url, TIMEOUT)
-    known, failures, silent = open_replies(cache), Counter(), []
-
-    def send(request):
-        if len(silent) >= GIVE_UP:
-            return None, f"{NO_ANSWER}: not sent, after {GIVE_UP} requests in a row without an answer"
-        text, reason = ask_server(client, request)
-        if reason and reason.startswith(NO_ANSWER):
-            silent.append(reason)
-        else:
-            silent.clear()
-        return text, reason
+    client, known, failures = connect(url, TIMEOUT), open_replies(cache), Counter()
 
     def read(rows):
-        silent.clear()
         requests = [chat_request(model, judge, *row) for row in rows]
         keys = [digest(url, r) for r in requests]
-        missing, pool = {k: r for k, r in zip(keys, requests) if k not in known}, ThreadPoolExecutor(AT_ONCE)
-        try:
-            with open(cache, "a", encoding="utf-8") as file:
-                asked = {pool.submit(send, r): k for k, r in missing.items()}
-                for done in tqdm(as_completed(asked), total=len(asked), desc="judging", unit="request"):
-                    key, (text, reason) = asked[done], done.result()
-                    if reason:
-                        failures[reason] += 1
-                    else:
-                        _store(file, known, Reply(id=key, model=model, text=text))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        missing = {k: r for k, r in zip(keys, requests) if k not in known}
+        with open(cache, "a", encoding="utf-8") as file, closing(_replies(client, missing)) as arriving:
+            for key, (text, reason) in arriving:
+                if reason:
+                    failures[reason] += 1
+                else:
+                    _store(file, known, Reply(id=key, model=model, text=text))
         verdicts = [parse_verdict(known[k], judge.verdicts) if k in known else None for k in keys]
         failures.update("no verdict in the reply" for k, v in zip(keys, verdicts) if v is None and k in known)
         return verdicts
@@ -335,6 +339,28 @@ def _store(file, known, reply):
     file.write(reply.model_dump_json() + "\n")
     file.flush()
     known[reply.id] = reply.text
+
+
+def _replies(client, requests: dict):  # yields (key, (text, reason)) in the order they arrive
+    "Send requests, a few in parallel, until `GIVE_UP` in a row have no answer."
+    silent, pool = [], ThreadPoolExecutor(AT_ONCE)
+
+    def send(request):
+        if len(silent) >= GIVE_UP:
+            return None, f"{NO_ANSWER}: not sent, after {GIVE_UP} requests in a row without an answer"
+        text, reason = ask_server(client, request)
+        if reason and reason.startswith(NO_ANSWER):
+            silent.append(reason)
+        else:
+            silent.clear()
+        return text, reason
+
+    try:
+        asked = {pool.submit(send, r): k for k, r in requests.items()}
+        for done in tqdm(as_completed(asked), total=len(asked), desc="judging", unit="request"):
+            yield asked[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/model/05_outside.ipynb #6815e6ec
 def open_judge(spec: AlignmentSpec, judge: JudgeSpec, cache, dtype: str = "auto"):
