@@ -79,13 +79,11 @@ def load_reward(
     dtype: str = "auto",  # as in a recipe's model.dtype
 ) -> tuple:  # model in eval mode, tokenizer
     "Load a reward model; raises ValueError unless it has exactly one label and all its weights."
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from scir.model.weights import compute_dtype, device, model_path
 
     name = model_path(ModelSpec(name=name))
-    labels = AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
-    if labels != 1:
-        raise ValueError(f"reward model {name}: it has {labels} labels; a reward model has exactly one")
+    _check_labels(name)
     model, found = AutoModelForSequenceClassification.from_pretrained(
         name,
         dtype=compute_dtype(ModelSpec(dtype=dtype)),
@@ -103,6 +101,14 @@ def load_reward(
     set_padding(model, tokenizer)
     _use_float32_head(model)
     return model.eval(), tokenizer
+
+
+def _check_labels(name: str) -> None:
+    from transformers import AutoConfig
+
+    labels = AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
+    if labels != 1:
+        raise ValueError(f"reward model {name}: it has {labels} labels; a reward model has exactly one")
 
 
 def _use_float32_head(model):
