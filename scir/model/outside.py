@@ -92,11 +92,7 @@ def load_reward(
         use_safetensors=True,
         output_loading_info=True,
     )
-    if found["missing_keys"]:
-        raise ValueError(
-            f"reward model {name}: its file lacks {', '.join(sorted(found['missing_keys']))}, "
-            "so its scores would be random"
-        )
+    _check_complete(name, found["missing_keys"])
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     set_padding(model, tokenizer)
     _use_float32_head(model)
@@ -109,6 +105,13 @@ def _check_labels(name: str) -> None:
     labels = AutoConfig.from_pretrained(name, trust_remote_code=False).num_labels
     if labels != 1:
         raise ValueError(f"reward model {name}: it has {labels} labels; a reward model has exactly one")
+
+
+def _check_complete(name: str, missing) -> None:
+    if missing:
+        raise ValueError(
+            f"reward model {name}: its file lacks {', '.join(sorted(missing))}, so its scores would be random"
+        )
 
 
 def _use_float32_head(model):
