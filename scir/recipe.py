@@ -6,7 +6,7 @@
 __all__ = ['OneOrMore', 'Targets', 'Seeds', 'Sources', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MAX_VALUES', 'spec', 'Section',
            'no_secret', 'ModelSpec', 'LoraSpec', 'DataSpec', 'SFTSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec',
            'LabelSpec', 'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'root', 'notebook_folder', 'RecipeError',
-           'field_names', 'parse_recipe', 'duplicate_key', 'read_yaml', 'has_more_values', 'override', 'load_recipe',
+           'field_names', 'parse_recipe', 'duplicate_key', 'has_more_values', 'read_yaml', 'override', 'load_recipe',
            'shipped_recipes', 'dump_recipe', 'own_recipe', 'run_of', 'node_name', 'sft_node', 'node_parts',
            'parent_node', 'all_nodes', 'adapters']
 
@@ -26,7 +26,7 @@ def spec(default, text: str, provenance: str = "D", unit: str = "", **bounds):
     "A field with its default, meaning, provenance (P, S or D) and unit."
     return Field(default, description=text, json_schema_extra={"provenance": provenance, "unit": unit}, **bounds)
 
-# %% ../nbs/00_recipe.ipynb #5c539d8d
+
 class Section(BaseModel):
     "A section of a recipe. Unknown fields are errors, and values are fixed after loading."
 
@@ -474,7 +474,7 @@ def locate(path) -> Path:
     "A path from the current folder or, if it does not exist there, from the files that come with scir."
     return Path(path) if Path(path).exists() or not (SHIPPED / path).exists() else SHIPPED / path
 
-# %% ../nbs/00_recipe.ipynb #b5e3bf6c
+
 def root(run: Path | None = None) -> Path:
     "The nearest folder with nbs/run, looking upwards from the current folder, then from `run`; else the current one."
     here = Path.cwd()
@@ -483,17 +483,17 @@ def root(run: Path | None = None) -> Path:
         here,
     )
 
-# %% ../nbs/00_recipe.ipynb #098c47c9
+
 def notebook_folder() -> Path:
     "The folder of the run notebooks: the project's or, outside a checkout, the package's."
     own = root() / "nbs" / "run"
     return own if own.is_dir() else SHIPPED / "nbs" / "run"
 
-# %% ../nbs/00_recipe.ipynb #408d9ef3
+# %% ../nbs/00_recipe.ipynb #098c47c9
 class RecipeError(ValueError):
     "A recipe that cannot be used. The message has one line per error."
 
-# %% ../nbs/00_recipe.ipynb #2fa6bdc3
+
 def field_names(model: type = Recipe, prefix: str = "") -> dict:  # dotted name -> FieldInfo
     "All fields of the schema by dotted name."
     out = {}
@@ -519,7 +519,7 @@ def _explain(error, where):
     said = error["msg"].removeprefix("Value error, ")
     return ": ".join(part for part in (where, name + found, said[0].lower() + said[1:]) if part)
 
-# %% ../nbs/00_recipe.ipynb #e7c23cf4
+
 def parse_recipe(raw: dict, where: str = "recipe") -> Recipe:
     "Validate a plain dict. Raises RecipeError, with a line for each invalid field."
     try:
@@ -543,7 +543,16 @@ def duplicate_key(node: yaml.Node | None) -> str | None:
                 return twice
             left += [x for both in n.value for x in both]
 
-# %% ../nbs/00_recipe.ipynb #5629f614
+
+def has_more_values(value, limit: int) -> bool:
+    "Whether nested lists and mappings hold more than `limit` values; stops counting there."
+    left, seen = [value], 0
+    while left and seen <= limit:
+        v, seen = left.pop(), seen + 1
+        left += [*v.keys(), *v.values()] if isinstance(v, dict) else v if isinstance(v, (list, tuple, set)) else []
+    return bool(left)
+
+
 MAX_VALUES = 10_000  # in a recipe, which may have 100 characters per value
 
 
@@ -564,15 +573,6 @@ def read_yaml(text: str | bytes, where: str):
         raise RecipeError(f"{where}: more than {MAX_VALUES} values; remove its aliases")
     return value
 
-# %% ../nbs/00_recipe.ipynb #e03344dc
-def has_more_values(value, limit: int) -> bool:
-    "Whether nested lists and mappings hold more than `limit` values; stops counting there."
-    left, seen = [value], 0
-    while left and seen <= limit:
-        v, seen = left.pop(), seen + 1
-        left += [*v.keys(), *v.values()] if isinstance(v, dict) else v if isinstance(v, (list, tuple, set)) else []
-    return bool(left)
-
 # %% ../nbs/00_recipe.ipynb #eee1c266
 def override(raw: dict, setting: str) -> dict:
     "Apply one `section.field=value` (the value is YAML) to a raw recipe."
@@ -590,7 +590,7 @@ def override(raw: dict, setting: str) -> dict:
     node[leaf] = parsed
     return raw
 
-# %% ../nbs/00_recipe.ipynb #948b9761
+# %% ../nbs/00_recipe.ipynb #14ac033c
 def load_recipe(
     path,  # a recipe's YAML file
     settings: tuple = (),  # overrides, "section.field=value"
@@ -606,12 +606,12 @@ def load_recipe(
         raw = override(raw, s)
     return parse_recipe(raw, str(path))
 
-# %% ../nbs/00_recipe.ipynb #14ac033c
+
 def shipped_recipes() -> list:  # paths that `load_recipe` accepts
     "The recipes that come with scir."
     return [f"recipes/{f.name}" for f in sorted(locate("recipes").glob("*.yaml"))]
 
-# %% ../nbs/00_recipe.ipynb #d2c42fc8
+
 def dump_recipe(recipe: Recipe) -> str:
     "The resolved recipe as YAML, with every field written out."
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -634,12 +634,12 @@ def node_name(seed: int, iteration: int, arm: str | None = None) -> str:
     "The checkpoint M_`iteration`. All arms share M_0 and M_1."
     return f"seed{seed}/m{iteration}" if iteration <= 1 else f"seed{seed}/{arm}/m{iteration}"
 
-# %% ../nbs/00_recipe.ipynb #738bacfb
+
 def sft_node(seed: int) -> str:
     "The SFT model's checkpoint."
     return f"seed{seed}/sft"
 
-# %% ../nbs/00_recipe.ipynb #8ab8bc00
+
 def node_parts(node: str) -> tuple:  # (seed, arm or None, iteration)
     "The inverse of `node_name`; the SFT model is (seed, 'sft', 0). Raises ValueError for a malformed name."
     parts = node.split("/")
@@ -651,7 +651,7 @@ def node_parts(node: str) -> tuple:  # (seed, arm or None, iteration)
     except (ValueError, IndexError):
         raise ValueError(f"{node!r} is not a model of a run; write seed0/m1 or seed0/scir/m2") from None
 
-# %% ../nbs/00_recipe.ipynb #a667a21e
+
 def parent_node(node: str) -> str:
     "The checkpoint that this one was trained from."
     seed, arm, t = node_parts(node)

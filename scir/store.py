@@ -26,7 +26,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-# %% ../nbs/01_store.ipynb #db6e6f53
+
 Split = Literal["train", "validation", "test"]
 
 
@@ -37,7 +37,7 @@ class Prompt(Row):
     prompt: Prompted
     split: Split | None = None  # None: decided by the hash of the prompt
 
-# %% ../nbs/01_store.ipynb #6e58ad77
+
 class LabelledPair(Row):
     "A pair whose better side is known. trl, axolotl and LLaMA-Factory read these columns directly."
 
@@ -48,7 +48,7 @@ class LabelledPair(Row):
     subset: str = ""  # where the pair comes from or how it was made
     split: Split | None = None  # None: decided by the hash of the prompt
 
-# %% ../nbs/01_store.ipynb #b2277163
+
 class SeedPair(Row):
     "A labelled pair of the warm start, with its token ids."
 
@@ -61,7 +61,7 @@ class SeedPair(Row):
     label: Literal["a", "b"]
     subset: str = ""  # `own`: the SFT model's answers, labelled by the grader
 
-# %% ../nbs/01_store.ipynb #295492ab
+
 class Response(Row):
     "One sampled response."
 
@@ -82,7 +82,7 @@ class Grade(Row):
     prompt_id: str
     score: float | None  # 0 to 1; None: the grader cannot tell
 
-# %% ../nbs/01_store.ipynb #d0b286f8
+
 class Score(Row):
     "The internal models' scores of a pair (a, b)."
 
@@ -101,7 +101,7 @@ class Score(Row):
     label: str | None = None  # "a" or "b" as labelled by people, the data's author or the grader; None: unlabelled
     subset: str = ""
 
-# %% ../nbs/01_store.ipynb #2a91aab2
+
 class ResponseReward(Row):
     "Rewards of one response for a baseline; None if the reward is missing or unusable."
 
@@ -109,7 +109,7 @@ class ResponseReward(Row):
     prompt_id: str
     rewards: dict[str, float | None]  # "votes", "previous", "external"
 
-# %% ../nbs/01_store.ipynb #2a801670
+
 class Vote(Row):
     "One sampled vote: the judge's text and the points that it gives, 0 to 5."
 
@@ -132,7 +132,7 @@ def atomic_path(path):
     finally:
         tmp.unlink(missing_ok=True)
 
-# %% ../nbs/01_store.ipynb #0e0882dc
+
 def flush(path) -> None:
     "Flush a file, or a folder's list of names, to disk."
     handle = os.open(path, os.O_RDONLY)
@@ -141,7 +141,7 @@ def flush(path) -> None:
     finally:
         os.close(handle)
 
-# %% ../nbs/01_store.ipynb #9f9f3c46
+
 def write_text(path, text: str) -> None:
     "Write a small text file atomically."
     with atomic_path(path) as tmp:
@@ -158,12 +158,12 @@ def hide_secrets(text: str) -> str:
             text = text.replace(value, "***")  # shorter values are placeholders
     return text
 
-# %% ../nbs/01_store.ipynb #39d9414e
+# %% ../nbs/01_store.ipynb #a666a7b7
 def write_json(path, value) -> None:
     "Write JSON atomically. Raises ValueError for NaN."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
-# %% ../nbs/01_store.ipynb #a666a7b7
+
 def read_json(path, default=None):
     "Parsed JSON, or `default` when there is no file. Raises ValueError for a damaged file."
     try:
@@ -179,7 +179,7 @@ def _message(value) -> dict:  # json's `default`
         return value.model_dump()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
-# %% ../nbs/01_store.ipynb #77da43e1
+
 def write_rows(path, rows) -> None:
     "Write rows (pydantic or dict) as JSON Lines, atomically."
     lines = (
@@ -190,7 +190,7 @@ def write_rows(path, rows) -> None:
     )
     write_text(path, "".join(line + "\n" for line in lines))
 
-# %% ../nbs/01_store.ipynb #b8fbef24
+
 def read_rows(path, kind: type = dict) -> list:
     "Read JSON Lines as `kind`. Raises ValueError with file and line."
     path, out = Path(path), []
@@ -211,7 +211,7 @@ def unfinished(path, rank: int = 0) -> Path:
     "The file that process `rank` appends its rows to until the JSONL file `path` is complete."
     return Path(path).with_suffix(f".partial{rank or ''}.jsonl")
 
-# %% ../nbs/01_store.ipynb #fbdb5d03
+
 def unfinished_parts(path) -> dict:  # process number -> file
     "The existing unfinished files of a JSONL file."
     found = {
@@ -220,13 +220,13 @@ def unfinished_parts(path) -> dict:  # process number -> file
     }
     return {int(m[1] or 0): f for f, m in found.items() if m}
 
-# %% ../nbs/01_store.ipynb #46740df5
+
 def remove(paths) -> None:
     "Remove files and folders that exist."
     for p in paths:
         shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
-# %% ../nbs/01_store.ipynb #743403e0
+
 def salvage(path, kind: type) -> list:
     "The readable rows of a file that may be missing or damaged; prints the number of damaged lines before the last."
     *lines, _ = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
@@ -247,27 +247,27 @@ def rank() -> int:
     "The rank of this process, from 0."
     return int(os.environ.get("RANK", 0))
 
-# %% ../nbs/01_store.ipynb #b0255dfd
+
 def processes() -> int:
     "The number of processes in the group."
     return int(os.environ.get("WORLD_SIZE", 1))
 
-# %% ../nbs/01_store.ipynb #a2e09acb
+
 def sharded() -> bool:
     "Whether a model's weights are sharded over the processes (FSDP2), so that all must run its forward together."
     return processes() > 1 and os.environ.get("SCIR_SHARD") == "1"
 
-# %% ../nbs/01_store.ipynb #c3c5892d
+
 def local_items(items: list) -> list:
     "The items that this process works on."
     return items[rank() :: processes()]
 
-# %% ../nbs/01_store.ipynb #b4f20e5f
+
 def barrier() -> None:
     "Wait until all processes get here."
     all_gather(None)
 
-# %% ../nbs/01_store.ipynb #01e7f897
+
 def all_gather(value) -> list:  # a value of each process, in order
     "Send a value to the other processes, and receive theirs."
     if processes() == 1:
@@ -340,7 +340,7 @@ def digest(*parts) -> str:
 
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
-# %% ../nbs/01_store.ipynb #4587dff4
+
 def row_seed(run_seed: int, *key) -> int:
     "A 63-bit seed for one row."
     return int(digest(run_seed, *key), 16) >> 1

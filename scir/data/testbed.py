@@ -32,10 +32,10 @@ COMMON = frozenset(
 )
 
 
-def sentences(file=SENTENCES) -> dict:  # topic -> list of sentences
+def sentences() -> dict:  # topic -> list of sentences
     "The written sentences by topic; in the file, a line `# topic` starts a topic."
     found = {}
-    for line in locate(file).read_text(encoding="utf-8").splitlines():
+    for line in locate(SENTENCES).read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             topic = found.setdefault(line[1:].strip(), [])
         elif line.strip():
@@ -182,9 +182,9 @@ def format_rule(prompt: str, answer: str) -> float | None:  # 0 or 1; None for a
     return float(bool(answer.strip()) and rule(answer.strip()))
 
 # %% ../../nbs/data/04_testbed.ipynb #adc0f968
-def format_pairs(seed: int = 0) -> list:  # dicts with prompt, chosen, rejected, how, split
+def format_pairs() -> list:  # dicts with prompt, chosen, rejected, how, split
     "Format pairs from the sentences of the test topics."
-    found, rng, out = sentences(), random.Random(f"format {seed}"), []
+    found, rng, out = sentences(), random.Random("format 0"), []
     for topic in topic_splits(found)["test"]:
         for name, (follow, follows) in RULES.items():
             able = [s for s in found[topic] if not follows(s)]

@@ -12,8 +12,9 @@ import math, re
 from collections import defaultdict
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from ..recipe import LabelSpec, Recipe, TrainSpec
+from ..recipe import LabelSpec, Recipe, SamplingSpec, TrainSpec
 from ..store import Journal, ResponseReward, Score, Vote, processes, rank, row_seed, local_items
 
 # %% ../../nbs/method/05_labels.ipynb #2c48c46f
@@ -198,10 +199,7 @@ def vote(
     seed: int = 0,
 ) -> dict:  # response id -> mean points; None without a valid vote
     "Sample `spec.votes` votes on every response; resumes an interrupted file."
-    from tqdm.auto import tqdm
-
     from scir.model.decoding import text_of  # imported here: loads PyTorch
-    from scir.recipe import SamplingSpec
 
     sampling = SamplingSpec(**VOTE_SAMPLING, max_new_tokens=spec.vote_tokens, batch_size=batch_size)
     journal, jobs = Journal(out, Vote), vote_jobs(tokenizer, responses, spec, judge_system)

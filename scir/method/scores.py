@@ -90,10 +90,8 @@ def labelled_pairs(
         if len(pairs) == limit:
             break
         pair = _labelled_pair(tokenizer, row, chosen_is_a(row))
-        if len(pair.prompt_ids) > max_prompt:
-            dropped["prompt too long"] += 1
-        elif max(len(pair.ids_a), len(pair.ids_b)) > max_response:
-            dropped["response too long"] += 1
+        if reason := _too_long(pair, max_prompt, max_response):
+            dropped[reason] += 1
         else:
             pairs.append(pair)
     if not pairs:
@@ -102,6 +100,12 @@ def labelled_pairs(
             "raise data.max_prompt_tokens or data.max_response_tokens"
         )
     return pairs, dict(dropped)
+
+
+def _too_long(pair: Pair, max_prompt: int, max_response: int) -> str | None:
+    if len(pair.prompt_ids) > max_prompt:
+        return "prompt too long"
+    return "response too long" if max(len(pair.ids_a), len(pair.ids_b)) > max_response else None
 
 
 def _labelled_pair(tokenizer, row, chosen_is_a: bool):

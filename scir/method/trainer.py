@@ -87,11 +87,10 @@ FIXED = {  # the same in every run
 def arguments(
     folder,  # for checkpoints
     seed: int,  # of dropout and the order of the data
-    *,
     steps: int,  # optimizer steps
     batch_size: int,  # pairs per forward pass
-    accumulation: int = 1,  # batches per optimizer step
     learning_rate: float,  # peak
+    accumulation: int = 1,  # batches per optimizer step
     optimizer: str = "adamw_torch",  # Trainer's name for it
     save_steps: int = 10,  # optimizer steps between checkpoints
 ) -> TrainingArguments:

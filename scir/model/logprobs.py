@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_messages', 'encode_prompt',
-           'encode_turns', 'turn_end', 'encode_response', 'project', 'Tree', 'trees', 'tree_mask', 'pad_right',
-           'hidden_states', 'supports_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps',
-           'check_projection', 'batches', 'smaller_batches', 'in_batches']
+           'encode_turns', 'turn_end', 'encode_response', 'project', 'check_projection', 'Tree', 'trees', 'tree_mask',
+           'pad_right', 'hidden_states', 'supports_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps',
+           'batches', 'in_batches']
 
 # %% ../../nbs/model/02_logprobs.ipynb #02ecdbf7
 import re
@@ -48,7 +48,7 @@ def render_chat(
         raise ValueError(f"model {tokenizer.name_or_path}: its chat template drops or changes the text of messages")
     return pieces
 
-# %% ../../nbs/model/02_logprobs.ipynb #b8a120c1
+
 def _render(tokenizer, chat) -> str:
     "The chat as text, up to where the assistant starts to speak; raises ValueError if the template fails."
     if tokenizer.chat_template is None:
@@ -66,7 +66,7 @@ def _render(tokenizer, chat) -> str:
             f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}"
         ) from None
 
-# %% ../../nbs/model/02_logprobs.ipynb #09c9daca
+
 def _renders(tokenizer, chat) -> bool:
     "Whether the template renders a chat."
     try:
@@ -74,14 +74,14 @@ def _renders(tokenizer, chat) -> bool:
     except ValueError:
         return False
 
-# %% ../../nbs/model/02_logprobs.ipynb #62f4b1a2
+
 def _no_system(tokenizer) -> str:
     return (
         f"model {tokenizer.name_or_path}: its chat template has no system role, which judge.system and system messages "
         "of the data need; set model.system_role to user, which puts them into the first user turn, or leave them out"
     )
 
-# %% ../../nbs/model/02_logprobs.ipynb #ee1e28ff
+# %% ../../nbs/model/02_logprobs.ipynb #09c9daca
 @lru_cache(maxsize=8)
 def _dummy_prefix(tokenizer) -> bool:
     "Whether the tokenizer adds a space before every text (SentencePiece's dummy prefix)."
@@ -90,7 +90,7 @@ def _dummy_prefix(tokenizer) -> bool:
         or tokenizer.convert_ids_to_tokens(tokenizer.encode("x", add_special_tokens=False))[0] == "\u2581x"
     )
 
-# %% ../../nbs/model/02_logprobs.ipynb #cd077b5c
+
 def encode_piece(tokenizer, text: str, plain: bool = False) -> list:
     "Ids of a piece from the middle of a text; with `plain`, special tokens are split into ordinary ones."
     encode = lambda t: tokenizer(t, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -98,14 +98,22 @@ def encode_piece(tokenizer, text: str, plain: bool = False) -> list:
         return encode(text)
     return encode("\n" + text)[len(encode("\n")) :]
 
-# %% ../../nbs/model/02_logprobs.ipynb #ea8f5268
+
 def _encode_start(tokenizer, text: str) -> list:
     "Ids of a chat or its beginning; without a chat template it starts with the bos token."
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return ids if tokenizer.chat_template is not None or bos is None or ids[:1] == [bos] else [bos] + ids
 
-# %% ../../nbs/model/02_logprobs.ipynb #9f16ef31
+
+def encode_text(
+    tokenizer,
+    text: str,  # from a user or a model
+) -> list:  # token ids, none of them special
+    "Ids of plain text: special tokens inside it are split into ordinary ones."
+    return encode_piece(tokenizer, text, plain=True)
+
+# %% ../../nbs/model/02_logprobs.ipynb #ee1e28ff
 def _strips(tokenizer, turns, fields, system) -> list:  # of functions
     "How a template strips the white space around each message."
     padded = tuple(t.model_copy(update={"content": f"\n\t{t.content}\t\n"}) for t in turns)
@@ -114,7 +122,7 @@ def _strips(tokenizer, turns, fields, system) -> list:  # of functions
     sides = zip(around[::2], around[2::2])
     return [strips[not left.endswith("\n\t"), not right.startswith("\t\n")] for left, right in sides]
 
-# %% ../../nbs/model/02_logprobs.ipynb #5df67fa2
+
 class _Frame(NamedTuple):
     "A rendered template, cut at its holes."
 
@@ -122,7 +130,7 @@ class _Frame(NamedTuple):
     ids: list  # token ids of each piece
     holes: list  # (name, strip function) of each hole between the pieces
 
-# %% ../../nbs/model/02_logprobs.ipynb #1fcab71b
+
 @lru_cache(maxsize=64)
 def _frame(tokenizer, turns, fields, system, whole=False) -> _Frame:
     "The template with its pieces encoded; with `whole`, every hole is a whole message."
@@ -132,28 +140,36 @@ def _frame(tokenizer, turns, fields, system, whole=False) -> _Frame:
     ids = [_encode_start(tokenizer, first)] + [encode_piece(tokenizer, t) for t in texts]
     return _Frame(pieces[::2], ids, list(zip(pieces[1::2], strips)))
 
-# %% ../../nbs/model/02_logprobs.ipynb #b5aab42a
+
 @lru_cache(maxsize=8)
 def _special(tokenizer) -> frozenset:
     "Ids of all special tokens."
     return frozenset([*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)])
 
-# %% ../../nbs/model/02_logprobs.ipynb #1b04582b
-def encode_text(
-    tokenizer,
-    text: str,  # from a user or a model
-) -> list:  # token ids, none of them special
-    "Ids of plain text: special tokens inside it are split into ordinary ones."
-    return encode_piece(tokenizer, text, plain=True)
 
-# %% ../../nbs/model/02_logprobs.ipynb #7bd574d6
+@lru_cache(maxsize=8)
+def _answer(tokenizer) -> tuple:  # white space before an answer; function that strips an answer
+    "How the chat template formats an answer after the prompt."
+    if tokenizer.chat_template is None:
+        return "", str
+    talk, fields = (Message(role="user", content="{q}"), Message(role="assistant", content="{a}")), ("q", "a")
+    try:
+        asked = render_chat(tokenizer, talk[:1], fields)[2]
+        answered = render_chat(tokenizer, talk, fields)[2]
+        strip = _strips(tokenizer, talk, fields, None)[1]
+    except ValueError:
+        return "", str  # the template does not render assistant turns
+    space = answered.removeprefix(asked)
+    return space if answered.startswith(asked) and space.isspace() else "", strip
+
+# %% ../../nbs/model/02_logprobs.ipynb #1b04582b
 def _join(tokenizer, frame, said) -> list:
     "Ids of a chat encoded as one text; empty if its special tokens are not exactly the template's."
     ids = _encode_start(tokenizer, frame.texts[0] + "".join(a + b for a, b in zip(said, frame.texts[1:])))
     special = _special(tokenizer)
     return ids if [i for i in ids if i in special] == [i for piece in frame.ids for i in piece if i in special] else []
 
-# %% ../../nbs/model/02_logprobs.ipynb #c019b4e0
+
 def _fill(tokenizer, turns, fields, system, whole=False) -> list:
     "Ids of the template with `fields` in its holes; with `whole`, every field is a whole message."
     frame = _frame(tokenizer, turns, tuple(fields), system, whole)
@@ -163,7 +179,7 @@ def _fill(tokenizer, turns, fields, system, whole=False) -> list:
     start, *rest = frame.ids
     return [*start, *(i for text, ids in zip(said, rest) for i in encode_text(tokenizer, text) + ids)]
 
-# %% ../../nbs/model/02_logprobs.ipynb #46bb4b9b
+
 def encode_chat(
     tokenizer,
     content: str,  # the user's turn; holes written as {name}
@@ -178,7 +194,7 @@ def encode_chat(
         return ids
     return ids + encode_piece(tokenizer, space)
 
-# %% ../../nbs/model/02_logprobs.ipynb #92f6c374
+# %% ../../nbs/model/02_logprobs.ipynb #c019b4e0
 def encode_messages(
     tokenizer,
     turns: list,  # of {"role": ..., "content": ...}
@@ -189,13 +205,13 @@ def encode_messages(
     holes = tuple(Message(role=m["role"], content="{" + name + "}") for m, name in zip(turns, fields))
     return _fill(tokenizer, holes, fields, system, whole=True)
 
-# %% ../../nbs/model/02_logprobs.ipynb #fc4d8bb7
+
 def encode_prompt(tokenizer, prompt: Prompted, system: str | None = None) -> list:
     "Ids of a prompt in the model's chat format; a system message in the prompt replaces `system`."
     turns = messages(prompt)
     return encode_messages(tokenizer, turns, None if turns[0]["role"] == "system" else system)
 
-# %% ../../nbs/model/02_logprobs.ipynb #3c206fa1
+
 def encode_turns(
     tokenizer,
     turns: list,  # texts of the user, the assistant, ... the user
@@ -221,22 +237,6 @@ def turn_end(tokenizer) -> int:
     ids = encode_piece(tokenizer, after.lstrip())
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
-
-# %% ../../nbs/model/02_logprobs.ipynb #2007f873
-@lru_cache(maxsize=8)
-def _answer(tokenizer) -> tuple:  # white space before an answer; function that strips an answer
-    "How the chat template formats an answer after the prompt."
-    if tokenizer.chat_template is None:
-        return "", str
-    talk, fields = (Message(role="user", content="{q}"), Message(role="assistant", content="{a}")), ("q", "a")
-    try:
-        asked = render_chat(tokenizer, talk[:1], fields)[2]
-        answered = render_chat(tokenizer, talk, fields)[2]
-        strip = _strips(tokenizer, talk, fields, None)[1]
-    except ValueError:
-        return "", str  # the template does not render assistant turns
-    space = answered.removeprefix(asked)
-    return space if answered.startswith(asked) and space.isspace() else "", strip
 
 # %% ../../nbs/model/02_logprobs.ipynb #58c6cb1d
 def encode_response(tokenizer, response: str) -> list:
@@ -267,6 +267,19 @@ def project(
         logits = cap * torch.tanh(logits / cap)
     return logits
 
+
+def check_projection(model) -> None:
+    "Raise ValueError if `project` differs from the model's own logits, as for an unusual output head."
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        ours = project(model, body(model)[1](input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
+        raise ValueError(
+            f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; "
+            "extend scir.model.logprobs.project"
+        )
+
 # %% ../../nbs/model/02_logprobs.ipynb #890c37b4
 class Tree(NamedTuple):
     "Sequences with shared prefixes, packed into one row of n tokens."
@@ -275,7 +288,7 @@ class Tree(NamedTuple):
     positions: list  # n positions, each in its own sequence
     paths: dict  # sequence number -> indices of its tokens in the row
 
-# %% ../../nbs/model/02_logprobs.ipynb #93e3bf88
+
 def trees(
     seqs: list,  # lists of token ids
     width: int,  # d, the hidden size; 0: one row per sequence
@@ -308,7 +321,7 @@ def tree_mask(
             row[at[:, None], at] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
     return additive_mask(visible[:, None], dtype)
 
-# %% ../../nbs/model/02_logprobs.ipynb #44792493
+# %% ../../nbs/model/02_logprobs.ipynb #f4ee238c
 def pad_right(seqs: list, pad: int = 0, device="cpu") -> tuple:  # (B, T) ids, (B,) lengths
     "Ids as a tensor, padded on the right."
     lengths = torch.tensor([len(s) for s in seqs], device=device)
@@ -317,7 +330,7 @@ def pad_right(seqs: list, pad: int = 0, device="cpu") -> tuple:  # (B, T) ids, (
         ids[i, : len(s)] = torch.tensor(s)
     return ids.to(device), lengths
 
-# %% ../../nbs/model/02_logprobs.ipynb #eccf00d2
+
 def hidden_states(
     model,
     rows: list,  # B lists of ids, or B trees
@@ -340,7 +353,7 @@ def hidden_states(
         }
     return decoder(input_ids=ids, use_cache=False, **packed).last_hidden_state
 
-# %% ../../nbs/model/02_logprobs.ipynb #c4394cea
+# %% ../../nbs/model/02_logprobs.ipynb #44792493
 @torch.no_grad()
 def supports_trees(model) -> bool:
     "Whether a model gives the same hidden states for packed and separate sequences; tested once, without dropout."
@@ -370,7 +383,7 @@ def _same_in_a_tree(model):
     branches = [(together[path[2:]], alone[i, 2 : len(path)]) for i, path in tree.paths.items()]
     return all((a - b).norm() < 0.16 * b.norm() for a, b in branches)
 
-
+# %% ../../nbs/model/02_logprobs.ipynb #7b40293f
 def _read(anchor, model, rows, wanted):
     "Hidden states of `rows` at the `wanted` positions; `anchor` shows `checkpoint` on which device to restore the RNG."
     hidden = hidden_states(model, rows)
@@ -378,7 +391,7 @@ def _read(anchor, model, rows, wanted):
         [hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()]
     )
 
-# %% ../../nbs/model/02_logprobs.ipynb #7b40293f
+
 def hidden_at(
     model,
     seqs: list,  # B lists of ids
@@ -401,7 +414,7 @@ def hidden_at(
     pieces = torch.cat([read(anchor, model, group, wanted) for group in groups]).split([len(wanted[i]) for i in order])
     return torch.cat([piece for _, piece in sorted(zip(order, pieces), key=lambda x: x[0])])
 
-# %% ../../nbs/model/02_logprobs.ipynb #4392519a
+
 def similar(rows: list, device: str = "cpu") -> list:  # lists of trees
     "Group rows of similar length, so that padding is at most a tenth of a row, on a GPU at most half."
     out, waste = [], 0.1 if device == "cpu" else 0.5
@@ -417,7 +430,7 @@ def _chunk_logps(model, hidden, targets):  # (N,) float32
     logits = project(model, hidden)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-# %% ../../nbs/model/02_logprobs.ipynb #51731a54
+
 def token_logps(
     model,
     hidden: torch.Tensor,  # (N, d) last hidden states
@@ -448,19 +461,6 @@ def response_logps(
     sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
     return sums[[number[x] for x in asked]]
 
-# %% ../../nbs/model/02_logprobs.ipynb #0b254c91
-def check_projection(model) -> None:
-    "Raise ValueError if `project` differs from the model's own logits, as for an unusual output head."
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    with torch.no_grad():
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-        ours = project(model, body(model)[1](input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
-        raise ValueError(
-            f"the output head of {type(body(model)[0]).__name__} is not a plain (scaled, soft-capped) projection; "
-            "extend scir.model.logprobs.project"
-        )
-
 # %% ../../nbs/model/02_logprobs.ipynb #de7c9a72
 def batches(
     sizes: list,  # tokens of each row
@@ -476,25 +476,7 @@ def batches(
         filled += size
     return out
 
-# %% ../../nbs/model/02_logprobs.ipynb #c0d2e001
-def smaller_batches(rows: list, queue: list, sizes: list) -> list:  # lists of row numbers
-    "After an out-of-memory error on `rows`: these and the queue in batches of half the tokens, unless it is one row."
-    tokens = sum(sizes[i] for i in rows)
-    if len(rows) == 1:
-        raise MemoryError(
-            f"out of memory with a single row of {tokens} tokens; "
-            "lower data.max_prompt_tokens or data.max_response_tokens, or use a smaller model or dtype"
-        )
-    if sharded():
-        raise MemoryError(
-            f"out of memory with {len(rows)} rows of {tokens} tokens; "
-            "with --shard batches are not halved; lower judge.batch_tokens"
-        )
-    left, budget = [i for b in (rows, *queue) for i in b], tokens // 2
-    make_room(f"batches of at most {budget} tokens")
-    return [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]
-
-# %% ../../nbs/model/02_logprobs.ipynb #f044c359
+# %% ../../nbs/model/02_logprobs.ipynb #4f071ab1
 def in_batches(
     read,  # list of row numbers -> result
     parts: list,  # lists of row numbers
@@ -510,7 +492,25 @@ def in_batches(
             if not out_of_memory(e):
                 raise
             full = True
-        if full:  # outside `except`, which would keep the failed batch in memory
-            queue = smaller_batches(rows, queue, sizes)
-        else:
+        if not full:
             yield rows, found
+        else:
+            queue = _halved(rows, queue, sizes)
+
+
+def _halved(rows, queue, sizes) -> list:
+    "The rows and the queue after them, in batches half as large; raises MemoryError where that is impossible."
+    budget = sum(sizes[i] for i in rows) // 2
+    if len(rows) == 1:
+        raise MemoryError(
+            f"out of memory with a single row of {sizes[rows[0]]} tokens; "
+            "lower data.max_prompt_tokens or data.max_response_tokens, or use a smaller model or dtype"
+        )
+    if sharded():
+        raise MemoryError(
+            f"out of memory with {len(rows)} rows of {sum(sizes[i] for i in rows)} tokens; "
+            "with --shard batches are not halved; lower judge.batch_tokens"
+        )
+    make_room(f"batches of at most {budget} tokens")
+    left = [i for b in (rows, *queue) for i in b]
+    return [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]

