@@ -676,7 +676,7 @@ def context(recipe, fetch: bool = False) -> Finding | None:
     if known <= length:
         return sampled_context(recipe, length, question, max(map(len, found.prompts)), known)
     longest = f"the judge's question about the longest of {len(found.pairs)} labelled pairs has {known}"
-    problem = f"{length} tokens, but {longest}"
+    problem = f"the model's context has {length} tokens, but {longest}"
     return Finding("context", problem, "fault", shorter(found.pairs, length, question))
 
 # %% ../nbs/03_doctor.ipynb #05e54474
@@ -724,7 +724,7 @@ def fits(context: int | None, question: int, prompt: int, answer: int) -> Findin
         return Finding("context", f"{context or 'unlimited'} tokens; the judge's longest question has {longest}")
     left = (context - question) // 3
     if left < 1:
-        problem = f"{context} tokens; the judge's question alone has {question}"
+        problem = f"the model's context has {context} tokens, but the judge's question alone has {question}"
         return Finding("context", problem, "fault", "shorten judge.template or judge.system")
     limits = ("data.max_prompt_tokens", "data.max_response_tokens", "sampling.max_new_tokens")
     fix = "add " + " ".join(f"--set {name}={left}" for name in limits)
