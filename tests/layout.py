@@ -10,11 +10,11 @@ LIMITS = {  # where we are: no change may pass them, and one that gets further l
     "wider than 120": 0,
     "share of these, %": 0.0,
     "95% are within": 111,
-    "functions over 25": 35,
+    "functions over 25": 21,
     "import cycles": 1,
     "names defined twice": 1,
-    "median code cell": 11,
-    "shown per exported": 0.44,
+    "median code cell": 9,
+    "shown per exported": 0.61,
 }
 TARGETS = dict(zip(LIMITS, (5000, 0, 0, 100, 0, 0, 0, 8, 1)))
 AT_LEAST = "shown per exported"  # of all others, less is better
