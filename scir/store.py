@@ -173,7 +173,7 @@ def read_json(path, default=None):
             f"{path}: damaged, not JSON ({e}); restore a copy, or remove it and start again from scratch"
         ) from None
 
-
+# %% ../nbs/01_store.ipynb #52b3228c
 def _message(value) -> dict:  # json's `default`
     if isinstance(value, Message):
         return value.model_dump()

@@ -85,6 +85,18 @@ def _right_aligned(parts, length, spare):
         rows[:, :, length - x.shape[2] : length] = x
     return out
 
+# %% ../../nbs/model/03_decoding.ipynb #5a595d0e
+def _pad_left(seqs, device):
+    "(B, T), padded with zeros on the left."
+    width = max(map(len, seqs))
+    return torch.tensor([[0] * (width - len(s)) + list(s) for s in seqs], device=device)
+
+
+def _stack_masks(a, b):
+    "Concatenate two masks along the batch, aligned at the right."
+    width = max(a.shape[1], b.shape[1])
+    return torch.cat([torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in (a, b)])
+
 # %% ../../nbs/model/03_decoding.ipynb #3ca1de12
 class PartialResponse:
     "An unfinished response: its key, token ids so far and random generator."
@@ -169,18 +181,6 @@ class Pool:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-
-
-def _pad_left(seqs, device):
-    "(B, T), padded with zeros on the left."
-    width = max(map(len, seqs))
-    return torch.tensor([[0] * (width - len(s)) + list(s) for s in seqs], device=device)
-
-
-def _stack_masks(a, b):
-    "Concatenate two masks along the batch, aligned at the right."
-    width = max(a.shape[1], b.shape[1])
-    return torch.cat([torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in (a, b)])
 
 # %% ../../nbs/model/03_decoding.ipynb #1d8ccd49
 def end_ids(config, tokenizer) -> set:
