@@ -20,9 +20,10 @@ from ..statistics import grouped, paired, rank_correlation, rate
 
 # %% ../../nbs/report/02_compare.ipynb #723b8cc6
 def labelled(d: pd.DataFrame) -> pd.DataFrame:
+    "The pairs that have a label."
     return d[d.label.notna()]
 
-# %% ../../nbs/report/02_compare.ipynb #96f60688
+
 MEASURES = {  # name -> (name in tables, values of a set's pairs)
     "inconsistency": ("inconsistency", lambda d: ~d.agree),
     "inconsistency_labelled": ("inconsistency, labelled pairs", lambda d: ~labelled(d).agree),
@@ -45,12 +46,12 @@ JOINT = (
     "accuracy_mean",
 )  # measures that need the implicit reward
 
-
+# %% ../../nbs/report/02_compare.ipynb #0fc824b3
 def has_signal(d: pd.DataFrame, name: str) -> bool:
     "False if all margins are zero, such as the implicit margins of a model that is its own reference."
     return bool((d[name].abs() > 1e-4).any())
 
-# %% ../../nbs/report/02_compare.ipynb #0fc824b3
+
 def measurable(key: str, d: pd.DataFrame) -> bool:
     "Whether a measure is defined: it has pairs (labelled ones for accuracies) and its margins are not all zero."
     if key.startswith("accuracy") or key == "inconsistency_labelled":
@@ -67,7 +68,7 @@ def margin_correlation(d: pd.DataFrame, names: list) -> dict:  # value, low, hig
     ranks = d.groupby(["run", "seed"])[names].rank(pct=True)
     return rank_correlation(ranks.assign(prompt=d.prompt), names)
 
-# %% ../../nbs/report/02_compare.ipynb #3baae0f9
+
 def measure(d: pd.DataFrame, key: str, names: list) -> dict:  # value, low, high, n, least, most
     "A measure on one model's pairs of one set, with the minimum and maximum over seeds; empty if it is not defined."
     if not measurable(key, d):
@@ -111,7 +112,7 @@ def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two f
     both = a.index.intersection(b.index)
     return a.loc[both], b.loc[both]
 
-# %% ../../nbs/report/02_compare.ipynb #e7cba8e2
+# %% ../../nbs/report/02_compare.ipynb #837acb6e
 def widened(gap: dict) -> dict:
     "If all differences are equal, replace the zero-width bootstrap interval: Wilson's for no event in as many prompts."
     if gap["high"] - gap["low"] > 1e-12:
@@ -119,7 +120,7 @@ def widened(gap: dict) -> dict:
     half = rate(np.zeros(gap["prompts"]))["high"]
     return gap | {"low": max(gap["difference"] - half, -1.0), "high": min(gap["difference"] + half, 1.0)}
 
-# %% ../../nbs/report/02_compare.ipynb #837acb6e
+
 def by_seed(each: pd.Series, difference: float) -> dict:  # seeds, same_way
     "The number of seeds, and how many of them have the sign of the overall difference."
     return {"seeds": len(each), "same_way": int((np.sign(each) == np.sign(difference)).sum())}
@@ -140,7 +141,7 @@ def hits(d: pd.DataFrame, values) -> pd.DataFrame:
     "Boolean `values` of pairs in `d` as a frame for `rate_gap`: run, seed, prompt, hit."
     return d.loc[values.index].reset_index()[["run", "seed", "prompt"]].assign(hit=values.to_numpy(float))
 
-# %% ../../nbs/report/02_compare.ipynb #4467f19e
+
 def rate_gap(first: pd.DataFrame, second: pd.DataFrame) -> dict:  # as `compare`
     "Difference of two rates on different pairs (frames with hit, prompt, run, seed); empty if either has no pairs."
     if not len(first) or not len(second):

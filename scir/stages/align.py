@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'DRAWS', 'STRENGTHS', 'WEAK', 'Duel', 'preference', 'duels', 'win_rate', 'not_estimable', 'length_controlled',
-           'reference_outputs', 'by_prompt', 'summarise_comparisons', 'align', 'alpaca_eval', 'against_m1',
-           'against_file', 'run', 'plot_preferences']
+           'by_prompt', 'summarise_comparisons', 'plot_preferences', 'align', 'alpaca_eval', 'reference_outputs',
+           'against_m1', 'against_file', 'run']
 
 # %% ../../nbs/stages/08_align.ipynb #b1305fd1
 import math
@@ -35,12 +35,12 @@ class Duel(Row):
     verdicts: tuple[float | None, float | None]  # P(first is better): output first, reference first; None: unreadable
     preference: float | None  # P(output is better), mean over both orders; None if a verdict is None
 
-# %% ../../nbs/stages/08_align.ipynb #1d6359d5
+
 def preference(verdicts: tuple) -> float | None:
     "P(output is better) from P(first is better) in both orders."
     return None if None in verdicts else (1 + (verdicts[0] - verdicts[1])) / 2
 
-# %% ../../nbs/stages/08_align.ipynb #689823db
+
 def duels(
     pairs: list,  # (id, instruction, output, reference)
     ask,  # a judge
@@ -130,26 +130,7 @@ def length_controlled(
     value = at_zero(intercept)
     return out | {"value": value, "low": float(min(low, value)), "high": float(max(high, value)), "slope": float(slope)}
 
-# %% ../../nbs/stages/08_align.ipynb #aad3801f
-def reference_outputs(source: str, limit: int | None = None) -> tuple:  # list of (Prompt, output), number dropped
-    """The first `limit` instructions and outputs of a file or hub data set, such as AlpacaEval's. Rows without a text
-    and repeated instructions are dropped. Raises ValueError if the columns are missing or no row is usable."""
-    rows = read_source(source)
-    columns = sorted(rows[0]) if rows else []
-    if not {"instruction", "output"} <= set(columns):
-        raise ValueError(
-            f"alignment.reference {source}: columns {columns}; rows with instruction and output are needed"
-        )
-    rows = rows[:limit]
-    usable = [r for r in reversed(rows) if not unusable(r["instruction"], r["output"])]
-    outputs = {r["instruction"]: r["output"] for r in usable}
-    if not outputs:
-        raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
-    return [(Prompt(id=digest(i), prompt=i), output) for i, output in reversed(outputs.items())], len(rows) - len(
-        outputs
-    )
-
-# %% ../../nbs/stages/08_align.ipynb #ab2f9696
+# %% ../../nbs/stages/08_align.ipynb #3517af93
 def by_prompt(duels: list) -> list:  # of Duel, one per instruction
     "One comparison per instruction, with the mean preference of its valid comparisons."
     groups = defaultdict(list)
@@ -161,7 +142,7 @@ def by_prompt(duels: list) -> list:  # of Duel, one per instruction
         for ds in groups.values()
     ]
 
-# %% ../../nbs/stages/08_align.ipynb #6908625d
+
 def summarise_comparisons(found: list, spec: AlignmentSpec, failures: dict) -> dict:
     "Win rate, length-controlled win rate, and the invalid comparisons by reason."
     single = by_prompt(found)
@@ -183,6 +164,22 @@ def summarise_comparisons(found: list, spec: AlignmentSpec, failures: dict) -> d
         "failures": dict(failures),
         "unanswered": sum(n for why, n in failures.items() if why.startswith(NO_ANSWER)),
     }
+
+# %% ../../nbs/stages/08_align.ipynb #8da78eaa
+def plot_preferences(found: list, ax=None):
+    "Histogram of the readable preferences, with the win rate and its interval."
+    import matplotlib.pyplot as plt
+
+    rate = win_rate(by_prompt(found))
+    ax = ax or plt.subplots(figsize=(5, 2.6), layout="constrained")[1]
+    ax.hist([d.preference for d in found if d.preference is not None], bins=np.linspace(0, 1, 21), color="#0072B2")
+    ax.axvline(0.5, color="#777777", lw=1, ls="--")
+    ax.set(xlabel="P(output is better), both orders", ylabel=f"comparisons (n={len(found)})")
+    if rate["value"] is not None:
+        ax.axvspan(rate["low"], rate["high"], color="#D55E00", alpha=0.2, label="win rate, 95% interval")
+        ax.axvline(rate["value"], color="#D55E00")
+        ax.legend(fontsize=8)
+    return ax
 
 # %% ../../nbs/stages/08_align.ipynb #3e978103
 def align(
@@ -218,7 +215,26 @@ def alpaca_eval(
         if r.candidate == 0
     ]
 
-# %% ../../nbs/stages/08_align.ipynb #8c03d601
+# %% ../../nbs/stages/08_align.ipynb #aad3801f
+def reference_outputs(source: str, limit: int | None = None) -> tuple:  # list of (Prompt, output), number dropped
+    """The first `limit` instructions and outputs of a file or hub data set, such as AlpacaEval's. Rows without a text
+    and repeated instructions are dropped. Raises ValueError if the columns are missing or no row is usable."""
+    rows = read_source(source)
+    columns = sorted(rows[0]) if rows else []
+    if not {"instruction", "output"} <= set(columns):
+        raise ValueError(
+            f"alignment.reference {source}: columns {columns}; rows with instruction and output are needed"
+        )
+    rows = rows[:limit]
+    usable = [r for r in reversed(rows) if not unusable(r["instruction"], r["output"])]
+    outputs = {r["instruction"]: r["output"] for r in usable}
+    if not outputs:
+        raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
+    return [(Prompt(id=digest(i), prompt=i), output) for i, output in reversed(outputs.items())], len(rows) - len(
+        outputs
+    )
+
+# %% ../../nbs/stages/08_align.ipynb #6908625d
 def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, response id -> reference text, number dropped
     "This model's and M_1's answers to the held-out prompts; a pair with an empty answer is dropped."
     m1 = node_name(node_parts(node)[0], 1)
@@ -227,7 +243,7 @@ def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, respo
     kept = [r for r in ours.values() if r.id in theirs and r.response.strip() and theirs[r.id].response.strip()]
     return kept, {i: r.response for i, r in theirs.items()}, len(ours) - len(kept)
 
-# %% ../../nbs/stages/08_align.ipynb #452245ce
+
 def against_file(
     recipe: Recipe, run_dir, node: str
 ) -> tuple:  # responses, response id -> reference text, number dropped
@@ -248,19 +264,3 @@ def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary
     ours, theirs, dropped = answers(recipe, run_dir, node)
     write_json(out / "model_outputs.json", alpaca_eval(ours, f"{recipe.name}/{node}"))
     return align(spec, recipe.judge, ours, theirs, out, recipe.model.dtype) | {"dropped": dropped}
-
-# %% ../../nbs/stages/08_align.ipynb #8da78eaa
-def plot_preferences(found: list, ax=None):
-    "Histogram of the readable preferences, with the win rate and its interval."
-    import matplotlib.pyplot as plt
-
-    rate = win_rate(by_prompt(found))
-    ax = ax or plt.subplots(figsize=(5, 2.6), layout="constrained")[1]
-    ax.hist([d.preference for d in found if d.preference is not None], bins=np.linspace(0, 1, 21), color="#0072B2")
-    ax.axvline(0.5, color="#777777", lw=1, ls="--")
-    ax.set(xlabel="P(output is better), both orders", ylabel=f"comparisons (n={len(found)})")
-    if rate["value"] is not None:
-        ax.axvspan(rate["low"], rate["high"], color="#D55E00", alpha=0.2, label="win rate, 95% interval")
-        ax.axvline(rate["value"], color="#D55E00")
-        ax.legend(fontsize=8)
-    return ax
