@@ -411,3 +411,8 @@ def test_a_grader_that_cannot_be_run_is_one_line(tmp_path):
     with pytest.raises(RecipeError, match=r"broken\.py cannot be run: SyntaxError") as e:
         find_grader(f"{tmp_path / 'broken.py'}:score")
     assert len(str(e.value).splitlines()) == 1
+
+
+def test_no_test_prompt_was_used_while_settings_were_chosen(made):
+    asked = {r.prompt for r in in_split(load_prompts(str(made[0] / "prompts.jsonl"))[0], "test")}
+    assert len(asked) == 400 and not asked & set(prompts(400, "test"))
