@@ -9,12 +9,12 @@ LIMITS = {  # where we are: no change may pass them, and one that gets further l
     "lines": 14900,
     "wider than 120": 0,
     "share of these, %": 0.0,
-    "95% are within": 111,
-    "functions over 25": 35,
+    "95% are within": 110,
+    "functions over 25": 29,
     "import cycles": 1,
     "names defined twice": 1,
-    "median code cell": 11,
-    "shown per exported": 0.44,
+    "median code cell": 9,
+    "shown per exported": 0.73,
 }
 TARGETS = dict(zip(LIMITS, (5000, 0, 0, 100, 0, 0, 0, 8, 1)))
 AT_LEAST = "shown per exported"  # of all others, less is better
