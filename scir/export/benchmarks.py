@@ -82,7 +82,7 @@ def _replies(engine, tokenizer, asked, spec, seed, turn):  # yields (question_id
     for k, ids, finished in tqdm(engine(jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"):
         yield k, text_of(tokenizer, ids, finished)
 
-# %% ../../nbs/export/01_benchmarks.ipynb #078498f7
+# %% ../../nbs/export/01_benchmarks.ipynb #2ffde68a
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -117,7 +117,7 @@ SECTIONS = {
     },
 }  # weights: rewardbench/constants.py of https://pypi.org/project/rewardbench/0.1.4/
 
-
+# %% ../../nbs/export/01_benchmarks.ipynb #6bbad028
 def hit(score, reward: str) -> float:
     """1.0 if the margin prefers the labelled side, 0.5 if it is zero.
     Raises ValueError without a label, a subset or this reward model's margin."""
@@ -131,7 +131,7 @@ def hit(score, reward: str) -> float:
     margin = score.margins[reward] * (1 if score.label == "a" else -1)
     return 0.5 if margin == 0 else float(margin > 0)
 
-# %% ../../nbs/export/01_benchmarks.ipynb #61da82a8
+
 def rewardbench(
     scores: list,  # of labelled Scores with a subset
     model: str,
@@ -154,7 +154,7 @@ def rewardbench(
         "missing": [n for n in SECTIONS if n not in whole],
     }
 
-# %% ../../nbs/export/01_benchmarks.ipynb #166f0175
+# %% ../../nbs/export/01_benchmarks.ipynb #33b34090
 COLUMNS = {
     "alpaca_eval": {"instruction"},
     "mt_bench": {"question_id", "turns"},
@@ -173,7 +173,7 @@ def benchmark_rows(source: str, target: str) -> list:  # dicts
         raise ValueError(f"{target} {source}: columns {sorted(rows[0])}; missing {', '.join(sorted(lacking))}")
     return rows
 
-
+# %% ../../nbs/export/01_benchmarks.ipynb #319520b5
 def _name(model):
     "A model's name in exported files; an adapter has the name of its model."
     return model.rstrip("/").removesuffix("/adapter")

@@ -52,7 +52,7 @@ def plain_chat() -> str:
         "{% else %}{{ m['content'] }}{{ eos_token if loop.last else '\\n\\n' }}{% endif %}{% endfor %}"
     )
 
-# %% ../../nbs/export/04_folders.ipynb #13f09a61
+# %% ../../nbs/export/04_folders.ipynb #5f49536b
 def save_tokenizer(spec: ModelSpec, folder) -> None:
     "Save the base model's tokenizer, with a plain chat template if it has none."
     from scir.model.weights import load_tokenizer
@@ -63,7 +63,7 @@ def save_tokenizer(spec: ModelSpec, folder) -> None:
         tokenizer.init_kwargs.pop(how, None)  # these are about this machine
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/export/04_folders.ipynb #5f49536b
+
 def write_card(folder, card, **more) -> dict:  # licence, files and `more`
     "Write the card and summarise the folder."
     write_text(folder / "README.md", str(card))
@@ -81,7 +81,7 @@ def merged_weights(spec: ModelSpec, adapter):
     base = load_base(spec.model_copy(update={"quantize": None, "dtype": "float32"}))
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True).to(compute_dtype(spec))
 
-# %% ../../nbs/export/04_folders.ipynb #0ce0a0a0
+
 def stop_where_answers_end(model, spec: ModelSpec) -> None:
     "Make `generate` stop at the chat template's end-of-turn token, if the base's generation settings lack it."
     from scir.model.logprobs import turn_end
@@ -93,7 +93,7 @@ def stop_where_answers_end(model, spec: ModelSpec) -> None:
     if turn_end(tokenizer) not in known:
         config.eos_token_id = sorted(end_ids(config, tokenizer))
 
-# %% ../../nbs/export/04_folders.ipynb #3254c4a4
+# %% ../../nbs/export/04_folders.ipynb #0ce0a0a0
 def finished_model(model: str) -> tuple:  # Origin, its adapter's folder
     """A run's model whose weights match the run's recipe. Raises ValueError if they don't match,
     and FileNotFoundError without an adapter."""
@@ -104,7 +104,7 @@ def finished_model(model: str) -> tuple:  # Origin, its adapter's folder
     check_done(o, training(o), "adapter")
     return o, adapter
 
-# %% ../../nbs/export/04_folders.ipynb #c6db425e
+
 def export_adapter(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # licence, files
     """Export a run's adapter for peft, with tokenizer and card, to the new folder `out`. The tokenizer is the base's,
     with a chat template added if it had none."""
@@ -115,7 +115,7 @@ def export_adapter(model: str, out, licence: str | None = None, place: str | Non
         save_tokenizer(o.recipe.model, tmp)
         return write_card(tmp, model_card(o, "adapter", place or Path(out).resolve().name, licence))
 
-# %% ../../nbs/export/04_folders.ipynb #118121d9
+
 def export_merged(
     model: str, out, licence: str | None = None, place: str | None = None
 ) -> dict:  # dtype, licence, files
@@ -159,14 +159,14 @@ def preference_file(model: str, o: Origin) -> Path:
         )
     return path
 
-# %% ../../nbs/export/04_folders.ipynb #dcecc0d5
+
 def signed_margins(row: dict, scores: dict) -> dict:  # margin_NAME -> chosen over rejected
     "A preference row's margins, from the score of its pair if there is one."
     if (s := scores.get(row["id"])) is None or {s.response_a, s.response_b} != {row["chosen"], row["rejected"]}:
         return {}
     return {f"margin_{k}": m if row["chosen"] == s.response_a else -m for k, m in s.margins.items()}
 
-# %% ../../nbs/export/04_folders.ipynb #989afa96
+
 def preference_set(file: Path, o: Origin) -> list:  # dicts with prompt, chosen, rejected as messages
     "The rows of a preference file in trl's format, with margins."
     scored = o.run / (parent_node(o.node) if file.name == "preferences.jsonl" else o.node) / "scores.jsonl"
@@ -204,7 +204,7 @@ def dataset_metadata(name: str, made, licence: str | None):  # huggingface_hub.D
     DatasetInfosDict({"default": made.info}).to_dataset_card_data(data)
     return data
 
-# %% ../../nbs/export/04_folders.ipynb #8a6e001d
+
 def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = None):  # huggingface_hub.DatasetCard
     "The card of an exported preference set; `made` is the datasets.Dataset."
     from huggingface_hub import DatasetCard
@@ -229,7 +229,7 @@ def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = 
     ]
     return DatasetCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *text]) + "\n")
 
-# %% ../../nbs/export/04_folders.ipynb #8045bc28
+
 def pairs_text(o: Origin, pairs: int, seeds: int, own: bool) -> str:
     "How many pairs a preference set has, where they come from and who labelled them."
     d, names = o.recipe.data, lambda sources: ", ".join(map(public_name, sources))

@@ -28,7 +28,7 @@ class Origin(NamedTuple):
     def name(self) -> str:
         return "-".join([self.recipe.name, *self.node.split("/")])
 
-# %% ../../nbs/export/02_origin.ipynb #df262af0
+
 def origin(model: str) -> Origin:
     """The origin of a run's model, given by its folder, its adapter's folder or one of its files.
     Raises ValueError for anything else, and for M_0, the base model."""
@@ -50,12 +50,12 @@ def training(o: Origin) -> str:
     _, arm, t = node_parts(o.node)
     return "sft" if t == 0 else "optimise" if arm else "warm_start"
 
-# %% ../../nbs/export/02_origin.ipynb #09c0ee69
+
 def records(o: Origin) -> dict:  # step key -> record
     "The finished steps in the run's manifest."
     return read_json(o.run / "manifest.json", {}).get("steps", {})
 
-# %% ../../nbs/export/02_origin.ipynb #de8b7613
+
 def summary_of(o: Origin) -> dict:
     "The record of the step that trained a model, with its summary, versions and commit."
     return records(o).get(f"{training(o)}:{o.node}", {})
@@ -68,7 +68,7 @@ def outdated(o: Origin, stage: str, file: str) -> str:
     if chain[0] not in steps:
         return f"{chain[0]} is not done"
     if written.get(f"{o.node}/{file}") != (chain[0], hash_path(o.run / o.node / file)):
-        return f"{chain[0]} is stale: {o.node}/{file} has changed since it was written"
+        return f"{chain[0]} is stale: {o.node}/{file} is not what was written"
     for key in chain:
         sources = {f: written.get(f, ("", "absent")) for f in files_read(steps[key])}
         if why := changed_inputs(recipe, o.run, key, steps[key], {f: h for f, (_, h) in sources.items()}):
@@ -76,7 +76,7 @@ def outdated(o: Origin, stage: str, file: str) -> str:
         chain += [k for k in dict.fromkeys(k for k, _ in sources.values()) if k not in chain]
     return ""
 
-# %% ../../nbs/export/02_origin.ipynb #eb669040
+
 def files_read(record: dict) -> list:
     "The files of the run that a step read, by its record."
     return [k.removeprefix("file ") for k in record.get("inputs", {}) if k.startswith("file ")]
@@ -96,13 +96,13 @@ def changed_inputs(recipe: Recipe, run: Path, key: str, record: dict, hashes: di
         return f"stale: {'; '.join(why)}"
     return f"incomplete: {record['incomplete']}" if "incomplete" in record else ""
 
-# %% ../../nbs/export/02_origin.ipynb #a3356a78
+
 def check_done(o: Origin, stage: str, file: str) -> None:
     "Raise ValueError if a file does not match the run's recipe, since its card would be wrong."
     if why := outdated(o, stage, file):
         raise ValueError(f"{o.run}: {why}; run `scir run` first")
 
-# %% ../../nbs/export/02_origin.ipynb #423998e5
+# %% ../../nbs/export/02_origin.ipynb #a3356a78
 PUBLISHED = {name: {"base_model": p["published"], "license": "apache-2.0"} for name, p in PACKAGED.items()}
 PUBLISHED["tiny-random"] = {"base_model": "tiny-random", "license": "apache-2.0"}
 
@@ -111,7 +111,7 @@ def public_name(source: str) -> str:
     "A data source's or model's name for a card."
     return Path(source).name if source.startswith((".", "/", "~")) else source
 
-# %% ../../nbs/export/02_origin.ipynb #357c87da
+
 def on_hub(source: str) -> str | None:  # owner/name
     "The hub name of a data source; None for a file."
     from scir.data.load import FILE_KINDS
@@ -120,7 +120,7 @@ def on_hub(source: str) -> str | None:  # owner/name
         return None
     return "/".join(source.partition(":")[0].split("/")[:2])
 
-# %% ../../nbs/export/02_origin.ipynb #52b8fb25
+# %% ../../nbs/export/02_origin.ipynb #766668e3
 def lineage(spec: ModelSpec) -> dict:  # base_model; license, license_name and license_link if its card has them
     "The base model's name and licence: known for built-in models, else from the card in its folder or on the hub."
     from huggingface_hub import ModelCard
@@ -135,7 +135,7 @@ def lineage(spec: ModelSpec) -> dict:  # base_model; license, license_name and l
     terms = {k: v for k in ("license", "license_name", "license_link") if (v := data.get(k))}
     return {"base_model": local.resolve().name if local.is_dir() else spec.name} | terms
 
-# %% ../../nbs/export/02_origin.ipynb #4f20ea3f
+
 def licence_of(known: dict, requested: str | None) -> dict:
     "The requested licence, else the base model's (which also covers derived models), else `unknown`."
     if requested:

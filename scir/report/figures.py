@@ -57,7 +57,7 @@ def every_round(g: Gathered) -> dict:  # (arm, iteration) -> its rows
     found = {(a, t): g.pairs[(g.pairs.arm == a) & (g.pairs.iteration == t)] for _, t, a in kept}
     return {model: d for model, d in found.items() if len(d)}
 
-
+# %% ../../nbs/report/05_figures.ipynb #dcfa39b9
 def _dots(ax, found, color, mark, shift=0.0, label=None):  # found: a rate per line; {} where there is none
     for y, r in enumerate(found):
         if not r:
@@ -135,7 +135,7 @@ def families(arms) -> dict:  # title -> arms
     made = {"methods": methods, "ablations": ablations}
     return {k: v for k, v in made.items() if set(v) - ({"scir"} if k == "ablations" else set())} or {"methods": []}
 
-
+# %% ../../nbs/report/05_figures.ipynb #4274947c
 def _bars(ax, line, key, **kw):
     ends = [np.maximum(line[key] - line[f"{key}_low"], 0), np.maximum(line[f"{key}_high"] - line[key], 0)]
     ax.errorbar(kw.pop("x"), line[key], yerr=ends, ms=5, lw=1.4, elinewidth=0.8, capsize=2, **kw)
@@ -154,7 +154,13 @@ def _iterations(ax, s, key, arms):  # one line per arm, starting from the common
     if len(common):
         _bars(ax, common, key, x=common.iteration, color="black", ls="-", marker="s", label="up to M_1")
 
-# %% ../../nbs/report/05_figures.ipynb #9c539856
+
+def _legend(ax, axes):  # one legend beside `ax` for all `axes`
+    found = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels())}
+    if found:
+        ax.legend(found.values(), found, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def plot_iterations(found: pd.DataFrame, panels: list, label: str, chance: bool = False):  # of (title, set, measure)
     "Measures of one run by iteration: a column per panel, a line per arm; bars are 95% intervals."
     import matplotlib.pyplot as plt
@@ -181,13 +187,13 @@ def plot_iterations(found: pd.DataFrame, panels: list, label: str, chance: bool 
     fig.supylabel(label, fontsize=10)
     return fig
 
-# %% ../../nbs/report/05_figures.ipynb #4274947c
+
 def plot_sets(found: pd.DataFrame, key: str, label: str):
     "A measure by iteration, a column per set."
     pairs = found.groupby("set").pairs.max()
     return plot_iterations(found, [(f"{s}, {pairs[s]} pairs", s, key) for s in set_order(found.set.unique())], label)
 
-# %% ../../nbs/report/05_figures.ipynb #856e2145
+
 def plot_own_accuracy(found: pd.DataFrame):
     "Accuracy of each reward model and on agreed pairs, by iteration, on own answers (or else on the panel)."
     name = "own" if "own" in set(found.set) else "panel"
@@ -292,12 +298,6 @@ def _curves(ax, g, arms, key):
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _legend(ax, axes):  # one legend beside `ax` for all `axes`
-    found = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels())}
-    if found:
-        ax.legend(found.values(), found, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-# %% ../../nbs/report/05_figures.ipynb #6ed210a8
 def plot_retained(g: Gathered):
     "Fraction of the scored pairs that enter the DPO loss, by optimizer step; markers show where an iteration ends."
     has_data = lambda arms: any(len(training_curve(g, a, "retained")) for a in arms)
@@ -366,13 +366,13 @@ def plot_calibration(g: Gathered, name: str):
 def _clipped(t):  # rounding can push a value just outside its interval
     return t.assign(low=t[["low", "value"]].min(axis=1), high=t[["high", "value"]].max(axis=1))
 
-
+# %% ../../nbs/report/05_figures.ipynb #530b589f
 def _bin(c, whole):
     if whole and c.left > 0:
         return f"{np.floor(c.left) + 1:.0f} to {c.right:.0f}"
     return f"{max(c.left, 0):.2g} to {c.right:.2g}"
 
-# %% ../../nbs/report/05_figures.ipynb #a887245c
+
 SPLIT = {
     "confidence": "confidence of the more confident model",
     "length_difference": "length difference of the pair, tokens",

@@ -43,7 +43,7 @@ def summary(g: Gathered) -> pd.DataFrame:  # one row per run, arm, iteration and
     found = pd.DataFrame(rows).sort_values(["run", "set", "iteration", "arm"], key=ranked, kind="stable")
     return found.reset_index(drop=True)
 
-# %% ../../nbs/report/04_tables.ipynb #4650e6d0
+# %% ../../nbs/report/04_tables.ipynb #3bc06c56
 def cell(row, key: str) -> str:
     "'31% [22, 41] (28%-35%)': rate, 95% interval, minimum and maximum over seeds."
     if pd.isna(row.get(key, np.nan)):
@@ -55,7 +55,7 @@ def cell(row, key: str) -> str:
     spread = f" ({one}-{one})".format(row[f"{key}_least"], row[f"{key}_most"]) if row["seeds"] > 1 else ""
     return f"{one.format(row[key])}{n} [{interval}]{spread}"
 
-# %% ../../nbs/report/04_tables.ipynb #3bc06c56
+
 def table(found: pd.DataFrame, columns: tuple) -> pd.DataFrame:
     "Selected measures of a summary, formatted for people."
     names = {"rank_correlation": "rank correlation"} | {k: name for k, (name, _) in MEASURES.items()}
@@ -71,7 +71,7 @@ def inconsistency_table(found: pd.DataFrame) -> pd.DataFrame:
     "How often the reward models disagree, on all pairs, and how accurate each is."
     return table(found, ("inconsistency", "rank_correlation", *ALONE, "inconsistency_likelihood", "flip_rate"))
 
-# %% ../../nbs/report/04_tables.ipynb #0c81b19f
+
 def reward_table(found: pd.DataFrame) -> pd.DataFrame:
     "Reward modelling on labelled pairs: accuracy of each model, accuracy on agreed pairs, and calibration."
     found = found[found.labelled > 0]
@@ -105,7 +105,7 @@ def _spread(r, each, form):
     interval = [(form[:-2] + "f}").format(scale * r[k]) for k in ("low", "high")]
     return f"{form} [{interval[0]}, {interval[1]}]".format(r["value"]) + seeds
 
-# %% ../../nbs/report/04_tables.ipynb #f33bcea5
+
 def answer_cells(d: pd.DataFrame) -> dict:
     "Statistics of one model's answers, over seeds."
     known, by = d[d.score.notna()], lambda s, c: s.groupby("seed")[c].mean()
@@ -134,7 +134,7 @@ def policy_table(g: Gathered) -> pd.DataFrame:
         rows.append(({"run": run} if several else {}) | {"model": model_name(arm, t)} | answer_cells(d) | trained)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/report/04_tables.ipynb #cedb8489
+# %% ../../nbs/report/04_tables.ipynb #5e0b56f9
 REPORTED = [  # arm, metric, three values, t of the first value's M_t, model, source
     (
         "scir",
@@ -172,7 +172,7 @@ def reported_table() -> pd.DataFrame:
     rows = [(a, m, ", ".join(map(str, v)), span(first), model, s) for a, m, v, first, model, s in REPORTED]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/report/04_tables.ipynb #1269bace
+
 def reported(arm: str, t: int) -> str:
     "Published numbers for an arm's M_t; for M_1, those of every arm that starts there."
     applies = lambda a, first: (a == arm or arm == "sft" and t == 1) and 0 <= t - first < 3
@@ -183,7 +183,7 @@ def reported(arm: str, t: int) -> str:
     ]
     return "; ".join(found) or "-"
 
-
+# %% ../../nbs/report/04_tables.ipynb #d9c24d1a
 def _over_seeds(m, key):
     "Mean and range over seeds, with the mean endpoints of the seeds' intervals (wider than the mean's own interval)."
     v = pd.to_numeric(m[key]).dropna() if key in m else ()

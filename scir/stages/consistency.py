@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'GREEN', 'UNITS', 'plot_joint', 'plot_orders', 'plot_rates', 'plot_reliability',
-           'plot_steps', 'plot_intervals', 'preferences', 'save_figure', 'run']
+           'plot_steps', 'plot_intervals', 'printable', 'text_table', 'preferences', 'save_figure', 'run']
 
 # %% ../../nbs/stages/05_consistency.ipynb #7db9e0ca
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from ..data.chat import as_text
 from ..method.labels import agreed
 from ..recipe import Recipe
 from ..statistics import by_quantile, ece, frame, grouped, metrics
@@ -139,6 +140,19 @@ def plot_intervals(found: dict, title: str = "", ax=None):  # found: name -> val
     ax.set_xlabel("value, 95% interval")
     ax.invert_yaxis()
     return ax
+
+# %% ../../nbs/stages/05_consistency.ipynb #fb4b9da9
+def printable(text, most: int = 80) -> str:
+    "A text or conversation on one line of at most `most` characters; a dot replaces what can't be printed."
+    line = " ".join(as_text(text).split())
+    line = "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in line)
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def text_table(rows: list, columns: list) -> pd.DataFrame:
+    "These columns of `rows` (dicts), with texts as by `printable` and numbers as they are."
+    show = lambda value: printable(value) if isinstance(value, (str, list)) else value
+    return pd.DataFrame([{name: show(row[name]) for name in columns} for row in rows])
 
 # %% ../../nbs/stages/05_consistency.ipynb #f99283f0
 def preferences(scores: list) -> list:  # dicts with prompt, chosen, rejected

@@ -33,7 +33,7 @@ def training_pairs(
         p.target = targets[p.id]
     dropped = len(scores) - len(kept)
     return pairs, notes | {
-        "dropped": {"not best against worst, a tie, or no usable reward": dropped} if dropped else {}
+        "dropped": {"neither best nor worst answer, a tie, or no usable reward": dropped} if dropped else {}
     }
 
 # %% ../../nbs/stages/06_optimise.ipynb #07b525cd
