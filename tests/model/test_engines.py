@@ -628,14 +628,14 @@ def test_the_doctor_asks_the_server(recipe):
 
 
 def test_all_that_is_sampled_goes_through_the_engine():
-    "Nobody else loads a model to decode with, or decodes; `bench` and `planner` measure our own."
+    "Nobody else loads a model to decode with, or decodes; `planner` measures our own."
     uses = {
         f.stem
         for f in CODE.glob("**/*.py")
         for n in ast.walk(ast.parse(f.read_text()))
         if isinstance(n, ast.ImportFrom) and {"for_sampling", "generate"} & {a.name for a in n.names}
     }
-    assert uses == {"engines", "bench", "planner"}
+    assert uses == {"engines", "planner"}
 
 
 @pytest.mark.parametrize("stage", ["sample", "label", "evaluate", "align"])
