@@ -207,7 +207,7 @@ def threads(n: int, cores: int, load: float, env: dict) -> Finding:
         return Finding("threads", problem, "warn", f"export OMP_NUM_THREADS={cores}")
     if n > 1 and load > cores / 2 and env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         problem = f"{n}, and other processes are running (load {load:.1f}): spinning threads slow each other down"
-        return Finding("threads", problem, "warn", "export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0")
+        return Finding("threads", problem, "warn", "unset OMP_WAIT_POLICY GOMP_SPINCOUNT")
     return Finding("threads", f"{n} for {cores} usable cores")
 
 

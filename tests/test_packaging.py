@@ -156,3 +156,14 @@ def test_wheel_runs_outside_the_checkout(wheel, tmp_path):
     assert not [f for f in site.rglob("*") if f.suffix == ".ipynb" and "runs" in f.parts]
     wrong = scir_("run", "recipes/absent.yaml")
     assert wrong.returncode == 1 and "recipes/tiny.yaml" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_threads_do_not_spin_unless_the_user_says_so(given):
+    "OpenMP reads this when torch is loaded, so it has to be there as soon as scir is."
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {k: v for k, v in os.environ.items() if k not in names} | given
+    code = f"import scir, sys, os; print([os.environ.get(n) for n in {names}], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    expected = given or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    assert done.stdout.strip() == f"{[expected.get(n) for n in names]} False", done.stderr
