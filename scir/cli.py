@@ -475,9 +475,8 @@ def run(
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
     "A run directory and its recipe, or the given recipe. Changes to the project's folder, the base of data paths."
     from scir.recipe import load_recipe, own_recipe, root
-    from scir.runner.work import silence_libraries, with_dtype
+    from scir.runner.work import with_dtype
 
-    silence_libraries()
     own = own_recipe(run)
     loaded, run = load_recipe(recipe or own, tuple(setting)), run.resolve()
     os.chdir(root(run))

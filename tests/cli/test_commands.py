@@ -226,6 +226,8 @@ def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path)
     }[name]
     where = {
         "run": "runner.run.run_recipe",
+        "status": "recipe.own_recipe",
+        "verify": "recipe.own_recipe",
         "report": "report.document.report",
         "fit-reward": "data.load.load_pairs",
         "doctor": "doctor.examine",
