@@ -46,7 +46,7 @@ def run_in_forward(model, function):
 # %% ../../nbs/method/06_trainer.ipynb #2daccbd1
 @contextmanager
 def enough_memory(pairs: int, step: int):
-    "Context that turns an out-of-memory error into a MemoryError with the settings to lower."
+    "Context manager that turns an out-of-memory error into a MemoryError with the settings to lower."
     try:
         yield
     except Exception as e:

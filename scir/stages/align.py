@@ -53,7 +53,7 @@ def duels(
     ]
 
 # %% ../../nbs/stages/08_align.ipynb #ade47fb2
-def win_rate(duels: list, level: float = 0.95) -> dict:  # value, low, high as fractions; n readable; invalid
+def win_rate(duels: list, level: float = 0.95) -> dict:  # value, low, high (fractions); n (readable), invalid (counts)
     """Mean preference with its score interval (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
     The value is None if no comparison is readable."""
     p = np.array([d.preference for d in duels if d.preference is not None])
