@@ -96,7 +96,7 @@ class ModelSpec(Section):
     )
     system_role: Literal["template", "user"] = spec(
         "template",
-        "where system messages (`judge.system` and those of the data) go: `template` leaves it to the chat template, "
+        "where system messages (`judge.system` and those in the data) go: `template` leaves it to the chat template, "
         "`user` puts them at the start of the first user turn, for templates without a system role",
     )
 

@@ -292,7 +292,7 @@ def _ids(choice, prompt, who):
     ids, read = getattr(choice, "token_ids", None), getattr(choice, "prompt_token_ids", None)
     if ids is None:
         raise ValueError(
-            f"{who}: it returns text but no token ids, and encoding the text again can give other ids; "
+            f"{who}: it returns text but no token ids, and encoding the text again can give different ids; "
             "use a server that supports return_token_ids (vLLM's), or sampling.engine=transformers"
         )
     if read is not None and read != prompt:

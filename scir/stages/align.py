@@ -98,7 +98,7 @@ def _strength(x, p):
 
 # %% ../../nbs/stages/08_align.ipynb #3c098ee3
 def not_estimable(x, p) -> str | None:
-    "Why (n, 2) features and (n,) preferences give no length-controlled rate; None if they do."
+    "Why (n, 2) features and (n,) preferences allow no length-controlled rate; None if they do."
     if len(p) < 2 * FOLDS:
         return f"fewer than {2 * FOLDS} verdicts"
     if np.ptp(p) < 1e-6:
