@@ -96,7 +96,7 @@ class ModelSpec(Section):
     )
     system_role: Literal["template", "user"] = spec(
         "template",
-        "where system messages (`judge.system` and those of the data) go: `template` leaves it to the chat template, "
+        "where system messages (`judge.system` and those in the data) go: `template` leaves it to the chat template, "
         "`user` puts them at the start of the first user turn, for templates without a system role",
     )
 
@@ -351,7 +351,7 @@ class TrainSpec(Section):
     )
     implicit_length: Literal["sum", "per_token"] = spec(
         "per_token",
-        "implicit reward of an answer: the mean log-ratio per token, or its sum, which grows with length on the "
+        "implicit reward of an answer: the mean log-ratio per token, or the sum, which grows with length on the "
         "model's own answers",
         "D",
     )
@@ -416,7 +416,7 @@ class Recipe(Section):
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
     stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec(
         {},
-        "arm -> its number of rounds, if fewer than `iterations`; two arms are compared after equally many rounds",
+        "arm -> its number of rounds, if fewer than `iterations`; arms are compared after the same number of rounds",
         unit="rounds",
     )
     rewards: tuple[str, ...] = spec(
@@ -471,7 +471,7 @@ SHIPPED = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.par
 
 
 def locate(path) -> Path:
-    "A path from the current folder or, if it does not exist there, from the files that come with scir."
+    "`path` relative to the current folder or, if it does not exist there, to the files that come with scir."
     return Path(path) if Path(path).exists() or not (SHIPPED / path).exists() else SHIPPED / path
 
 

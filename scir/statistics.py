@@ -200,8 +200,8 @@ def metrics(scores: list) -> dict:  # name -> rate, or a plain number
 
 
 def accuracies(d: pd.DataFrame, names: list, speaking: list) -> dict:  # name -> rate, or a plain number
-    """Accuracy and calibration of each reward model, and accuracy of the log-probability per token. If every
-    reward model is decided, also the accuracy on agreed pairs, and that of the mean margin's sign (`mean`)."""
+    """Accuracy and calibration of each reward model, and accuracy of the log-probability per token. If no
+    reward model's margins are all zero, also the accuracy on agreed pairs and of the mean margin's sign (`mean`)."""
     out = {f"accuracy_{n}": grouped(d[f"right_{n}"], d.prompt) for n in [*speaking, "likelihood"]} | {
         f"ece_{n}": ece(reliability(d, n)) for n in speaking
     }

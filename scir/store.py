@@ -296,7 +296,7 @@ def peak_bytes() -> int:
 class Journal:
     """Rows go to disk as they are computed, so a kill loses at most one. `finish` orders them in the final file.
 
-    Continues the unfinished files of an earlier attempt. Each of several processes has a file of its own."""
+    Continues the unfinished files of an earlier attempt. With several processes, each has its own file."""
 
     def __init__(self, out, kind: type):
         self.out, self.kind, self.part = Path(out), kind, unfinished(out, rank())

@@ -147,7 +147,7 @@ KNOWN_ANSWERS = f"{KNOWN_PROMPT} with output, chosen or response; instruction wi
 
 def unknown(columns, known: str) -> ValueError:
     "The error for unknown columns; it lists the file's columns and the known layouts."
-    return ValueError(f"columns {sorted(columns)} are none of the known layouts: {known}")
+    return ValueError(f"columns {sorted(columns)} match none of the known layouts: {known}")
 
 # %% ../../nbs/data/02_layouts.ipynb #e769d223
 def prompt_column(rows: list) -> str | None:

@@ -153,7 +153,7 @@ LAYOUT_REASONS = ("malformed", "messages not in JSON", "not messages", "not text
 
 @contextmanager
 def _naming(where):
-    "Context that puts the source and row in front of a ValueError."
+    "Context manager that prefixes a ValueError's message with the source and row."
     try:
         yield
     except ValueError as e:
@@ -205,7 +205,7 @@ def _hint(odd, rows, known) -> str:
 
 
 def _check_ids(source, rows):
-    "Raise ValueError for an id that several rows have."
+    "Raise ValueError if several rows have the same id."
     if twice := [i for i, n in Counter(getattr(r, "id", k) for k, r in enumerate(rows)).items() if n > 1]:
         raise ValueError(
             f"data source {source}: several rows have the id {twice[0]!r}; make ids unique or leave them out"

@@ -209,7 +209,7 @@ SEEN = {"test": 400}  # the first prompts of a split, which runs had used before
 
 
 def fresh_prompts(split: str) -> list:  # of prompt texts
-    "The prompts of a split's file: the ones after those that were seen."
+    "The prompts of a split's file: it skips the first ones, which earlier runs have used (`SEEN`)."
     seen = SEEN.get(split, 0)
     return prompts(seen + SIZES[split], split)[seen:]
 

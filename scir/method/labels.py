@@ -46,7 +46,7 @@ def best_against_worst(
     scores: list,  # of Score
     reward: dict,  # response id -> reward, or None
 ) -> dict:  # score id -> label, at most one per prompt
-    "For each prompt, label the pair with the largest difference in reward by its sign; ties are left out."
+    "For each prompt, label only the pair with the largest reward difference, by its sign; ties are left out."
     widest = {}
     for s in scores:
         a, b = (reward.get(r) for r in candidates(s))

@@ -127,7 +127,7 @@ POINTWISE = "Question: {prompt}\n\nAnswer: {response}\n\nIs this a good answer, 
 
 @reward
 def pointwise(view: View) -> torch.Tensor:  # (B,) margins, with gradient
-    "Log-odds of Yes for a minus those for b."
+    "Log-odds of Yes for response a, minus those for response b."
     questions = [
         {"prompt": as_text(p.prompt), "response": response}
         for side in ("response_a", "response_b")
@@ -142,6 +142,6 @@ def pointwise(view: View) -> torch.Tensor:  # (B,) margins, with gradient
 # %% ../../nbs/method/02_rewards.ipynb #25ab8dc5
 @reward
 def longer(view: View) -> torch.Tensor:  # (B,) margins, without gradient
-    "Control: words in a minus words in b."
+    "Control: number of words in response a, minus that in response b."
     words = [len(p.response_a.split()) - len(p.response_b.split()) for p in view.pairs]
     return torch.tensor(words, dtype=torch.float32, device=view.model.device)

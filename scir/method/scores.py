@@ -116,7 +116,7 @@ def _labelled_pair(tokenizer, row, chosen_is_a: bool):
 # %% ../../nbs/method/04_scores.ipynb #eb16bd75
 @contextmanager
 def as_reference(model):
-    "Context in which `model` computes pi_ref."
+    "Context manager: inside it, `model` computes pi_ref."
     if not hasattr(model, "disable_adapter"):
         yield  # the model has no adapter: it is M_0, its own reference
     elif "reference" in model.peft_config:

@@ -46,7 +46,7 @@ def run_in_forward(model, function):
 # %% ../../nbs/method/06_trainer.ipynb #2daccbd1
 @contextmanager
 def enough_memory(pairs: int, step: int):
-    "Context that turns an out-of-memory error into a MemoryError with the settings to lower."
+    "Context manager that turns an out-of-memory error into a MemoryError with the settings to lower."
     try:
         yield
     except Exception as e:
@@ -121,7 +121,7 @@ class PairTrainer(Trainer):
         self._sums, self._weights, self._rows = {}, {}, []
 
     def get_train_dataloader(self):
-        "The same whole batches for every process; `training_step` takes this process's pairs."
+        "The same full batches for every process; `training_step` takes this process's pairs."
         loader = super().get_train_dataloader()
         if processes() > 1:
             vars(loader.batch_sampler).update(num_processes=1, process_index=0, even_batches=False)
@@ -262,7 +262,7 @@ def _sizes(folder):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    "Path of the newest whole checkpoint in `folder`, None if there is none; removes incomplete ones."
+    "Path of the newest complete checkpoint in `folder`, None if there is none; removes incomplete ones."
     for each in folder.glob("checkpoint-*"):
         try:
             whole = read_json(each / SEAL) == _sizes(each)

@@ -279,7 +279,7 @@ def load_remote_adapter(client, recipe: Recipe, adapter, known: set) -> str:  # 
     try:
         client.post("/load_lora_adapter", cast_to=httpx.Response, body={"lora_name": name, "lora_path": path})
     except openai.OpenAIError as e:
-        if name not in list_served(client, recipe)[1]:  # else another process loaded it first
+        if name not in list_served(client, recipe)[1]:  # if it is, another process loaded it first
             raise ValueError(
                 f"{server_name(recipe)}: it does not load the adapter {path} ({' '.join(str(e).split())[:200]}); "
                 f"it must be able to read that folder; start it with: {serve_line(recipe)}"
@@ -292,12 +292,12 @@ def _ids(choice, prompt, who):
     ids, read = getattr(choice, "token_ids", None), getattr(choice, "prompt_token_ids", None)
     if ids is None:
         raise ValueError(
-            f"{who}: it returns text but no token ids, and encoding the text again can give other ids; "
+            f"{who}: it returns text but no token ids, and encoding the text again can give different ids; "
             "use a server that supports return_token_ids (vLLM's), or sampling.engine=transformers"
         )
     if read is not None and read != prompt:
         raise ValueError(
-            f"{who}: it read other prompt ids ({len(read)}) than those sent ({len(prompt)}); it must not change them"
+            f"{who}: the prompt ids it read ({len(read)}) differ from those sent ({len(prompt)}); it must not change them"
         )
     return ids
 

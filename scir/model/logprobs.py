@@ -29,11 +29,11 @@ _HOLES = re.compile("\ue000(.*?)\ue001")
 
 def render_chat(
     tokenizer,
-    turns: tuple,  # of Message; holes written as {name}
-    fields: tuple,  # names of the holes
+    turns: tuple,  # of Message; placeholders are written as {name}
+    fields: tuple,  # names of the placeholders
     system: str | None = None,  # system message; None leaves the template's default
 ) -> list:  # alternating template text and field names
-    "Render the tokenizer's chat template around `turns` and cut it at the holes."
+    "Render the tokenizer's chat template around `turns` and split it at the placeholders."
     chat = messages(turns)
     for name in fields:
         chat = [m | {"content": m["content"].replace("{" + name + "}", _HOLE.format(name))} for m in chat]
@@ -50,7 +50,7 @@ def render_chat(
 
 
 def _render(tokenizer, chat) -> str:
-    "The chat as text, up to where the assistant starts to speak; raises ValueError if the template fails."
+    "The chat as text, up to the start of the assistant's answer; raises ValueError if the template fails."
     if tokenizer.chat_template is None:
         return "".join(
             PLAIN_TEMPLATE.replace("{content}", m["content"]) if m["role"] == "user" else m["content"] + "\n\n"
@@ -77,8 +77,8 @@ def _renders(tokenizer, chat) -> bool:
 
 def _no_system(tokenizer) -> str:
     return (
-        f"model {tokenizer.name_or_path}: its chat template has no system role, which judge.system and system messages "
-        "of the data need; set model.system_role to user, which puts them into the first user turn, or leave them out"
+        f"model {tokenizer.name_or_path}: its chat template has no system role, but judge.system and system messages in "
+        "the data need one; set model.system_role to user to put them into the first user turn, or remove them"
     )
 
 # %% ../../nbs/model/02_logprobs.ipynb #09c9daca
@@ -124,16 +124,16 @@ def _strips(tokenizer, turns, fields, system) -> list:  # of functions
 
 
 class _Frame(NamedTuple):
-    "A rendered template, cut at its holes."
+    "A rendered template, split at its placeholders."
 
     texts: list  # the template's own pieces
     ids: list  # token ids of each piece
-    holes: list  # (name, strip function) of each hole between the pieces
+    placeholders: list  # (name, strip function) of each one between the pieces
 
 
 @lru_cache(maxsize=64)
 def _frame(tokenizer, turns, fields, system, whole=False) -> _Frame:
-    "The template with its pieces encoded; with `whole`, every hole is a whole message."
+    "The template with its pieces encoded; with `whole`, every placeholder is a whole message."
     pieces = render_chat(tokenizer, turns, fields, system)
     strips = _strips(tokenizer, turns, fields, system) if whole else [str] * len(pieces[1::2])
     first, *texts = pieces[::2]
@@ -171,9 +171,9 @@ def _join(tokenizer, frame, said) -> list:
 
 
 def _fill(tokenizer, turns, fields, system, whole=False) -> list:
-    "Ids of the template with `fields` in its holes; with `whole`, every field is a whole message."
+    "Ids of the template with `fields` filled in; with `whole`, every field is a whole message."
     frame = _frame(tokenizer, turns, tuple(fields), system, whole)
-    said = [strip(fields[name]) for name, strip in frame.holes]
+    said = [strip(fields[name]) for name, strip in frame.placeholders]
     if whole and (joined := _join(tokenizer, frame, said)):
         return joined
     start, *rest = frame.ids
@@ -182,12 +182,12 @@ def _fill(tokenizer, turns, fields, system, whole=False) -> list:
 
 def encode_chat(
     tokenizer,
-    content: str,  # the user's turn; holes written as {name}
-    fields: dict,  # name of a hole -> text
+    content: str,  # the user's turn; placeholders are written as {name}
+    fields: dict,  # name of a placeholder -> text
     system: str | None = None,
     words: tuple = (),  # verdict words; the ids end where each of them is a single token
 ) -> list:  # token ids
-    "Ids of a one-turn chat with `fields` filled in, up to where the assistant starts to speak (or its verdict word)."
+    "Ids of a one-turn chat with `fields` filled in, up to the start of the assistant's answer (or its verdict word)."
     ids = _fill(tokenizer, (Message(role="user", content=content),), fields, system)
     space, _ = _answer(tokenizer)
     if all(len(encode_piece(tokenizer, space + word)) == 1 for word in words):
@@ -200,10 +200,10 @@ def encode_messages(
     turns: list,  # of {"role": ..., "content": ...}
     system: str | None = None,  # system message; None leaves the template's default
 ) -> list:  # token ids
-    "Ids of a conversation, all messages as plain text; after a user turn, up to where the assistant starts to speak."
+    "Ids of a conversation, all messages as plain text; after a user turn, up to the start of the answer."
     fields = {f"turn {i}": m["content"] for i, m in enumerate(turns)}
-    holes = tuple(Message(role=m["role"], content="{" + name + "}") for m, name in zip(turns, fields))
-    return _fill(tokenizer, holes, fields, system, whole=True)
+    empty = tuple(Message(role=m["role"], content="{" + name + "}") for m, name in zip(turns, fields))
+    return _fill(tokenizer, empty, fields, system, whole=True)
 
 
 def encode_prompt(tokenizer, prompt: Prompted, system: str | None = None) -> list:
@@ -216,7 +216,7 @@ def encode_turns(
     tokenizer,
     turns: list,  # texts of the user, the assistant, ... the user
     system: str | None = None,
-) -> list:  # token ids, up to where the assistant starts to speak
+) -> list:  # token ids, up to the start of the assistant's answer
     "Ids of a conversation with alternating roles; raises ValueError unless it ends with a user turn."
     if len(turns) % 2 == 0:
         raise ValueError(f"a conversation of {len(turns)} texts ends with the assistant's turn; add a user turn")

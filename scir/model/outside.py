@@ -115,7 +115,7 @@ def _check_complete(name: str, missing) -> None:
 
 
 def _use_float32_head(model):
-    "Compute rewards in float32: in bfloat16 close ones would be equal."
+    "Compute rewards in float32: in bfloat16, close rewards would tie."
     if hasattr(model, "score"):
         model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))
 

@@ -68,7 +68,7 @@ def _dequantise(gguf: Path, folder: Path, published: str):
 
 
 def _save_beside(model, folder):
-    "Save a model to a temporary folder, then move its files to `folder`; weights last, they mark it as complete."
+    "Save a model to a temporary folder, then move its files to `folder`, weights last: they mark it as complete."
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     for f in sorted(temporary.iterdir(), key=lambda f: f.suffix == ".safetensors"):
@@ -205,7 +205,7 @@ def grouped_attention(
     dropout: float = 0.0,
     **kw,
 ) -> tuple:  # (B, T, H, d), None
-    "Attention without copying keys for single queries and short bfloat16 sequences; otherwise the fused kernel."
+    "Attention that avoids copying the keys if there is one query or a short bfloat16 sequence; else the fused kernel."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     (b, h, t, d), heads, length = query.shape, key.shape[1], key.shape[2]
@@ -240,7 +240,7 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return
-    # otherwise a third of a forward pass over 1024 tokens in bfloat16 is spent on giving memory back and clearing it
+    # otherwise a third of a bfloat16 forward pass over 1024 tokens goes into returning memory and zeroing it again
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest value allowed
     libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
@@ -385,7 +385,7 @@ def body(model) -> tuple:  # the model without its PEFT wrapper; its decoder
 
 
 def shard(model):
-    "With --shard, shard the layers over all processes, which then must run equally many forward passes."
+    "With --shard, shard the layers over all processes, which must then run the same number of forward passes."
     if not sharded():
         return model
     from torch.distributed.fsdp import fully_shard
@@ -431,7 +431,7 @@ class Weight(NamedTuple):
 
 
 def is_linear(module) -> bool:
-    "Whether LoRA can treat a module as a linear layer; not so for a router with a forward of its own."
+    "Whether LoRA can treat a module as a linear layer; it cannot for a router with its own forward."
     from transformers.pytorch_utils import Conv1D
 
     routes = type(module).forward is not torch.nn.Linear.forward and ROUTER.search(type(module).__name__)
@@ -512,7 +512,7 @@ def layer_of(name: str) -> int | None:
 
 
 def matches(w: Weight, target: str) -> bool:
-    "Whether `target` is the name of a weight or of its module, or the end of either."
+    "Whether `target` is the name of a weight or of its module, or a suffix of either name."
     return any(f".{name}".endswith(f".{target}") for name in (w.module, w.full))
 
 

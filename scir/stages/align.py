@@ -53,7 +53,7 @@ def duels(
     ]
 
 # %% ../../nbs/stages/08_align.ipynb #ade47fb2
-def win_rate(duels: list, level: float = 0.95) -> dict:  # value, low, high as fractions; n readable; invalid
+def win_rate(duels: list, level: float = 0.95) -> dict:  # value, low, high (fractions); n (readable), invalid (counts)
     """Mean preference with its score interval (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
     The value is None if no comparison is readable."""
     p = np.array([d.preference for d in duels if d.preference is not None])
@@ -98,7 +98,7 @@ def _strength(x, p):
 
 # %% ../../nbs/stages/08_align.ipynb #3c098ee3
 def not_estimable(x, p) -> str | None:
-    "Why (n, 2) features and (n,) preferences give no length-controlled rate; None if they do."
+    "Why (n, 2) features and (n,) preferences allow no length-controlled rate; None if they do."
     if len(p) < 2 * FOLDS:
         return f"fewer than {2 * FOLDS} verdicts"
     if np.ptp(p) < 1e-6:

@@ -111,7 +111,7 @@ def seed_row(p: Pair) -> SeedPair:
 
 
 def read_seeds(tokenizer, file) -> list:  # of Pair
-    "Read the pairs of a seed_pairs.jsonl."
+    "Read the pairs of a seed_pairs.jsonl file."
     return [
         Pair(
             r.id,

@@ -266,7 +266,7 @@ def test_a_template_without_system_role_is_reported_before_the_run(recipe_with, 
     recipe = recipe_with(template)
     with pytest.raises(
         RecipeError,
-        match="^model .*chat template has no system role, which judge.system.* set model.system_role to user",
+        match="^model .*chat template has no system role, but judge.system.* set model.system_role to user",
     ) as e:
         check_words(load_tokenizer(recipe.model), recipe)
     assert "\n" not in str(e.value)

@@ -288,7 +288,7 @@ def test_text_without_ids_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"prompt_token_ids": [1]}, r"it read other prompt ids \(1\)"),
+        ({"prompt_token_ids": [1]}, r"the prompt ids it read \(1\) differ"),
         ({"token_ids": [70, 71]}, "was cut after 2 of 8 tokens.*max_model_len"),
         ({"token_ids": []}, "cut after 0 of 8"),
     ],
