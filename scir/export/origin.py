@@ -68,7 +68,7 @@ def outdated(o: Origin, stage: str, file: str) -> str:
     if chain[0] not in steps:
         return f"{chain[0]} is not done"
     if written.get(f"{o.node}/{file}") != (chain[0], hash_path(o.run / o.node / file)):
-        return f"{chain[0]} is stale: {o.node}/{file} is not what was written"
+        return f"{chain[0]} is stale: {o.node}/{file} has changed since it was written"
     for key in chain:
         sources = {f: written.get(f, ("", "absent")) for f in files_read(steps[key])}
         if why := changed_inputs(recipe, o.run, key, steps[key], {f: h for f, (_, h) in sources.items()}):

@@ -144,7 +144,7 @@ def test_cream_may_favour_the_side_that_was_not_preferred(tokenizer, recipe):
             tokenizer, [score], recipe.arm("cream"), {"p/0": {"previous": -1.0}, "p/1": {"previous": before}}
         )
         assert preference_rows(pairs, [score])[0]["chosen"] == chosen
-    assert "preferred, or the other one if" in LABELLERS["cream"]
+    assert "preferred by the implicit reward, or the other side if" in LABELLERS["cream"]
 
 
 def test_replayed_pairs_and_sides(tiny_run, tmp_path):
