@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import scir  # noqa: F401, before torch, so that waiting threads yield as in a run
 import torch
 
 from scir.data.chat import as_text
