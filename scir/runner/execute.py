@@ -37,7 +37,7 @@ def notebook_finished(run: Path, step: Step) -> bool:
 
 # %% ../../nbs/runner/08_execute.ipynb #66aeb354
 def execute_in_kernel(*args, **kw) -> None:
-    "papermill's `execute_notebook` with our kernels. Retries twice if a kernel dies at once (its TCP port is taken)."
+    "papermill's `execute_notebook` with our kernels. Retries twice if a kernel dies on start (its port was taken)."
     import papermill
     from scir.runner.kernels import SocketManager
 
