@@ -83,7 +83,7 @@ def stages(run: str) -> str:
 
 
 def report(run: str) -> str:
-    """A kept report as a page without a table of contents; figures have a width, so they link to their full size."""
+    """A stored report as a page without a table of contents; figures have a width, so they link to their full size."""
     text = (KEPT / run / "results.md").read_text()
     text = re.sub(
         r"!\[(.*?)\]\((\S+)\)\n\n\*(.*?)\*$",

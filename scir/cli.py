@@ -74,7 +74,7 @@ def reader_gone() -> bool:
 
 # %% ../nbs/04_cli.ipynb #8f069241
 def usage_text(error) -> str:
-    "An invalid command line, in one line."
+    "The message for an invalid command, on one line."
     where = error.ctx.command_path if error.ctx else "scir"
     return f"{' '.join(error.format_message().split()).rstrip('.')}; see {where} --help"
 
@@ -217,7 +217,7 @@ def computing(json: bool, *sources):
 
 # %% ../nbs/04_cli.ipynb #bafd7ac2
 def model_and_recipe(model: str, recipe: Path | None, setting: list) -> tuple:  # model, Recipe
-    """A model and its recipe, with the settings applied: the recipe of the model's run, or the file, or the default.
+    """A model and its recipe (from the model's run, the given file or the default), with the settings applied.
 
     For a model of a run with settings, the model returned is its adapter folder."""
     from scir.recipe import load_recipe, override, parse_recipe, run_of
@@ -473,7 +473,7 @@ def run(
 
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
-    "A run directory and its recipe, or the given recipe. Changes to the project's folder, the base of data paths."
+    "A run directory and its recipe, or the given recipe. Enters the project folder: data paths are relative to it."
     from scir.recipe import load_recipe, own_recipe, root
     from scir.runner.work import with_dtype
 
@@ -535,7 +535,7 @@ def status(
 )
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="run directories, or folders with a kept report", show_default=False)
+        list[Path], typer.Argument(help="run directories, or folders with a report", show_default=False)
     ],
     out: Annotated[Path | None, typer.Option(help="output folder; default for a single run: its report/")] = None,
     json: Json = False,

@@ -201,7 +201,7 @@ def four_bits(
 
 # %% ../nbs/03_doctor.ipynb #e4884e3b
 def threads(n: int, cores: int, load: float, env: dict) -> Finding:
-    "torch's threads compared with the cores, and how they wait. `load`: mean number of runnable processes."
+    "Whether torch has too many threads, or threads that spin on a busy machine. `load`: mean runnable processes."
     if n > cores:
         problem = f"{n} threads for {cores} usable cores"
         return Finding("threads", problem, "warn", f"export OMP_NUM_THREADS={cores}")

@@ -99,7 +99,7 @@ accuracy: fraction of labelled pairs on which the labelled side is preferred, by
 (implicit), the log-probability per token (likelihood), all reward models where they agree (agreed), or the mean margin
 (mean).
 held-out: labelled pairs not used in training; panel: M_1's answers to prompts not used in training; own: this model's
-answers to those prompts. With a grader in the recipe, a program labels panel and own."""
+answers to those prompts. If the recipe has a grader, it labels panel and own."""
 REFERENCES = {
     "sft": "the SFT model, from which M_1 was trained",
     "initial": "M_0, the base model without an adapter",

@@ -60,7 +60,7 @@ def save_tokenizer(spec: ModelSpec, folder) -> None:
     tokenizer = load_tokenizer(spec)
     tokenizer.chat_template = tokenizer.chat_template or plain_chat()
     for how in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(how, None)  # these are about this machine
+        tokenizer.init_kwargs.pop(how, None)  # these depend on this machine
     tokenizer.save_pretrained(folder)
 
 
@@ -306,7 +306,7 @@ def push(folder, name: str, to: str) -> str:  # URL of the commit
         status = getattr(getattr(e, "response", None), "status_code", None)
         why = {
             401: "invalid hub token; run `hf auth login`",
-            403: "the token has no write access there; create one that has, then run `hf auth login`",
+            403: "the token has no write access there; create one with write access, then run `hf auth login`",
         }.get(status, " ".join(str(e).split()))
         retry = shlex.join(["hf", "upload", name, str(folder), "--repo-type", kind, "--private"])
         raise ValueError(f"--push {name}: {why}; the folder {folder} is complete, upload it with: {retry}") from e

@@ -169,7 +169,7 @@ def document(made: dict, sentences: list, sizes: str, drawn: list) -> str:
 
 # %% ../../nbs/report/06_document.ipynb #d26619f3
 def kept_tables(g: Gathered) -> dict:  # name -> frame
-    "The gathered rows that a kept report stores: without columns and rows that can be derived."
+    "The gathered rows that are stored with a report, without columns and rows that can be derived from them."
     pairs = g.pairs[(g.pairs.arm != "sft") | (g.pairs.set != "own")][[*AT, "set", *KEEP, *g.rewards]]
     return {"pairs": pairs, "models": g.models, "steps": g.steps, "answers": g.answers}
 

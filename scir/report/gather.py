@@ -32,7 +32,7 @@ def evaluated(run) -> list:  # node names, base model first
 
 
 def unevaluated(run) -> str:  # one line, or an empty string
-    "The models of a run directory that have not been evaluated; unknown for a kept report."
+    "The models of a run directory that have not been evaluated; unknown for a folder with only a report."
     done = evaluated(run)
     missing = [n for n in all_nodes(load_recipe(Path(run) / "recipe.yaml")) if n not in done] if done else []
     return f"{Path(run).name}: not evaluated, so missing from the tables: {', '.join(missing)}." if missing else ""
@@ -138,7 +138,7 @@ class Gathered(NamedTuple):
 
 # %% ../../nbs/report/01_gather.ipynb #93d34619
 def rows_of(run) -> dict:  # name -> frame
-    "The tables of a run directory, or of a folder with a kept report."
+    "The tables of a run directory, or of a folder with a report."
     if evaluated(run):
         return {name: read(run) for name, read in TABLES.items()}
     kept = next((f for f in (run, run / "report") if (f / "pairs.parquet").exists()), None)
@@ -149,7 +149,7 @@ def rows_of(run) -> dict:  # name -> frame
 
 # %% ../../nbs/report/01_gather.ipynb #3cf7483e
 def gather(runs: list) -> Gathered:
-    """Gather run directories or folders with a kept report. Runs with the same name are seeds of one experiment.
+    """Gather run directories or folders with a report. Runs with the same name are seeds of one experiment.
     Raises ValueError for any other folder, for runs with different reward models, and for duplicate models."""
     runs = [Path(r) for r in runs]
     found, rewards = [rows_of(r) for r in runs], {load_recipe(r / "recipe.yaml").rewards: r for r in runs}

@@ -174,7 +174,7 @@ def reported_table() -> pd.DataFrame:
 
 
 def reported(arm: str, t: int) -> str:
-    "Published numbers for an arm's M_t; for M_1, those of every arm that starts there."
+    "Published numbers for an arm's M_t. For M_1, those of every arm whose series starts there."
     applies = lambda a, first: (a == arm or arm == "sft" and t == 1) and 0 <= t - first < 3
     found = [
         f"{v[t - first]}{'' if a == arm else f' as {a} M_1'} ({metric}, {model})"

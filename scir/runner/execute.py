@@ -50,7 +50,7 @@ def load_papermill():
 
 
 def execute_in_kernel(*args, **kw) -> None:
-    "papermill's `execute_notebook` with our kernels. Retries twice if a kernel dies at once (its TCP port is taken)."
+    "papermill's `execute_notebook` with our kernels. Retries twice if a kernel dies on start (its port was taken)."
     from scir.runner.kernels import SocketManager
 
     for left in (2, 1, 0):

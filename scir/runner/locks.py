@@ -21,7 +21,7 @@ def file_lock(
     wait: float,  # seconds; -1: for ever
     message: str,  # of the error
 ):
-    "Hold a lock of the run directory until the block or the process ends. Raises RuntimeError after waiting in vain."
+    "Hold a lock of the run directory until the block or the process ends. Raises RuntimeError on timeout."
     from filelock import FileLock, Timeout
 
     (run / LOCKS).mkdir(parents=True, exist_ok=True)

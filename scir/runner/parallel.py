@@ -141,6 +141,6 @@ def run_parallel(recipe: Recipe, run: Path, steps: list, at, jobs: int) -> None:
 
 # %% ../../nbs/runner/09_parallel.ipynb #c0d2e008
 def failure_text(failed: dict, total: int) -> str:  # failed: step -> reason
-    "How many steps are not done, and the reason of each that failed itself."
+    "How many steps are not done, and why. Steps that were skipped because another failed give no reason."
     causes = "; ".join(f"{s.key}: {why}" for s, why in failed.items() if not why.startswith("needs "))
     return f"{len(failed)} of {total} steps not done; {causes}"

@@ -168,7 +168,7 @@ def sampled_lengths(spec: SamplingSpec, sizes: Sizes, n: int) -> list:  # (promp
 
 # %% ../../nbs/runner/13_planner.ipynb #49088ae3
 def judged_pairs(recipe: Recipe, sizes: Sizes, n: int) -> list:  # of Pair
-    "Pairs of letters as a run judges them: all pairs of a prompt's answers."
+    "Pairs of random letters, formed as in a run: all pairs of a prompt's answers."
     s = recipe.sampling
     drawn = letter_pairs(sampled_lengths(s, sizes, s.candidates * ceil(n / pairs_per_prompt(s))))
     rows = [
@@ -195,7 +195,7 @@ def letter_judge(judge: JudgeSpec, frame: int) -> JudgeSpec:
 
 # %% ../../nbs/runner/13_planner.ipynb #9a1e5d3f
 def with_letter_rows(recipe: Recipe, sizes: Sizes) -> Recipe:
-    "The recipe with a judge's question for rows of letters, and only the two reward models that are planned."
+    "The recipe with a judge's question that fits rows of random letters, and only the two reward models we plan for."
     return recipe.model_copy(
         update={
             "judge": letter_judge(recipe.judge, sizes.frame),
@@ -345,7 +345,7 @@ def peak_of(
     model,
     run,  # () -> None
 ) -> int:  # bytes
-    "Peak bytes of `run`, with the model's own."
+    "Peak memory of `run`, including the model."
     with emulate_device(kind, model), LiveBytes([*model.parameters(), *model.buffers()]) as live:
         own = live.now
         run()
@@ -480,7 +480,7 @@ def peak(stage: str, recipe: Recipe, sizes: Sizes, kind: str) -> int:  # bytes
 
 # %% ../../nbs/runner/13_planner.ipynb #e893fd3a
 class Task(NamedTuple):
-    "Work of one kind in a stage of a whole run."
+    "The amount of one kind of work that a stage does in a run."
 
     stage: str
     kind: str  # trained, read or decoded

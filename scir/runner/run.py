@@ -91,7 +91,7 @@ def run_steps(recipe: Recipe, run: Path, steps: list, jobs: int, cluster: dict |
 def run_recipe(
     recipe: Recipe,
     run: Path | None = None,  # default: data/runs/NAME
-    jobs: int = 1,  # steps at once, each in a process of its own
+    jobs: int = 1,  # steps at once, each in its own process
     cluster: dict | None = None,  # settings for submitit, which then runs each step as a cluster job
     shard: bool = False,  # split every layer's weights over the processes
 ) -> Path:  # the run directory

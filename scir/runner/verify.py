@@ -47,7 +47,7 @@ def check_inputs(recipe: Recipe, run: Path):  # yields (item, fault)
 
 # %% ../../nbs/runner/12_verify.ipynb #57f285a8
 def readable_rows(path, kind: type = dict) -> tuple:  # rows, error message
-    "The rows of a file and an empty message, or no rows and why they cannot be read."
+    "A file's rows and an empty message; if the file cannot be read, no rows and the error."
     try:
         return read_rows(path, kind), ""
     except (ValueError, OSError) as e:

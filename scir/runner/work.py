@@ -126,7 +126,7 @@ def is_peer_failure(error) -> bool:
 
 # %% ../../nbs/runner/06_work.ipynb #9a76a772
 def wait_for_exit(error) -> None:
-    "After a peer failure, give `exit_with` the time to end this process silently, which it does if the parent is gone."
+    "After a peer failure, wait: if the parent is gone too, `exit_with` ends this process without an error message."
     if is_peer_failure(error):
         time.sleep(2)
 
@@ -153,8 +153,8 @@ def error_message(error) -> str:
         text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
     if is_peer_failure(text):
         return (
-            "another process of this step ended; see its error or, if it printed none, it was killed, probably out "
-            "of memory"
+            "another process of this step ended; see its error (if it printed none, it was "
+            "probably killed for lack of memory)"
         )
     return text
 
