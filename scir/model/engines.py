@@ -297,7 +297,8 @@ def _ids(choice, prompt, who):
         )
     if read is not None and read != prompt:
         raise ValueError(
-            f"{who}: the prompt ids it read ({len(read)}) differ from those sent ({len(prompt)}); it must not change them"
+            f"{who}: the prompt ids it read ({len(read)}) differ from those sent ({len(prompt)}); "
+            "it must not change them"
         )
     return ids
 

@@ -77,8 +77,8 @@ def _renders(tokenizer, chat) -> bool:
 
 def _no_system(tokenizer) -> str:
     return (
-        f"model {tokenizer.name_or_path}: its chat template has no system role, but judge.system and system messages in "
-        "the data need one; set model.system_role to user to put them into the first user turn, or remove them"
+        f"model {tokenizer.name_or_path}: its chat template has no system role, but judge.system and system messages "
+        "in the data need one; set model.system_role to user to put them into the first user turn, or remove them"
     )
 
 # %% ../../nbs/model/02_logprobs.ipynb #09c9daca

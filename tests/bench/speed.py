@@ -6,7 +6,6 @@ Results and missed targets are in docs/speed.md.
 """
 
 import argparse, gc, json, os, statistics, subprocess, sys, tempfile, time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -75,12 +74,6 @@ TARGETS = {
         1.05,
         "seconds per token of a SCIR step, against trl's DPO step with precomputed log-probs",
     ),
-    "train_vs_limit": (
-        ">=",
-        0.45,
-        "seconds that the products of a SCIR step take at the measured rate of matrix products, against its seconds "
-        "(0.6 in float32)",
-    ),
     "train_peak_memory_vs_trl": (
         "<=",
         1.0,
@@ -91,8 +84,6 @@ TARGETS = {
     "sample_vs_batched": (">=", 1.3, "tokens sampled per second, against generate on batches in arrival order"),
     "sample_vs_continuous": (">=", 1.0, "tokens sampled per second, against transformers' continuous batching"),
     "sample_vs_limit": (">=", 0.3, "the lower bound on the seconds of sampling, against the measured seconds"),
-    "busy_step": ("<=", 2.2, "seconds of a SCIR step next to another process with two busy threads, against alone"),
-    "busy_sample": ("<=", 2.2, "seconds of sampling next to another process with two busy threads, against alone"),
     "growth_time": ("10 +-", 1, "seconds to sample and judge ten times the prompts, against the original number"),
     "growth_memory": ("<=", 1.1, "peak memory with ten times the prompts, against the original number"),
 }
@@ -420,8 +411,6 @@ def training_figures(w: Workload) -> dict:
         "scir, nothing shared": responses + sum(map(len, w.presentations(pairs))),
     }
     per_token = {k: [x / tokens[k] for x in s[k]] for k in ("trl precomputed", "scir")}
-    operations = step_operations(w.policy(load_base(w.recipe.model)), pairs, tokens["scir"])
-    rate = machine_limits(compute_dtype(w.recipe.model), device())["matmul"]
     memory = {name: run_in_child(w, name) for name in ("dpo", "dpo-low", "scir", "scir-low", "trl", "trl-low")}
     share = {k: v["bytes"] / memory["trl"]["bytes"] for k, v in memory.items()}
     return (
@@ -432,7 +421,6 @@ def training_figures(w: Workload) -> dict:
             median_ratio(per_token["scir"], per_token["trl precomputed"]),
             tokens=tokens,
         )
-        | figure("train_vs_limit", operations / rate / statistics.median(s["scir"]), operations=operations, rate=rate)
         | figure("train_peak_memory_vs_trl", share["dpo"], bytes=memory, scir_share=share["scir"])
         | figure(
             "train_peak_memory_vs_trl_low",
@@ -441,23 +429,6 @@ def training_figures(w: Workload) -> dict:
             trl_checkpointing_share=share["trl-low"],
         )
     )
-
-
-def step_operations(model, pairs: list, tokens: int) -> float:
-    """Multiplications and additions of the matrix products of a SCIR step: forward through all layers, backward through
-    those from the lowest adapter on, weights' gradients for the adapters alone, and the output head at the positions
-    that need it. Attention's own products are not counted."""
-    layers, vocabulary = {}, model.get_input_embeddings().weight.numel()
-    for name, p in model.named_parameters():
-        if p.ndim == 2 and ".layers." in name:
-            n = int(name.split(".layers.")[1].split(".")[0])
-            size, adapted = layers.get(n, (0, 0))
-            layers[n] = (size + p.numel(), adapted + p.numel() * p.requires_grad)
-    lowest = min(n for n, (_, adapted) in layers.items() if adapted)
-    forward = sum(size for size, _ in layers.values())
-    backward = sum(size + adapted for n, (size, adapted) in layers.items() if n >= lowest)
-    head = sum(len(p.ids_a) + len(p.ids_b) + 2 for p in pairs)
-    return 2.0 * tokens * (forward + backward) + 4.0 * head * vocabulary
 
 
 def _computed(w, pairs):
@@ -581,46 +552,6 @@ def sampling_figures(w: Workload) -> dict:
 # Growth and peak memory. Peak memory is that of a separate process: its resident set or, on a GPU, the
 # allocator's reserved memory.
 
-BUSY = """
-import torch
-torch.set_num_threads(2)
-x = torch.randn(1024, 1024)
-while True:
-    x @ x
-"""
-
-
-@contextmanager
-def busy_machine():
-    "Another process multiplies matrices with two threads, which wait as libraries let them by default."
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    other = subprocess.Popen([sys.executable, "-c", BUSY], env=env)
-    time.sleep(5)  # until it multiplies
-    try:
-        yield
-    finally:
-        other.kill()
-        other.wait()
-
-
-def busy_figures(w: Workload) -> dict:
-    "A SCIR step and sampling next to a busy process."
-    pairs, model = w.pairs[:8], for_sampling(w.recipe.model)
-    set_reference(load_base(w.recipe.model), pairs, w.recipe.judge.batch_tokens)
-    jobs = [(i, encode_prompt(w.tokenizer, p.prompt), row_seed(0, i)) for i, p in enumerate(w.prompts[:32])]
-    work = {
-        "busy_step": our_step(w, pairs, "scir"),
-        "busy_sample": lambda: list(generate(model, w.tokenizer, jobs, w.spec)),
-    }
-    alone = alternate(work, w.repeats)
-    with busy_machine():
-        busy = alternate(work, w.repeats)
-    found = {}
-    for key in work:
-        found |= figure(key, median_ratio(busy[key], alone[key]), alone=alone[key], busy=busy[key])
-    return found
-
-
 SMALL, LARGE = 14, 140
 
 
@@ -734,7 +665,6 @@ GROUPS = {
     "judge-gradient": judge_gradient_figures,
     "training": training_figures,
     "sampling": sampling_figures,
-    "busy": busy_figures,
     "growth": growth_figures,
 }
 
