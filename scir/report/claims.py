@@ -324,8 +324,8 @@ def headline_of(g: Gathered) -> list:  # of sentences
     "One run: disagreement of the reward models, success of the answers, accuracy of each reward model."
     arms = tuple(a for a in ARM_PHRASES if a in set(g.models.arm))
     reached = last(g, arms, g.models).iteration.max()
-    rounds = [up_to(g, t) for t in range(2, reached + 1)] or [g] if arms else []
-    sentences = (disagreement_sentence(rounds, arms), success_sentence(rounds, arms), accuracy_sentence(rounds, arms))
+    after = [up_to(g, t) for t in range(2, reached + 1)] or [g] if arms else []
+    sentences = (disagreement_sentence(after, arms), success_sentence(after, arms), accuracy_sentence(after, arms))
     return [s for s in sentences if s]
 
 
