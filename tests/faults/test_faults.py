@@ -71,7 +71,9 @@ def test_a_run_that_becomes_read_only_is_still_read(small_disk, short):
     folder = small_disk(100_000)
     shutil.copytree(short, folder / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    assert "9 done" in command("status", folder / "run").stdout and command("verify", folder / "run").returncode == 0
+    steps = len(read_json(short / "manifest.json")["steps"])
+    assert command("status", folder / "run").stdout.splitlines()[-1] == f"{steps} done"
+    assert command("verify", folder / "run").returncode == 0
 
 
 # broken files ---------------------------------------------------------------
@@ -86,7 +88,7 @@ def test_truncated_data(tmp_path, name):
     rows.to_json(path, orient="records", lines=True) if name.endswith("l") else rows.to_parquet(path)
     path.write_bytes(path.read_bytes()[:-100])
     one_line(run_into(tmp_path / "run", "--set", f"data.pairs={path}"), name, "cannot be read")
-    assert "failed" in state(tmp_path / "run", "warm_start:seed0/m1")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_a_server_that_breaks_down_and_comes_back_shakily(short, tmp_path):
     def reply(n, body, headers):
         if n % 3 if later else len(answers) >= 3:
             return BROKEN[n % 3]
-        answers.append(json.dumps(body, sort_keys=True))
+        answers.append(body)
         return 200, said("A"), 0
 
     def steps():
@@ -276,7 +278,8 @@ def test_a_server_that_breaks_down_and_comes_back_shakily(short, tmp_path):
             assert run_into(run, *settings).returncode == 0
             if all(state(run, k) == "done" for k in steps()):
                 break
-    assert len(answers) == len(set(answers)) == first + lacking and state(run, "report") == "done"
+    assert state(run, "report") == "done"
+    assert len(answers) == first + lacking
     assert not sum(s["summary"]["invalid"] for s in steps().values())
 
 

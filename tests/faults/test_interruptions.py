@@ -53,6 +53,14 @@ def at_work(folder):
     return next(iter(manifest(folder).get("begun", {})), "between steps").partition(":")[0]
 
 
+def wait_for_whole_batches(process, folder):
+    "Wait while a run samples in bfloat16: resumed responses then differ, because they depend on their batch."
+    while process.poll() is None and any(folder.rglob("responses*.partial.jsonl")):
+        if load_recipe(folder / "recipe.yaml").model.dtype == "float32":
+            break
+        time.sleep(0.01)
+
+
 def killed_again_and_again(name, folder, times, delay, seed):
     "Start a run, kill it at a random step and a random while later, start it again; in the end let it end. The moments are spread over the whole run."
     rng, kills = random.Random(seed), 0
@@ -64,6 +72,7 @@ def killed_again_and_again(name, folder, times, delay, seed):
             while process.poll() is None and at_work(folder) == "between steps":
                 time.sleep(0.002)
         time.sleep(rng.uniform(0, delay))
+        wait_for_whole_batches(process, folder)
         if process.poll() is not None:
             break
         TALLY[name, at_work(folder)] += 1
