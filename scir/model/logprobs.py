@@ -60,19 +60,12 @@ def _render(tokenizer, chat) -> str:
     try:
         return tokenizer.apply_chat_template(chat, chat_template=stop_clock(tokenizer.get_chat_template()), **asks)
     except Exception as e:  # a template's code can raise anything
-        if chat[0]["role"] == "system" and _renders(tokenizer, chat[1:]):
+        if chat[0]["role"] == "system":
+            _render(tokenizer, chat[1:])  # raises if the template fails without the system message too
             raise ValueError(_no_system(tokenizer)) from None
         raise ValueError(
             f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}"
         ) from None
-
-
-def _renders(tokenizer, chat) -> bool:
-    "Whether the template renders a chat."
-    try:
-        return bool(_render(tokenizer, chat))
-    except ValueError:
-        return False
 
 
 def _no_system(tokenizer) -> str:
@@ -106,11 +99,8 @@ def _encode_start(tokenizer, text: str) -> list:
     return ids if tokenizer.chat_template is not None or bos is None or ids[:1] == [bos] else [bos] + ids
 
 
-def encode_text(
-    tokenizer,
-    text: str,  # from a user or a model
-) -> list:  # token ids, none of them special
-    "Ids of plain text: special tokens inside it are split into ordinary ones."
+def encode_text(tokenizer, text: str) -> list:  # token ids, none of them special
+    "Ids of a text from a user or a model: special tokens inside it are split into ordinary ones."
     return encode_piece(tokenizer, text, plain=True)
 
 # %% ../../nbs/model/02_logprobs.ipynb #ee1e28ff
@@ -148,19 +138,23 @@ def _special(tokenizer) -> frozenset:
 
 
 @lru_cache(maxsize=8)
-def _answer(tokenizer) -> tuple:  # white space before an answer; function that strips an answer
+def _answer(tokenizer) -> tuple:  # white space before an answer; function that strips an answer; id that ends it
     "How the chat template formats an answer after the prompt."
+    unformatted = "", str, tokenizer.eos_token_id
     if tokenizer.chat_template is None:
-        return "", str
+        return unformatted
     talk, fields = (Message(role="user", content="{q}"), Message(role="assistant", content="{a}")), ("q", "a")
     try:
         asked = render_chat(tokenizer, talk[:1], fields)[2]
-        answered = render_chat(tokenizer, talk, fields)[2]
+        answered = render_chat(tokenizer, talk, fields)
         strip = _strips(tokenizer, talk, fields, None)[1]
     except ValueError:
-        return "", str  # the template does not render assistant turns
-    space = answered.removeprefix(asked)
-    return space if answered.startswith(asked) and space.isspace() else "", strip
+        return unformatted  # the template does not render assistant turns
+    space = answered[2].removeprefix(asked) if answered[2].startswith(asked) else ""
+    ids = encode_piece(tokenizer, answered[-1].lstrip())
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    end = ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
+    return space if space.isspace() else "", strip, end
 
 # %% ../../nbs/model/02_logprobs.ipynb #1b04582b
 def _join(tokenizer, frame, said) -> list:
@@ -189,7 +183,7 @@ def encode_chat(
 ) -> list:  # token ids
     "Ids of a one-turn chat with `fields` filled in, up to the start of the assistant's answer (or its verdict word)."
     ids = _fill(tokenizer, (Message(role="user", content=content),), fields, system)
-    space, _ = _answer(tokenizer)
+    space, *_ = _answer(tokenizer)
     if all(len(encode_piece(tokenizer, space + word)) == 1 for word in words):
         return ids
     return ids + encode_piece(tokenizer, space)
@@ -224,25 +218,15 @@ def encode_turns(
     return encode_messages(tokenizer, talk, system)
 
 # %% ../../nbs/model/02_logprobs.ipynb #99cc9797
-@lru_cache(maxsize=8)
 def turn_end(tokenizer) -> int:
     "The end-of-turn id: the token that the chat template puts after an assistant's turn, or eos if there is none."
-    if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
-    talk = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
-    try:
-        after = render_chat(tokenizer, talk, ("q", "a"))[-1]
-    except ValueError:
-        return tokenizer.eos_token_id  # the template does not render assistant turns
-    ids = encode_piece(tokenizer, after.lstrip())
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
+    return _answer(tokenizer)[2]
 
 # %% ../../nbs/model/02_logprobs.ipynb #58c6cb1d
 def encode_response(tokenizer, response: str) -> list:
     "Ids of a finished response as the template formats it after the prompt, with the end-of-turn id."
-    space, strip = _answer(tokenizer)
-    return encode_text(tokenizer, space + strip(response)) + [turn_end(tokenizer)]
+    space, strip, end = _answer(tokenizer)
+    return encode_text(tokenizer, space + strip(response)) + [end]
 
 # %% ../../nbs/model/02_logprobs.ipynb #4f6fc83f
 def project(
@@ -362,9 +346,8 @@ def supports_trees(model) -> bool:
         dropping = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.training]
         for m in dropping:
             m.eval()
-        base._supports_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same_in_a_tree(
-            model
-        )
+        known = base.config._attn_implementation in ("eager", "sdpa", "grouped")
+        base._supports_trees = known and _same_in_a_tree(model)
         for m in dropping:
             m.train()
     return base._supports_trees
@@ -386,10 +369,9 @@ def _same_in_a_tree(model):
 # %% ../../nbs/model/02_logprobs.ipynb #7b40293f
 def _read(anchor, model, rows, wanted):
     "Hidden states of `rows` at the `wanted` positions; `anchor` shows `checkpoint` on which device to restore the RNG."
+    paths = [(b, i, path) for b, tree in enumerate(rows) for i, path in tree.paths.items()]
     hidden = hidden_states(model, rows)
-    return torch.cat(
-        [hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()]
-    )
+    return torch.cat([hidden[b, [path[p] for p in wanted[i]]] for b, i, path in paths])
 
 
 def hidden_at(
@@ -439,7 +421,7 @@ def token_logps(
 ) -> torch.Tensor:  # (N,) float32, nats
     "Log-probs of the target tokens; logits are recomputed in backward."
     grad = torch.is_grad_enabled() and hidden.requires_grad
-    run = (lambda *a: checkpoint(_chunk_logps, *a, use_reentrant=False)) if grad else _chunk_logps
+    run = partial(checkpoint, _chunk_logps, use_reentrant=False) if grad else _chunk_logps
     return torch.cat([run(model, h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 # %% ../../nbs/model/02_logprobs.ipynb #fc931751
@@ -453,9 +435,8 @@ def response_logps(
     "Log-prob of each response given its prompt; duplicates are computed once."
     asked = [(tuple(p), tuple(r)) for p, r in zip(prompts, responses)]
     number = {x: i for i, x in enumerate(dict.fromkeys(asked))}
-    hidden = hidden_at(
-        model, [list(p + r) for p, r in number], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number], recompute
-    )
+    wanted = [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number]
+    hidden = hidden_at(model, [list(p + r) for p, r in number], wanted, recompute)
     rows = torch.tensor([i for (_, r), i in number.items() for _ in r], device=hidden.device)
     targets = torch.tensor([t for _, r in number for t in r], device=hidden.device)
     sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
@@ -485,17 +466,16 @@ def in_batches(
     "Read batch by batch; halves batches, with a message, if memory runs out. Raises MemoryError for a single row."
     queue = list(parts)
     while queue:
-        rows, found, full = queue.pop(0), None, False
+        rows = queue.pop(0)
         try:
             found = read(rows)
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            full = True
-        if not full:
-            yield rows, found
         else:
-            queue = _halved(rows, queue, sizes)
+            yield rows, found
+            continue
+        queue = _halved(rows, queue, sizes)  # not in `except`, where the error still holds the tensors
 
 
 def _halved(rows, queue, sizes) -> list:
