@@ -15,12 +15,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from .rewards import View
@@ -189,14 +184,12 @@ class Bar(TrainerCallback):
     "A progress bar for terminal and notebook, with the latest metrics."
 
     def on_train_begin(self, args, state, control, **kw):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=rank() > 0
-        )
+        done, total = state.global_step, state.max_steps
+        self.bar = tqdm(initial=done, total=total, desc="training", unit="step", disable=rank() > 0)
 
     def on_log(self, args, state, control, logs=None, **kw):
-        self.bar.set_postfix(
-            {k: round(logs[k], 3) for k in ("loss", "retained", "inconsistency") if k in logs}, refresh=False
-        )
+        latest = {k: round(logs[k], 3) for k in ("loss", "retained", "inconsistency") if k in logs}
+        self.bar.set_postfix(latest, refresh=False)
 
     def on_step_end(self, args, state, control, **kw):
         self.bar.update()
@@ -211,8 +204,8 @@ PIP = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub m
 
 def check_trackers(names: tuple) -> None:
     "Raise RecipeError for a tracker that transformers does not support or that is not installed."
-    known = sorted(set(INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"})
-    installed = get_available_reporting_integrations()
+    known = sorted(set(integrations.INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"})
+    installed = integrations.get_available_reporting_integrations()
     if unknown := [n for n in names if n not in known]:
         raise RecipeError(
             f"report_to: {', '.join(unknown)} is not a tracker that transformers supports: {', '.join(known)}"
@@ -231,14 +224,13 @@ def trackers(
     check_trackers(names)
     if not last:
         shutil.rmtree(folder, ignore_errors=True)
-    made = dict(zip(names, get_reporting_integration_callbacks(list(names))))
-
-    def tensorboard():
+    made = dict(zip(names, integrations.get_reporting_integration_callbacks(list(names))))
+    if "tensorboard" in made:
         from torch.utils.tensorboard import SummaryWriter
 
-        return made["tensorboard"](SummaryWriter(folder, purge_step=int(last.rpartition("-")[2]) + 1 if last else None))
-
-    return [tensorboard() if name == "tensorboard" else kind() for name, kind in made.items()]
+        step = int(last.rpartition("-")[2]) + 1 if last else None
+        made["tensorboard"] = partial(made["tensorboard"], SummaryWriter(folder, purge_step=step))
+    return [make() for make in made.values()]
 
 # %% ../../nbs/method/06_trainer.ipynb #dc9e19f9
 class Seal(TrainerCallback):
