@@ -113,7 +113,7 @@ class PairTrainer(Trainer):
         super().__init__(data_collator=lambda pairs: {"pairs": pairs}, processing_class=tokenizer, **kw)
         self.loss_of, self.recipe, self.tokenizer = loss_of, recipe, tokenizer
         self.model_accepts_loss_kwargs = False  # then Trainer divides the loss by the accumulation steps
-        self._sums, self._weights, self._rows = {}, {}, []
+        self._sums, self._rows = {}, []  # metric -> (weighted sum, weight) since the last log line; ids of the rows
 
     def get_train_dataloader(self):
         "The same full batches for every process; `training_step` takes this process's pairs."
@@ -146,18 +146,11 @@ class PairTrainer(Trainer):
         return (loss * weight, None) if return_outputs else loss * weight
 
     def _collect(self, metrics, weight):
-        "Add a batch's metrics to the running sums; `margin` is a mean over retained pairs only."
+        "Add a batch's metrics to the running sums and weights; `margin` is a mean over retained pairs only."
         for k, v in metrics.items():
             w = weight * float(metrics["retained"]) if k == "margin" else weight
-            self._sums[k] = self._sums.get(k, 0.0) + float(v) * w
-            self._weights[k] = self._weights.get(k, 0.0) + w
-
-    def _over_processes(self, sums):
-        "Running sums, added up over all processes."
-        if processes() == 1:
-            return sums
-        as_tensor = partial(torch.tensor, dtype=torch.float64, device=self.args.device)
-        return self.accelerator.reduce({k: as_tensor(v) for k, v in sums.items()})
+            both = torch.tensor([float(v) * w, w], dtype=torch.float64, device=self.args.device)
+            self._sums[k] = self._sums.get(k, 0.0) + both
 
     def log(self, logs, *args, **kw):
         "Add the averaged metrics to a log line."
@@ -167,10 +160,10 @@ class PairTrainer(Trainer):
                 "lower the learning rate or check these rows"
             )
         if self._sums and "loss" in logs:
-            sums, weights = self._over_processes(self._sums), self._over_processes(self._weights)
-            logs = logs | {k: float(v) / (float(weights[k]) or 1.0) for k, v in sums.items()}
+            sums = {k: both.tolist() for k, both in self.accelerator.reduce(self._sums).items()}  # over all processes
+            logs = logs | {k: total / (weight or 1.0) for k, (total, weight) in sums.items()}
         if "loss" in logs:
-            self._sums, self._weights, self._rows = {}, {}, []
+            self._sums, self._rows = {}, []
         return super().log(logs, *args, **kw)
 
     def create_scheduler(self, num_training_steps, optimizer=None):

@@ -6,7 +6,7 @@
 __all__ = ['RETRIES', 'NO_ANSWER', 'UNREADABLE', 'RANKS', 'BATCHES', 'PATIENCE', 'ENGINES', 'TEMPERATURES', 'connect', 'complete',
            'transformers_engine', 'stop_ids', 'sampling_params', 'checked_row', 'lora_room', 'vllm_model',
            'vllm_engine', 'adapter_name', 'serve_line', 'server_name', 'list_served', 'assumed_note', 'loads_adapters',
-           'load_remote_adapter', 'server_engine', 'check_engine', 'when_asked', 'open_engine', 'room']
+           'load_remote_adapter', 'server_engine', 'check_engine', 'open_engine', 'room']
 
 # %% ../../nbs/model/04_engines.ipynb #35b7861b
 import os, shlex
@@ -329,21 +329,18 @@ def check_engine(recipe: Recipe) -> None:
 
 # %% ../../nbs/model/04_engines.ipynb #c32c5016
 @contextmanager
-def when_asked(opened):  # engine(jobs, spec)
-    "Enter the context of an engine on its first jobs; sharded processes all enter it, since each forward needs them."
-    with ExitStack() as until:
-        engine = cache(lambda: until.enter_context(opened))
-        yield lambda jobs, spec: engine()(jobs, spec) if jobs or sharded() else iter(())
-
-
 def open_engine(
     recipe: Recipe,  # model, sampling.engine
     tokenizer,
     adapter=None,  # folder of M_t's adapter; None: M_0
-):  # context manager that gives engine(jobs, spec)
-    "The recipe's engine for M_t; raises RecipeError if it cannot run."
+):  # engine(jobs, spec)
+    "Context manager for the recipe's engine for M_t, started by its first jobs; raises RecipeError if it cannot run."
     check_engine(recipe)
-    return when_asked(ENGINES.get(recipe.sampling.engine, server_engine)(recipe, tokenizer, adapter))
+    opened = ENGINES.get(recipe.sampling.engine, server_engine)(recipe, tokenizer, adapter)
+    with ExitStack() as until:
+        engine = cache(lambda: until.enter_context(opened))
+        # sharded processes all start it, since each forward pass needs them
+        yield lambda jobs, spec: engine()(jobs, spec) if jobs or sharded() else iter(())
 
 # %% ../../nbs/model/04_engines.ipynb #4c8518c6
 def room(model: ModelSpec, spec: SamplingSpec) -> int | float:  # tokens

