@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_messages', 'encode_prompt',
            'encode_turns', 'turn_end', 'encode_response', 'project', 'check_projection', 'Tree', 'trees', 'tree_mask',
            'pad_right', 'hidden_states', 'supports_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps',
-           'batches', 'in_batches']
+           'batches', 'in_batches', 'in_row_order']
 
 # %% ../../nbs/model/02_logprobs.ipynb #02ecdbf7
 import re
@@ -15,6 +15,7 @@ from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..data.chat import DATE, Message, Prompted, messages, stop_clock
@@ -301,13 +302,9 @@ def tree_mask(
     return additive_mask(visible[:, None], dtype)
 
 # %% ../../nbs/model/02_logprobs.ipynb #f4ee238c
-def pad_right(seqs: list, pad: int = 0, device="cpu") -> tuple:  # (B, T) ids, (B,) lengths
+def pad_right(seqs: list, pad: int = 0, device="cpu") -> torch.Tensor:  # (B, T)
     "Ids as a tensor, padded on the right."
-    lengths = torch.tensor([len(s) for s in seqs], device=device)
-    ids = torch.full((len(seqs), max(map(len, seqs))), pad, dtype=torch.long)
-    for i, s in enumerate(seqs):
-        ids[i, : len(s)] = torch.tensor(s)
-    return ids.to(device), lengths
+    return pad_sequence([torch.tensor(s) for s in seqs], batch_first=True, padding_value=pad).to(device)
 
 
 def hidden_states(
@@ -324,11 +321,11 @@ def hidden_states(
             f"a sequence of {longest} tokens does not fit the model's context of {context}; "
             "lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens"
         )
-    ids, packed = pad_right([t.ids for t in rows], device=model.device)[0], {}
+    ids, packed = pad_right([t.ids for t in rows], device=model.device), {}
     if any(len(t.paths) > 1 for t in rows):
         packed = {
             "attention_mask": tree_mask(rows, decoder.get_input_embeddings().weight.dtype).to(model.device),
-            "position_ids": pad_right([t.positions for t in rows], device=model.device)[0],
+            "position_ids": pad_right([t.positions for t in rows], device=model.device),
         }
     return decoder(input_ids=ids, use_cache=False, **packed).last_hidden_state
 
@@ -489,3 +486,9 @@ def _halved(rows, queue, sizes) -> list:
     make_room(f"batches of at most {budget} tokens")
     left = [i for b in (rows, *queue) for i in b]
     return [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]
+
+# %% ../../nbs/model/02_logprobs.ipynb #46d5068a
+def in_row_order(found, count: int) -> list:  # a result per row; None for rows that were not read
+    "Results of `count` rows, from pairs (row numbers, their results) such as those of `in_batches`."
+    by_row = {i: result for rows, results in found for i, result in zip(rows, results)}
+    return [by_row.get(i) for i in range(count)]

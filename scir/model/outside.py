@@ -28,41 +28,27 @@ TOO_LONG = "longer than the judge's context"
 
 def local_judge(spec: ModelSpec, judge: JudgeSpec):
     "A causal language model as judge, P = sigmoid(verdict margin); raises ValueError if a verdict is not one token."
-    from scir.method.judge import find_verdicts, judge_ids
+    import torch
+    from scir.method.judge import find_verdicts, judge_ids, verdict_margins
+    from scir.model.logprobs import batches, in_batches, in_row_order
     from scir.model.weights import dense, load_tokenizer
 
     tokenizer = load_tokenizer(spec)
     verdicts, model = find_verdicts(tokenizer, judge.verdicts), dense(spec)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
+    @torch.no_grad()
     def ask(rows):
         seqs = [judge_ids(tokenizer, judge, *row) for row in rows]
-        ask.failures.update(TOO_LONG for s in seqs if len(s) > room)
-        fits = [i for i, s in enumerate(seqs) if len(s) <= room]
-        found = _probabilities(model, [seqs[i] for i in fits], verdicts, judge.batch_tokens)
-        by_row = dict(zip(fits, found))
-        return [by_row.get(i) for i in range(len(rows))]
+        sizes = [len(s) for s in seqs]
+        ask.failures.update(TOO_LONG for n in sizes if n > room)
+        fits = [i for i, n in enumerate(sizes) if n <= room]
+        parts = [[fits[j] for j in b] for b in batches([sizes[i] for i in fits], judge.batch_tokens)]
+        read = lambda part: verdict_margins(model, [seqs[i] for i in part], verdicts)[0].sigmoid().tolist()
+        return in_row_order(tqdm(in_batches(read, parts, sizes), desc="judging", unit="batch"), len(rows))
 
     ask.failures = Counter()
     return ask
-
-
-def _probabilities(model, seqs, verdicts, budget) -> list:
-    "P(the first response is better) of each question, in batches of `budget` tokens."
-    import torch
-    from scir.method.judge import verdict_margins
-    from scir.model.logprobs import batches, in_batches
-
-    out, sizes = [None] * len(seqs), [len(s) for s in seqs]
-
-    def margins(batch):
-        return verdict_margins(model, [seqs[b] for b in batch], verdicts)[0]
-
-    with torch.no_grad():
-        for batch, m in tqdm(in_batches(margins, batches(sizes, budget), sizes), desc="judging", unit="batch"):
-            for b, p in zip(batch, m.sigmoid().tolist()):
-                out[b] = p
-    return out
 
 # %% ../../nbs/model/05_outside.ipynb #fd801f1b
 def load_reward(name: str, dtype: str = "auto") -> tuple:  # model in eval mode, tokenizer
@@ -107,26 +93,23 @@ def reward_inputs(tokenizer, prompt: Prompted, response: str) -> dict:  # name -
 def _outputs(model, tokenizer, rows, batch=8):
     "Outputs of the head per row, None for rows longer than the context; batches have rows of similar length."
     import torch
-    from scir.model.logprobs import in_batches, pad_right
+    from scir.model.logprobs import in_batches, in_row_order, pad_right
 
     inputs = [reward_inputs(tokenizer, *r) for r in rows]
     sizes = [len(x["input_ids"]) for x in inputs]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     context = min(context, tokenizer.model_max_length)
     order = sorted((i for i, n in enumerate(sizes) if n <= context), key=lambda i: -sizes[i])
-    out = [None] * len(rows)
 
     def read(part):
         pad = lambda k: tokenizer.pad_token_id if k == "input_ids" else 0
-        tensors = {k: pad_right([inputs[i][k] for i in part], pad(k), model.device)[0] for k in inputs[part[0]]}
+        tensors = {k: pad_right([inputs[i][k] for i in part], pad(k), model.device) for k in inputs[part[0]]}
         with torch.no_grad():
             return model(**tensors).logits.float().tolist()
 
     parts = [order[i : i + batch] for i in range(0, len(order), batch)]
-    for part, logits in tqdm(in_batches(read, parts, sizes), total=len(parts), desc="rewards", unit="batch"):
-        for i, r in zip(part, logits):
-            out[i] = r
-    return out
+    found = tqdm(in_batches(read, parts, sizes), total=len(parts), desc="rewards", unit="batch")
+    return in_row_order(found, len(rows))
 
 
 def _rewards(model, tokenizer, rows, batch=8):
@@ -280,13 +263,9 @@ def open_replies(cache) -> dict:  # id -> text
     return {r.id: r.text for r in rows}
 
 # %% ../../nbs/model/05_outside.ipynb #ec1be601
-def endpoint_judge(
-    url: str,  # of an OpenAI-compatible server, with its /v1
-    model: str,  # as the server names it
-    judge: JudgeSpec,
-    cache,  # JSON Lines file of replies
-):
-    "A model on a server as judge, P is 0 or 1; API: https://platform.openai.com/docs/api-reference/chat"
+def endpoint_judge(url: str, model: str, judge: JudgeSpec, cache):
+    """A model on a server as judge, P is 0 or 1. `url` is of an OpenAI-compatible server, with its /v1
+    (https://platform.openai.com/docs/api-reference/chat); `cache` is a JSON Lines file of replies."""
     client, known = connect(url, TIMEOUT), open_replies(cache)
 
     def ask(rows):
@@ -298,8 +277,7 @@ def endpoint_judge(
                 if reason:
                     ask.failures[reason] += 1
                 else:
-                    file.write(Reply(id=key, model=model, text=text).model_dump_json() + "\n")
-                    file.flush()
+                    print(Reply(id=key, model=model, text=text).model_dump_json(), file=file, flush=True)
                     known[key] = text
         verdicts = [parse_verdict(known[k], judge.verdicts) if k in known else None for k in keys]
         ask.failures.update("no verdict in the reply" for k, v in zip(keys, verdicts) if v is None and k in known)
