@@ -36,7 +36,7 @@ class Pair:
 
 
 def stored_fields(pair) -> dict:  # name -> value
-    "What a pair shares with the rows that store it, Score and SeedPair: id, prompt, responses and their token ids."
+    "The fields that a pair shares with the rows that store it: Score and SeedPair."
     return {k: getattr(pair, k) for k in ("id", "prompt", "response_a", "response_b", "ids_a", "ids_b")}
 
 

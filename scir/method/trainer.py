@@ -113,7 +113,7 @@ class PairTrainer(Trainer):
         super().__init__(data_collator=lambda pairs: {"pairs": pairs}, processing_class=tokenizer, **kw)
         self.loss_of, self.recipe, self.tokenizer = loss_of, recipe, tokenizer
         self.model_accepts_loss_kwargs = False  # then Trainer divides the loss by the accumulation steps
-        self._sums, self._rows = {}, []  # metric -> (weighted sum, weight) since the last log line; ids of the rows
+        self._sums, self._rows = {}, []  # metric -> (weighted sum, weight); row ids
 
     def get_train_dataloader(self):
         "The same full batches for every process; `training_step` takes this process's pairs."
@@ -146,7 +146,7 @@ class PairTrainer(Trainer):
         return (loss * weight, None) if return_outputs else loss * weight
 
     def _collect(self, metrics, weight):
-        "Add a batch's metrics to the running sums and weights; `margin` is a mean over retained pairs only."
+        "Add a batch's metrics to the sums since the last log line; `margin` is over retained pairs only."
         for k, v in metrics.items():
             w = weight * float(metrics["retained"]) if k == "margin" else weight
             both = torch.tensor([float(v) * w, w], dtype=torch.float64, device=self.args.device)
@@ -160,8 +160,8 @@ class PairTrainer(Trainer):
                 "lower the learning rate or check these rows"
             )
         if self._sums and "loss" in logs:
-            sums = {k: both.tolist() for k, both in self.accelerator.reduce(self._sums).items()}  # over all processes
-            logs = logs | {k: total / (weight or 1.0) for k, (total, weight) in sums.items()}
+            sums = self.accelerator.reduce(self._sums)  # over all processes
+            logs = logs | {k: float(total / (weight or 1.0)) for k, (total, weight) in sums.items()}
         if "loss" in logs:
             self._sums, self._rows = {}, []
         return super().log(logs, *args, **kw)

@@ -28,7 +28,7 @@ UNREADABLE = (ValueError, TypeError, AttributeError, IndexError)  # raised when 
 
 
 def connect(url: str, timeout: float):
-    "A client for an OpenAI-compatible server (`url` with its /v1, seconds per request), with OPENAI_API_KEY's key."
+    "A client for an OpenAI-compatible server: its url with /v1, seconds per request, OPENAI_API_KEY's key."
     from openai import OpenAI
 
     key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -334,7 +334,7 @@ def open_engine(
     tokenizer,
     adapter=None,  # folder of M_t's adapter; None: M_0
 ):  # engine(jobs, spec)
-    "Context manager for the recipe's engine for M_t, started by its first jobs; raises RecipeError if it cannot run."
+    "Context manager: the recipe's engine for M_t; its first jobs start it. Raises RecipeError if it cannot run."
     check_engine(recipe)
     opened = ENGINES.get(recipe.sampling.engine, server_engine)(recipe, tokenizer, adapter)
     with ExitStack() as until:

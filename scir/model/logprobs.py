@@ -139,7 +139,7 @@ def _special(tokenizer) -> frozenset:
 
 
 @lru_cache(maxsize=8)
-def _answer(tokenizer) -> tuple:  # white space before an answer; function that strips an answer; id that ends it
+def _answer(tokenizer) -> tuple:  # white space before an answer, function that strips it, id that ends it
     "How the chat template formats an answer after the prompt."
     unformatted = "", str, tokenizer.eos_token_id
     if tokenizer.chat_template is None:

