@@ -75,11 +75,15 @@ _IN_USER = (
 
 
 def set_template(
-    template: str | dict,  # of a tokenizer; a dict holds several by name
+    template: str | dict | None,  # of a tokenizer; a dict holds several by name
     args: dict,  # template variable -> its default
     system_in_user: bool = False,
-) -> str | dict:
+) -> str | dict | None:
     "The template with the recipe's settings in front. Raises ValueError for an unknown variable."
+    if template is None and args:
+        raise ValueError("it has no chat template; leave out model.template_args")
+    if template is None:
+        return None
     if isinstance(template, dict):
         return {k: set_template(t, args, system_in_user) for k, t in template.items()}
     if lacking := [name for name in args if not re.search(rf"\b{name}\b", template)]:

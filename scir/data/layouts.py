@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'PROMPTS', 'SYSTEMS', 'UNREAD', 'STEMS', 'ENDS', 'SIDES', 'LABELS', 'KNOWN_PROMPT', 'KNOWN_PAIRS',
            'KNOWN_PROMPTS', 'KNOWN_ANSWERS', 'Drop', 'half_pairs', 'as_turns', 'asked', 'whole', 'unknown',
-           'prompt_column', 'with_input', 'label_text', 'label_words', 'Layout', 'pair_layout', 'pair_reader',
-           'prompt_reader', 'answer_reader']
+           'prompt_column', 'with_input', 'label_text', 'label_words', 'Layout', 'pair_layout', 'prompt_reader',
+           'answer_reader']
 
 # %% ../../nbs/data/02_layouts.ipynb #98331b02
 import json, re
@@ -27,42 +27,29 @@ def half_pairs(*texts) -> bool:
     return any("\ud800" <= c <= "\udfff" for t in texts for c in t)
 
 
-def _content(value) -> str:
-    if isinstance(value, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
-            raise Drop("not text")
-        value = "".join(p["text"] for p in value)
-    if not isinstance(value, str):
-        raise Drop("not text")
-    if half_pairs(value):
-        raise Drop("not Unicode")
-    return value
-
-
-def _turn(role, value) -> Message:
+def _turn(role, content) -> Message:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     if str(role).lower() not in ROLES:
         raise Drop("unknown role")
-    return Message(role=ROLES[str(role).lower()], content=_content(value))
+    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        raise Drop("not text")
+    text = "".join(p["text"] for p in parts)
+    if half_pairs(text):
+        raise Drop("not Unicode")
+    return Message(role=ROLES[str(role).lower()], content=text)
 
 # %% ../../nbs/data/02_layouts.ipynb #28ccf51a
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-def _transcript(text: str) -> list:
-    "The turns of an hh-rlhf transcript."
-    pieces = _SPEAKER.split(text.lstrip())[1:]
-    return [_turn(who, said.strip()) for who, said in zip(pieces[::2], pieces[1::2])]
-
-
 _WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 def _parsed(text: str):
-    "A text, or the messages that it contains as JSON."
-    if not _WRITTEN.match(text):
-        return text
+    "A text, or the messages that it contains as JSON or as an hh-rlhf transcript."
+    if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
+        pieces = _SPEAKER.split(text.lstrip())[1:]
+        return [{"role": who, "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2])]
     try:
-        return json.loads(text)
+        return json.loads(text) if _WRITTEN.match(text) else text
     except ValueError:
         raise Drop("messages not in JSON") from None
 
@@ -72,13 +59,10 @@ def as_turns(
     role: str,  # its author, if it is a text
 ) -> list:  # of Message, without empty system messages
     "The turns in a cell."
+    value = _parsed(value) if isinstance(value, str) else value
     if isinstance(value, str):
-        value = _parsed(value)
-    if isinstance(value, str):
-        talk = value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
-        return _transcript(value) if talk else [_turn(role, value)]
-    if isinstance(value, dict):
-        value = [value]
+        return [_turn(role, value)]
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise Drop("not text")
     if not value:
@@ -163,9 +147,9 @@ def prompt_column(rows: list) -> str | None:
     return found[0] if found else None
 
 
-def with_input(row) -> str:
-    "Alpaca: the instruction, with its input if it has one."
-    return row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+def with_input(instruction: str, given: str | None) -> str:
+    "Alpaca and self-instruct: the instruction, with its input if it has one."
+    return instruction + ("\n\n" + given if given else "")
 
 
 def _with_system(turns, row):
@@ -182,18 +166,19 @@ def _with_system(turns, row):
 def _asked(row, column) -> list | None:  # turns; None without a column
     if column is None:
         return None
-    turns = as_turns(with_input(row) if column == "instruction" else row[column], "user")
+    text = with_input(row[column], row.get("input")) if column == "instruction" else row[column]
+    turns = as_turns(text, "user")
     if len(turns) > 1 and turns[-1] == Message(role="assistant", content=""):
         turns = turns[:-1]  # where the answer goes
     return _with_system(turns, row)
 
 # %% ../../nbs/data/02_layouts.ipynb #8d76618a
-def label_text(value) -> str | None:  # None for a tie; raises Drop without a label
-    "A label in lower case."
+def label_text(value) -> str:
+    "A label in lower case; `tie` for every tie, empty without a label."
     text = re.sub(r"^\[+|\]+$|\.0$", "", "" if value is None else str(value).strip().lower())
-    if text in ("", "nan"):
-        raise Drop("no label")
-    return None if re.match(r"tie|both|neither|equal|draw", text) else text
+    if text == "nan":
+        return ""
+    return "tie" if re.match(r"tie|both|neither|equal|draw", text) else text
 
 # %% ../../nbs/data/02_layouts.ipynb #3996b603
 def label_words(
@@ -207,22 +192,12 @@ def label_words(
         for k, (name, end) in enumerate(zip(sides, ends))
         for w in (name.lower(), end, f"model_{end}", f"response_{end}", f"assistant_{end}")
     }
-    numbers = {v for v in values if v and v.isdigit()}
+    numbers = {v for v in values if v.isdigit()}
     if ends != ["a", "b"] or not numbers:
         return words
     if numbers == {"1"} or {"0", "2"} <= numbers:
         raise ValueError(f"the labels {', '.join(sorted(numbers))} could count from 0 or from 1; write a and b")
     return words | ({"0": 0, "1": 1} if "0" in numbers else {"1": 0, "2": 1})
-
-
-def _labels(rows, column):  # in lower case; rows without a label are left out
-    out = []
-    for row in rows:
-        try:
-            out.append(label_text(row[column]))
-        except Drop:
-            pass
-    return out
 
 # %% ../../nbs/data/02_layouts.ipynb #d453713e
 class Layout(NamedTuple):
@@ -238,8 +213,8 @@ class Layout(NamedTuple):
         if self.label is None:
             return 0
         text = label_text(row[self.label])
-        if text is None:
-            raise Drop("tie")
+        if text in ("", "tie"):
+            raise Drop(text or "no label")
         if text not in self.words:
             ends = [int(name[-1]) if name[-1].isdigit() else name[-1] for name in self.sides]
             raise ValueError(f"label {row[self.label]!r} is neither {ends[0]!r} nor {ends[1]!r}, nor a tie")
@@ -261,10 +236,6 @@ class Layout(NamedTuple):
         prompt, *answers = self.read(row)
         return prompt, answers[better], answers[1 - better]
 
-    def shown_first(self, row) -> tuple | None:
-        "The labelled pair of a row, if its better side comes first."
-        return None if self.better(row) else self.pair(row)
-
 # %% ../../nbs/data/02_layouts.ipynb #60e37e32
 def pair_layout(rows: list) -> Layout:
     "The layout of a file of labelled pairs. Raises ValueError for unknown columns."
@@ -277,21 +248,17 @@ def pair_layout(rows: list) -> Layout:
             )
         if len(labels) > 1:
             raise ValueError(f"columns {' and '.join(labels)} could each be the label; keep one")
-        return Layout(prompt_column(rows), sides[0], labels[0], label_words(_labels(rows, labels[0]), sides[0]))
+        words = label_words([label_text(r[labels[0]]) for r in rows], sides[0])
+        return Layout(prompt_column(rows), sides[0], labels[0], words)
     if {"chosen", "rejected"} <= set(rows[0]):
         return Layout(prompt_column(rows), ("chosen", "rejected"), None, {})
     raise unknown(rows[0], KNOWN_PAIRS)
-
-
-def pair_reader(rows: list):  # row -> (prompt, chosen, rejected)
-    "The function that converts a row into a labelled pair."
-    return pair_layout(rows).pair
 
 # %% ../../nbs/data/02_layouts.ipynb #222eef13
 def _instance(row):
     "self_instruct: the instruction with its first instance."
     first = row["instances"][0]
-    return row["instruction"] + ("\n\n" + first["input"] if first["input"] else ""), first["output"]
+    return with_input(row["instruction"], first["input"]), first["output"]
 
 
 def _first_turn(row):

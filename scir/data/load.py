@@ -9,13 +9,13 @@ __all__ = ['SPLITS', 'FILE_KINDS', 'LAYOUT_REASONS', 'read_source', 'unusable', 
 
 # %% ../../nbs/data/03_load.ipynb #33387ec4
 import csv, hashlib, json, runpy
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from .chat import Message, Prompted, as_text, first_turn
-from .layouts import Drop, answer_reader, half_pairs, pair_layout, pair_reader, prompt_reader, unknown
+from .chat import Prompted, as_text, first_turn
+from .layouts import Drop, answer_reader, half_pairs, pair_layout, prompt_reader, unknown
 from .layouts import KNOWN_ANSWERS, KNOWN_PAIRS, KNOWN_PROMPTS
 from ..recipe import DataSpec, RecipeError, locate
 from ..store import LabelledPair, Prompt, digest
@@ -38,13 +38,6 @@ def _json(path):
     return found if isinstance(found, list) else [found]
 
 
-def _csv_rows(lines):
-    try:
-        yield from lines
-    except csv.Error as e:
-        raise ValueError(f"line {lines.line_num}: {e}") from None
-
-
 def _csv(path):
     "Rows of a CSV file; every cell is a text, because 4 and NA may be answers."
     csv.field_size_limit(2**31 - 1)
@@ -53,13 +46,16 @@ def _csv(path):
         header, rows = next(lines, []), []
         if len(set(header)) < len(header):
             raise ValueError(f"its header {header} names a column twice")
-        for row in filter(None, _csv_rows(lines)):
-            if len(row) != len(header):
-                raise ValueError(
-                    f"line {lines.line_num}: {len(row)} fields where the header has {len(header)}; "
-                    "quote texts that contain commas or line breaks"
-                )
-            rows.append(dict(zip(header, row)))
+        try:
+            for row in filter(None, lines):
+                if len(row) != len(header):
+                    raise csv.Error(
+                        f"{len(row)} fields where the header has {len(header)}; "
+                        "quote texts that contain commas or line breaks"
+                    )
+                rows.append(dict(zip(header, row)))
+        except csv.Error as e:
+            raise ValueError(f"line {lines.line_num}: {e}") from None
     return rows
 
 
@@ -121,23 +117,12 @@ def _read_rows(path):
 # %% ../../nbs/data/03_load.ipynb #feb85a70
 def unusable(*values) -> str | None:  # a reason
     "Why a row with these texts or conversations is unusable; None if it is usable."
-    texts = [t for v in values for t in _texts(v)]
+    texts = [t for v in values for t in ([m.content for m in v] if isinstance(v, tuple) else [v])]
     if any(not isinstance(t, str) for t in texts):
         return "not text"
     if half_pairs(*texts):
         return "not Unicode"
     return "empty" if any(not t.strip() for t in texts) else None
-
-
-def _texts(value) -> list:  # all texts in a prompt, or the value itself
-    return (
-        [m.content for m in value] if isinstance(value, tuple) and value and isinstance(value[0], Message) else [value]
-    )
-
-
-def _fields(row) -> list:  # of texts
-    values = row if isinstance(row, tuple) else [getattr(row, k) for k in type(row).model_fields]
-    return [t for v in values if v is not None for t in _texts(v)]
 
 
 def _split(row) -> str | None:
@@ -162,7 +147,7 @@ def _naming(where):
 
 def _convert(source, reader, known, check, build):
     "Rows of a source, converted by the `reader` for its columns; drops by reason."
-    rows, out, dropped, seen, odd = read_source(source), [], Counter(), set(), {}
+    rows, out, seen, dropped = read_source(source), [], set(), defaultdict(list)
     if not rows:
         raise ValueError(f"data source {source}: no rows")
     with _naming(source):
@@ -172,18 +157,18 @@ def _convert(source, reader, known, check, build):
             made, reason = _made(read, row, check)
             reason = reason or ("duplicate" if made in seen else None)
             built = None if reason else build(row, made)
-        if not reason and half_pairs(*_fields(built)):
-            reason = "not Unicode"  # its id or subset
+        if half_pairs(getattr(built, "id", ""), getattr(built, "subset", "")):
+            reason = "not Unicode"
         if reason:
-            dropped[reason] += 1
-            odd.setdefault(reason, n)
+            dropped[reason].append(n)
         else:
             seen.add(made)
             out.append(built)
+    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
     if not out:
-        raise ValueError(f"data source {source}: no usable row; dropped {dict(dropped)}{_hint(odd, rows, known)}")
+        raise ValueError(f"data source {source}: no usable row; dropped {counts}{_hint(dropped, rows, known)}")
     _check_ids(source, out)
-    return out, dict(dropped)
+    return out, counts
 
 
 def _made(read, row, check):  # the converted row, a reason to drop it or None
@@ -196,12 +181,10 @@ def _made(read, row, check):  # the converted row, a reason to drop it or None
     return made, "not a prompt" if made is None else check(made)
 
 
-def _hint(odd, rows, known) -> str:
+def _hint(dropped, rows, known) -> str:
     "Advice for a file without a usable row, if its layout may be the reason."
-    shapes = [reason for reason in LAYOUT_REASONS if reason in odd]
-    if not shapes:
-        return ""
-    return f", the first {shapes[0]} one is row {odd[shapes[0]]}; {unknown(rows[0], known)}"
+    reason = next((r for r in LAYOUT_REASONS if r in dropped), None)
+    return f", the first {reason} one is row {dropped[reason][0]}; {unknown(rows[0], known)}" if reason else ""
 
 
 def _check_ids(source, rows):
@@ -228,17 +211,11 @@ def load_pairs(source: str) -> tuple:  # list of LabelledPair, drops by reason
         return unusable(*t) or ("equal responses" if t[1].strip() == t[2].strip() else None)
 
     def build(row, t):
+        texts = dict(zip(("prompt", "chosen", "rejected"), t))
         subset = str(row.get("how") or row.get("subset") or "")
-        return LabelledPair(
-            id=str(row.get("id") or digest(*t)),
-            prompt=t[0],
-            chosen=t[1],
-            rejected=t[2],
-            subset=subset,
-            split=_split(row),
-        )
+        return LabelledPair(id=str(row.get("id") or digest(*t)), **texts, subset=subset, split=_split(row))
 
-    return _convert(source, pair_reader, KNOWN_PAIRS, check, build)
+    return _convert(source, lambda rows: pair_layout(rows).pair, KNOWN_PAIRS, check, build)
 
 # %% ../../nbs/data/03_load.ipynb #0f0eefe6
 def load_instructions(source: str) -> tuple:  # list of (prompt, output), drops by reason
@@ -250,7 +227,10 @@ def shown_first(source: str) -> set | None:  # of (prompt, chosen, rejected); No
     "The pairs of a source whose better side comes first in the file."
     rows = read_source(source)
     layout = pair_layout(rows)
-    return {_made(layout.shown_first, row, lambda t: None)[0] for row in rows} - {None} if layout.label else None
+    if layout.label is None:
+        return None
+    pair_if_first = lambda row: None if layout.better(row) else layout.pair(row)
+    return {_made(pair_if_first, row, lambda pair: None)[0] for row in rows} - {None}
 
 # %% ../../nbs/data/03_load.ipynb #20697c56
 def merged(
@@ -354,19 +334,15 @@ def _pool(spec: DataSpec) -> tuple:  # prompts for training, prompts kept for ev
         train = [r for r in free if r.split == "train"]
         kept = [r for r in free if r.split == spec.evaluate_on]
     else:
-        train, kept = _apart(free, n)
+        kept = free[:n]
+        opened = {first_turn(r.prompt) for r in kept}
+        train = [r for r in free[n:] if first_turn(r.prompt) not in opened]
     if len(train) <= spec.seed_prompts or len(kept) < n:
         raise ValueError(
             f"data.prompts {', '.join(spec.prompts)}: {len(free)} usable prompts, {len(kept)} of {n} held out, "
             "none left to train on; lower data.held_out_prompts or data.seed_prompts"
         )
     return train, kept[:n], dropped | {"in an evaluation set": len(rows) - len(free)}
-
-
-def _apart(rows, n):  # training rows, n held-out rows; the two share no first user turn
-    kept = rows[:n]
-    opened = {first_turn(r.prompt) for r in kept}
-    return [r for r in rows[n:] if first_turn(r.prompt) not in opened], kept
 
 # %% ../../nbs/data/03_load.ipynb #8e5e81c6
 def find_grader(name: str):  # (prompt, answer) -> score

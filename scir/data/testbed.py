@@ -189,15 +189,8 @@ def format_pairs() -> list:  # dicts with prompt, chosen, rejected, how, split
         for name, (follow, follows) in RULES.items():
             able = [s for s in found[topic] if not follows(s)]
             for chosen, rejected in zip(rng.sample(found[topic], 4), rng.choices(able, k=4) if able else []):
-                out.append(
-                    {
-                        "prompt": ABOUT.format(topic, name),
-                        "chosen": follow(chosen),
-                        "rejected": rejected,
-                        "how": name,
-                        "split": "test",
-                    }
-                )
+                pair = {"prompt": ABOUT.format(topic, name), "chosen": follow(chosen), "rejected": rejected}
+                out.append(pair | {"how": name, "split": "test"})
     return [p for p in out if p["chosen"] != p["rejected"]]
 
 

@@ -146,11 +146,8 @@ def labels(
 # %% ../../nbs/method/05_labels.ipynb #5a8688f7
 def parse_vote(text: str) -> float | None:
     "Points of the last 'Score: N' in `text`, 0 to 5; None if there is none."
-    found = re.findall(
-        r"score\W{0,8}?(?:is\W{0,3}|of\W{0,3})?(-?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*([0-9]+))?",
-        text,
-        re.IGNORECASE,
-    )
+    score = r"score\W{0,8}?(?:is\W{0,3}|of\W{0,3})?(-?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*([0-9]+))?"
+    found = re.findall(score, text, re.IGNORECASE)
     if not found:
         return None
     points, scale = found[-1]
@@ -171,12 +168,12 @@ def vote_jobs(tokenizer, responses: list, spec: LabelSpec, judge_system: str | N
     from scir.data.chat import as_text
     from scir.model.logprobs import encode_chat  # imported here: loads PyTorch
 
-    fields = lambda r: {"prompt": as_text(r.prompt), "response": r.response}
-    return [
-        (f"{r.id}/{n}", encode_chat(tokenizer, VOTE_TEMPLATE, fields(r), judge_system))
-        for r in responses
-        for n in range(spec.votes)
-    ]
+    jobs = []
+    for r in responses:
+        fields = {"prompt": as_text(r.prompt), "response": r.response}
+        ids = encode_chat(tokenizer, VOTE_TEMPLATE, fields, judge_system)
+        jobs += [(f"{r.id}/{n}", ids) for n in range(spec.votes)]
+    return jobs
 
 # %% ../../nbs/method/05_labels.ipynb #268480ba
 def mean_points(votes: list) -> dict:  # response id -> mean points; None without a valid vote

@@ -16,7 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.load import better_side, find_grader
-from .rewards import Pair, View, margins, text_pair
+from .labels import candidates
+from .rewards import Pair, View, margins, stored_fields, text_pair
 from ..model.logprobs import batches, encode_prompt, in_batches, response_logps
 from ..recipe import Recipe
 from ..store import Journal, Response, Score, all_gather, processes, rank, row_seed, local_items, sharded
@@ -52,16 +53,10 @@ def candidate_pairs(
 
 
 def _sampled_pair(tokenizer, a: Response, b: Response):
-    return Pair(
-        f"{a.prompt_id}/{a.candidate}-{b.candidate}",
-        a.prompt,
-        a.response,
-        b.response,
-        encode_prompt(tokenizer, a.prompt),
-        a.response_ids,
-        b.response_ids,
-        extra={"prompt_id": a.prompt_id},
-    )
+    id = f"{a.prompt_id}/{a.candidate}-{b.candidate}"
+    prompt_ids = encode_prompt(tokenizer, a.prompt)
+    ids = {"ids_a": a.response_ids, "ids_b": b.response_ids}
+    return Pair(id, a.prompt, a.response, b.response, prompt_ids, **ids, extra={"prompt_id": a.prompt_id})
 
 # %% ../../nbs/method/04_scores.ipynb #828dfacc
 def label_by_grader(pairs: list, name: str | None) -> None:
@@ -171,13 +166,8 @@ def set_reference(model, pairs: list, budget: int, reference=as_reference) -> No
 # %% ../../nbs/method/04_scores.ipynb #c58dafc3
 def response_table(model, pairs: list, budget: int, desc: str) -> dict:  # response id -> log-prob, nats
     "Log-prob of every candidate, by its id in responses.jsonl."
-    from scir.method.labels import candidates
-
-    return {
-        r: logp
-        for p, both in zip(pairs, pair_logps(model, pairs, budget, desc))
-        for r, logp in zip(candidates(p), both)
-    }
+    found = pair_logps(model, pairs, budget, desc)
+    return {r: logp for p, both in zip(pairs, found) for r, logp in zip(candidates(p), both)}
 
 # %% ../../nbs/method/04_scores.ipynb #72f91bdb
 @torch.no_grad()
@@ -217,40 +207,26 @@ def _rows(view):  # yields Score
             raise FloatingPointError(
                 f"pair {p.id}: a log-prob or margin is not finite; check the model, its adapter and model.dtype"
             )
-        yield _score(p, logps[i], orders[i], mass[i], of_pair)
-
-
-def _score(p: Pair, logps, orders, mass, of_pair: dict):
-    return Score(
-        id=p.id,
-        prompt_id=p.extra["prompt_id"],
-        prompt=p.prompt,
-        response_a=p.response_a,
-        response_b=p.response_b,
-        ids_a=p.ids_a,
-        ids_b=p.ids_b,
-        logps=logps,
-        reference_logps=p.reference_logps,
-        order_margins=orders,
-        verdict_mass=mass,
-        margins=of_pair,
-        label=p.extra.get("label"),
-        subset=p.extra.get("subset", ""),
-    )
+        yield Score(
+            **stored_fields(p),
+            prompt_id=p.extra["prompt_id"],
+            logps=logps[i],
+            reference_logps=p.reference_logps,
+            order_margins=orders[i],
+            verdict_mass=mass[i],
+            margins=of_pair,
+            label=p.extra.get("label"),
+            subset=p.extra.get("subset", ""),
+        )
 
 # %% ../../nbs/method/04_scores.ipynb #e18b833b
 def scored_pairs(tokenizer, scores: list) -> list:  # of Pair
     "Pairs of a list of Score, with the token ids and reference log-probs stored in it."
     return [
         Pair(
-            s.id,
-            s.prompt,
-            s.response_a,
-            s.response_b,
-            encode_prompt(tokenizer, s.prompt),
-            s.ids_a,
-            s.ids_b,
-            s.reference_logps,
+            **stored_fields(s),
+            prompt_ids=encode_prompt(tokenizer, s.prompt),
+            reference_logps=s.reference_logps,
             extra={"prompt_id": s.prompt_id, "truth": s.label},
         )
         for s in scores

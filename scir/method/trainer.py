@@ -15,12 +15,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from .rewards import View
@@ -118,7 +113,7 @@ class PairTrainer(Trainer):
         super().__init__(data_collator=lambda pairs: {"pairs": pairs}, processing_class=tokenizer, **kw)
         self.loss_of, self.recipe, self.tokenizer = loss_of, recipe, tokenizer
         self.model_accepts_loss_kwargs = False  # then Trainer divides the loss by the accumulation steps
-        self._sums, self._weights, self._rows = {}, {}, []
+        self._sums, self._rows = {}, []  # metric -> (weighted sum, weight); row ids
 
     def get_train_dataloader(self):
         "The same full batches for every process; `training_step` takes this process's pairs."
@@ -151,18 +146,11 @@ class PairTrainer(Trainer):
         return (loss * weight, None) if return_outputs else loss * weight
 
     def _collect(self, metrics, weight):
-        "Add a batch's metrics to the running sums; `margin` is a mean over retained pairs only."
+        "Add a batch's metrics to the sums since the last log line; `margin` is over retained pairs only."
         for k, v in metrics.items():
             w = weight * float(metrics["retained"]) if k == "margin" else weight
-            self._sums[k] = self._sums.get(k, 0.0) + float(v) * w
-            self._weights[k] = self._weights.get(k, 0.0) + w
-
-    def _over_processes(self, sums):
-        "Running sums, added up over all processes."
-        if processes() == 1:
-            return sums
-        as_tensor = partial(torch.tensor, dtype=torch.float64, device=self.args.device)
-        return self.accelerator.reduce({k: as_tensor(v) for k, v in sums.items()})
+            both = torch.tensor([float(v) * w, w], dtype=torch.float64, device=self.args.device)
+            self._sums[k] = self._sums.get(k, 0.0) + both
 
     def log(self, logs, *args, **kw):
         "Add the averaged metrics to a log line."
@@ -172,10 +160,10 @@ class PairTrainer(Trainer):
                 "lower the learning rate or check these rows"
             )
         if self._sums and "loss" in logs:
-            sums, weights = self._over_processes(self._sums), self._over_processes(self._weights)
-            logs = logs | {k: float(v) / (float(weights[k]) or 1.0) for k, v in sums.items()}
+            sums = self.accelerator.reduce(self._sums)  # over all processes
+            logs = logs | {k: float(total / (weight or 1.0)) for k, (total, weight) in sums.items()}
         if "loss" in logs:
-            self._sums, self._weights, self._rows = {}, {}, []
+            self._sums, self._rows = {}, []
         return super().log(logs, *args, **kw)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -189,14 +177,12 @@ class Bar(TrainerCallback):
     "A progress bar for terminal and notebook, with the latest metrics."
 
     def on_train_begin(self, args, state, control, **kw):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=rank() > 0
-        )
+        done, total = state.global_step, state.max_steps
+        self.bar = tqdm(initial=done, total=total, desc="training", unit="step", disable=rank() > 0)
 
     def on_log(self, args, state, control, logs=None, **kw):
-        self.bar.set_postfix(
-            {k: round(logs[k], 3) for k in ("loss", "retained", "inconsistency") if k in logs}, refresh=False
-        )
+        latest = {k: round(logs[k], 3) for k in ("loss", "retained", "inconsistency") if k in logs}
+        self.bar.set_postfix(latest, refresh=False)
 
     def on_step_end(self, args, state, control, **kw):
         self.bar.update()
@@ -211,8 +197,8 @@ PIP = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub m
 
 def check_trackers(names: tuple) -> None:
     "Raise RecipeError for a tracker that transformers does not support or that is not installed."
-    known = sorted(set(INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"})
-    installed = get_available_reporting_integrations()
+    known = sorted(set(integrations.INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"})
+    installed = integrations.get_available_reporting_integrations()
     if unknown := [n for n in names if n not in known]:
         raise RecipeError(
             f"report_to: {', '.join(unknown)} is not a tracker that transformers supports: {', '.join(known)}"
@@ -231,14 +217,13 @@ def trackers(
     check_trackers(names)
     if not last:
         shutil.rmtree(folder, ignore_errors=True)
-    made = dict(zip(names, get_reporting_integration_callbacks(list(names))))
-
-    def tensorboard():
+    made = dict(zip(names, integrations.get_reporting_integration_callbacks(list(names))))
+    if "tensorboard" in made:
         from torch.utils.tensorboard import SummaryWriter
 
-        return made["tensorboard"](SummaryWriter(folder, purge_step=int(last.rpartition("-")[2]) + 1 if last else None))
-
-    return [tensorboard() if name == "tensorboard" else kind() for name, kind in made.items()]
+        step = int(last.rpartition("-")[2]) + 1 if last else None
+        made["tensorboard"] = partial(made["tensorboard"], SummaryWriter(folder, purge_step=step))
+    return [make() for make in made.values()]
 
 # %% ../../nbs/method/06_trainer.ipynb #dc9e19f9
 class Seal(TrainerCallback):

@@ -70,12 +70,10 @@ class PreallocatedLayer(DynamicLayer):
 
     def collect(self, parts: list, spare: int = 32) -> None:  # (layer, rows, first column) each
         "Take over rows of several layers, aligned at their last token, with space for `spare` more tokens."
-        stores = [
-            [getattr(layer, name)[rows, :, start : layer.length] for layer, rows, start in parts]
-            for name in ("keys", "values")
-        ]
-        self.length = max(k.shape[2] for k in stores[0])
-        self.keys, self.values = (_right_aligned(s, self.length, spare) for s in stores)
+        keys = [layer.keys[rows, :, start : layer.length] for layer, rows, start in parts]
+        values = [layer.values[rows, :, start : layer.length] for layer, rows, start in parts]
+        self.length = max(k.shape[2] for k in keys)
+        self.keys, self.values = (_right_aligned(x, self.length, spare) for x in (keys, values))
 
 
 def _right_aligned(parts, length, spare):
@@ -138,14 +136,10 @@ class Pool:
     def step(self) -> list:  # rows that finish with this token
         "Sample one token for every row."
         ids = draw(self.logits, [r.generator for r in self.rows], self.spec.temperature, self.spec.top_p)
-        ended = []
-        for row, token in zip(self.rows, ids.tolist()):
-            if not row.alive:
-                continue
+        unfinished = [(row, token) for row, token in zip(self.rows, ids.tolist()) if row.alive]
+        for row, token in unfinished:
             row.ids.append(token)
             row.alive = token not in self.ends and len(row.ids) < self.spec.max_new_tokens
-            if not row.alive:
-                ended.append(row)
         if living := sum(r.alive for r in self.rows):
             if living <= 0.875 * len(self.rows):
                 ids = self._drop(ids)
@@ -156,7 +150,7 @@ class Pool:
             self.logits = self._forward(ids[:, None], self.mask, self.mask.sum(-1, keepdim=True) - 1, self.cache)
         else:
             self.rows, self.cache = [], None
-        return ended
+        return [row for row, _ in unfinished if not row.alive]
 
     def _drop(self, ids):
         "Drop finished rows, and the columns on the left that no other row uses."
@@ -173,14 +167,8 @@ class Pool:
             all_gather(True)  # asks the other processes to join the next forward pass
         if cache.layers:
             mask = torch.nn.functional.pad(mask, (0, cache.layers[0].keys.shape[2] - mask.shape[1]))
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return self.model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 # %% ../../nbs/model/03_decoding.ipynb #1d8ccd49
 def end_ids(config, tokenizer) -> set:
@@ -205,7 +193,6 @@ def generate(
     "Sample responses, at most `spec.batch_size` at once, in the order they end; raises MemoryError if one is too big."
     left, ends = {job[0]: job for job in jobs}, end_ids(model.generation_config, tokenizer)
     while left:
-        full = False
         try:
             for row in _decoded(Pool(model, spec, ends), [*left.values()], spec.batch_size):
                 del left[row.key]
@@ -213,9 +200,9 @@ def generate(
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            full = True
-        if full:
-            spec = _halved(spec, len(left))
+        else:
+            break
+        spec = _halved(spec, len(left))  # not in `except`, where the error still holds the tensors
     while sharded() and any(all_gather(False)):
         # take part in the other processes' forward pass
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'render_chat', 'encode_piece', 'encode_text', 'encode_chat', 'encode_messages', 'encode_prompt',
            'encode_turns', 'turn_end', 'encode_response', 'project', 'check_projection', 'Tree', 'trees', 'tree_mask',
            'pad_right', 'hidden_states', 'supports_trees', 'hidden_at', 'similar', 'token_logps', 'response_logps',
-           'batches', 'in_batches']
+           'batches', 'in_batches', 'in_row_order']
 
 # %% ../../nbs/model/02_logprobs.ipynb #02ecdbf7
 import re
@@ -15,6 +15,7 @@ from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..data.chat import DATE, Message, Prompted, messages, stop_clock
@@ -60,19 +61,12 @@ def _render(tokenizer, chat) -> str:
     try:
         return tokenizer.apply_chat_template(chat, chat_template=stop_clock(tokenizer.get_chat_template()), **asks)
     except Exception as e:  # a template's code can raise anything
-        if chat[0]["role"] == "system" and _renders(tokenizer, chat[1:]):
+        if chat[0]["role"] == "system":
+            _render(tokenizer, chat[1:])  # raises if the template fails without the system message too
             raise ValueError(_no_system(tokenizer)) from None
         raise ValueError(
             f"model {tokenizer.name_or_path}: its chat template fails: {' '.join(str(e).split())[:200]}"
         ) from None
-
-
-def _renders(tokenizer, chat) -> bool:
-    "Whether the template renders a chat."
-    try:
-        return bool(_render(tokenizer, chat))
-    except ValueError:
-        return False
 
 
 def _no_system(tokenizer) -> str:
@@ -106,11 +100,8 @@ def _encode_start(tokenizer, text: str) -> list:
     return ids if tokenizer.chat_template is not None or bos is None or ids[:1] == [bos] else [bos] + ids
 
 
-def encode_text(
-    tokenizer,
-    text: str,  # from a user or a model
-) -> list:  # token ids, none of them special
-    "Ids of plain text: special tokens inside it are split into ordinary ones."
+def encode_text(tokenizer, text: str) -> list:  # token ids, none of them special
+    "Ids of a text from a user or a model: special tokens inside it are split into ordinary ones."
     return encode_piece(tokenizer, text, plain=True)
 
 # %% ../../nbs/model/02_logprobs.ipynb #ee1e28ff
@@ -148,34 +139,33 @@ def _special(tokenizer) -> frozenset:
 
 
 @lru_cache(maxsize=8)
-def _answer(tokenizer) -> tuple:  # white space before an answer; function that strips an answer
+def _answer(tokenizer) -> tuple:  # white space before an answer, function that strips it, id that ends it
     "How the chat template formats an answer after the prompt."
+    unformatted = "", str, tokenizer.eos_token_id
     if tokenizer.chat_template is None:
-        return "", str
+        return unformatted
     talk, fields = (Message(role="user", content="{q}"), Message(role="assistant", content="{a}")), ("q", "a")
     try:
         asked = render_chat(tokenizer, talk[:1], fields)[2]
-        answered = render_chat(tokenizer, talk, fields)[2]
+        answered = render_chat(tokenizer, talk, fields)
         strip = _strips(tokenizer, talk, fields, None)[1]
     except ValueError:
-        return "", str  # the template does not render assistant turns
-    space = answered.removeprefix(asked)
-    return space if answered.startswith(asked) and space.isspace() else "", strip
+        return unformatted  # the template does not render assistant turns
+    space = answered[2].removeprefix(asked) if answered[2].startswith(asked) else ""
+    ids = encode_piece(tokenizer, answered[-1].lstrip())
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    end = ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
+    return space if space.isspace() else "", strip, end
 
 # %% ../../nbs/model/02_logprobs.ipynb #1b04582b
-def _join(tokenizer, frame, said) -> list:
-    "Ids of a chat encoded as one text; empty if its special tokens are not exactly the template's."
-    ids = _encode_start(tokenizer, frame.texts[0] + "".join(a + b for a, b in zip(said, frame.texts[1:])))
-    special = _special(tokenizer)
-    return ids if [i for i in ids if i in special] == [i for piece in frame.ids for i in piece if i in special] else []
-
-
 def _fill(tokenizer, turns, fields, system, whole=False) -> list:
     "Ids of the template with `fields` filled in; with `whole`, every field is a whole message."
-    frame = _frame(tokenizer, turns, tuple(fields), system, whole)
+    frame, special = _frame(tokenizer, turns, tuple(fields), system, whole), _special(tokenizer)
     said = [strip(fields[name]) for name, strip in frame.placeholders]
-    if whole and (joined := _join(tokenizer, frame, said)):
-        return joined
+    if whole:  # as one text, if its special tokens are exactly the template's
+        ids = _encode_start(tokenizer, frame.texts[0] + "".join(a + b for a, b in zip(said, frame.texts[1:])))
+        if [i for i in ids if i in special] == [i for piece in frame.ids for i in piece if i in special]:
+            return ids
     start, *rest = frame.ids
     return [*start, *(i for text, ids in zip(said, rest) for i in encode_text(tokenizer, text) + ids)]
 
@@ -189,7 +179,7 @@ def encode_chat(
 ) -> list:  # token ids
     "Ids of a one-turn chat with `fields` filled in, up to the start of the assistant's answer (or its verdict word)."
     ids = _fill(tokenizer, (Message(role="user", content=content),), fields, system)
-    space, _ = _answer(tokenizer)
+    space, *_ = _answer(tokenizer)
     if all(len(encode_piece(tokenizer, space + word)) == 1 for word in words):
         return ids
     return ids + encode_piece(tokenizer, space)
@@ -224,25 +214,15 @@ def encode_turns(
     return encode_messages(tokenizer, talk, system)
 
 # %% ../../nbs/model/02_logprobs.ipynb #99cc9797
-@lru_cache(maxsize=8)
 def turn_end(tokenizer) -> int:
     "The end-of-turn id: the token that the chat template puts after an assistant's turn, or eos if there is none."
-    if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
-    talk = Message(role="user", content="{q}"), Message(role="assistant", content="{a}")
-    try:
-        after = render_chat(tokenizer, talk, ("q", "a"))[-1]
-    except ValueError:
-        return tokenizer.eos_token_id  # the template does not render assistant turns
-    ids = encode_piece(tokenizer, after.lstrip())
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return ids[0] if ids and ids[0] in special else tokenizer.eos_token_id
+    return _answer(tokenizer)[2]
 
 # %% ../../nbs/model/02_logprobs.ipynb #58c6cb1d
 def encode_response(tokenizer, response: str) -> list:
     "Ids of a finished response as the template formats it after the prompt, with the end-of-turn id."
-    space, strip = _answer(tokenizer)
-    return encode_text(tokenizer, space + strip(response)) + [turn_end(tokenizer)]
+    space, strip, end = _answer(tokenizer)
+    return encode_text(tokenizer, space + strip(response)) + [end]
 
 # %% ../../nbs/model/02_logprobs.ipynb #4f6fc83f
 def project(
@@ -322,13 +302,9 @@ def tree_mask(
     return additive_mask(visible[:, None], dtype)
 
 # %% ../../nbs/model/02_logprobs.ipynb #f4ee238c
-def pad_right(seqs: list, pad: int = 0, device="cpu") -> tuple:  # (B, T) ids, (B,) lengths
+def pad_right(seqs: list, pad: int = 0, device="cpu") -> torch.Tensor:  # (B, T)
     "Ids as a tensor, padded on the right."
-    lengths = torch.tensor([len(s) for s in seqs], device=device)
-    ids = torch.full((len(seqs), max(map(len, seqs))), pad, dtype=torch.long)
-    for i, s in enumerate(seqs):
-        ids[i, : len(s)] = torch.tensor(s)
-    return ids.to(device), lengths
+    return pad_sequence([torch.tensor(s) for s in seqs], batch_first=True, padding_value=pad).to(device)
 
 
 def hidden_states(
@@ -345,11 +321,11 @@ def hidden_states(
             f"a sequence of {longest} tokens does not fit the model's context of {context}; "
             "lower data.max_prompt_tokens, data.max_response_tokens or sampling.max_new_tokens"
         )
-    ids, packed = pad_right([t.ids for t in rows], device=model.device)[0], {}
+    ids, packed = pad_right([t.ids for t in rows], device=model.device), {}
     if any(len(t.paths) > 1 for t in rows):
         packed = {
             "attention_mask": tree_mask(rows, decoder.get_input_embeddings().weight.dtype).to(model.device),
-            "position_ids": pad_right([t.positions for t in rows], device=model.device)[0],
+            "position_ids": pad_right([t.positions for t in rows], device=model.device),
         }
     return decoder(input_ids=ids, use_cache=False, **packed).last_hidden_state
 
@@ -362,9 +338,8 @@ def supports_trees(model) -> bool:
         dropping = [m for m in base.modules() if isinstance(m, torch.nn.Dropout) and m.training]
         for m in dropping:
             m.eval()
-        base._supports_trees = base.config._attn_implementation in ("eager", "sdpa", "grouped") and _same_in_a_tree(
-            model
-        )
+        known = base.config._attn_implementation in ("eager", "sdpa", "grouped")
+        base._supports_trees = known and _same_in_a_tree(model)
         for m in dropping:
             m.train()
     return base._supports_trees
@@ -386,10 +361,9 @@ def _same_in_a_tree(model):
 # %% ../../nbs/model/02_logprobs.ipynb #7b40293f
 def _read(anchor, model, rows, wanted):
     "Hidden states of `rows` at the `wanted` positions; `anchor` shows `checkpoint` on which device to restore the RNG."
+    paths = [(b, i, path) for b, tree in enumerate(rows) for i, path in tree.paths.items()]
     hidden = hidden_states(model, rows)
-    return torch.cat(
-        [hidden[b, [path[p] for p in wanted[i]]] for b, tree in enumerate(rows) for i, path in tree.paths.items()]
-    )
+    return torch.cat([hidden[b, [path[p] for p in wanted[i]]] for b, i, path in paths])
 
 
 def hidden_at(
@@ -439,7 +413,7 @@ def token_logps(
 ) -> torch.Tensor:  # (N,) float32, nats
     "Log-probs of the target tokens; logits are recomputed in backward."
     grad = torch.is_grad_enabled() and hidden.requires_grad
-    run = (lambda *a: checkpoint(_chunk_logps, *a, use_reentrant=False)) if grad else _chunk_logps
+    run = partial(checkpoint, _chunk_logps, use_reentrant=False) if grad else _chunk_logps
     return torch.cat([run(model, h, t) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 # %% ../../nbs/model/02_logprobs.ipynb #fc931751
@@ -453,9 +427,8 @@ def response_logps(
     "Log-prob of each response given its prompt; duplicates are computed once."
     asked = [(tuple(p), tuple(r)) for p, r in zip(prompts, responses)]
     number = {x: i for i, x in enumerate(dict.fromkeys(asked))}
-    hidden = hidden_at(
-        model, [list(p + r) for p, r in number], [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number], recompute
-    )
+    wanted = [range(len(p) - 1, len(p) + len(r) - 1) for p, r in number]
+    hidden = hidden_at(model, [list(p + r) for p, r in number], wanted, recompute)
     rows = torch.tensor([i for (_, r), i in number.items() for _ in r], device=hidden.device)
     targets = torch.tensor([t for _, r in number for t in r], device=hidden.device)
     sums = torch.zeros(len(number), device=hidden.device).index_add(0, rows, token_logps(model, hidden, targets, chunk))
@@ -485,17 +458,16 @@ def in_batches(
     "Read batch by batch; halves batches, with a message, if memory runs out. Raises MemoryError for a single row."
     queue = list(parts)
     while queue:
-        rows, found, full = queue.pop(0), None, False
+        rows = queue.pop(0)
         try:
             found = read(rows)
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            full = True
-        if not full:
-            yield rows, found
         else:
-            queue = _halved(rows, queue, sizes)
+            yield rows, found
+            continue
+        queue = _halved(rows, queue, sizes)  # not in `except`, where the error still holds the tensors
 
 
 def _halved(rows, queue, sizes) -> list:
@@ -514,3 +486,9 @@ def _halved(rows, queue, sizes) -> list:
     make_room(f"batches of at most {budget} tokens")
     left = [i for b in (rows, *queue) for i in b]
     return [[left[j] for j in b] for b in batches([sizes[i] for i in left], budget)]
+
+# %% ../../nbs/model/02_logprobs.ipynb #46d5068a
+def in_row_order(found, count: int) -> list:  # a result per row; None for rows that were not read
+    "Results of `count` rows, from pairs (row numbers, their results) such as those of `in_batches`."
+    by_row = {i: result for rows, results in found for i, result in zip(rows, results)}
+    return [by_row.get(i) for i in range(count)]

@@ -291,7 +291,8 @@ def judge_steps(w: Workload, full: bool, pairs: list):
         View(model, w.tokenizer, pairs, w.recipe).orders[0].square().sum().backward()
 
     def theirs():
-        ids, lengths = pad_right(w.presentations(pairs), device=model.device)
+        seqs = w.presentations(pairs)
+        ids, lengths = pad_right(seqs, device=model.device), torch.tensor([len(s) for s in seqs], device=model.device)
         logits = model(
             input_ids=ids, attention_mask=(torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         ).logits.float()

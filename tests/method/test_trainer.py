@@ -482,7 +482,9 @@ def test_a_model_that_stays_has_no_tracked_steps(run):
     ],
 )
 def test_a_tracker_that_is_not_there_is_said_before_anything_is_done(run, monkeypatch, name, says):
-    monkeypatch.setattr("scir.method.trainer.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        "scir.method.trainer.integrations.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
     for go in (
         lambda: check_recipe(parse_recipe({"report_to": name})),
         lambda: run("x", report_to=(name,), loss=lambda view: pytest.fail("it trained")),

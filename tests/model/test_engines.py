@@ -566,8 +566,8 @@ def test_what_is_no_engine(value, words):
 def test_an_engine_that_is_not_installed_is_said_before_a_run_and_by_the_doctor(recipe, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match=r"needs vllm; pip install 'scir\[vllm\]'"):
         check_recipe(by(recipe, "vllm"))
-    with pytest.raises(RecipeError, match="needs vllm"):
-        open_engine(by(recipe, "vllm"), None)
+    with pytest.raises(RecipeError, match="needs vllm"), open_engine(by(recipe, "vllm"), None):
+        pass
     four = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "nf4"})})
     with pytest.raises(RecipeError, match="needs vllm and vllm_bnb_plugin; "):
         check_engine(by(four, "vllm"))
