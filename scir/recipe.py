@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic import field_validator, model_validator
 
 # %% ../nbs/00_recipe.ipynb #ff3f47c8
@@ -28,10 +28,8 @@ def spec(default, text: str, provenance: str = "D", unit: str = "", **bounds):
     return Field(default, description=text, json_schema_extra={"provenance": provenance, "unit": unit}, **bounds)
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False):
     "A section of a recipe. Unknown fields are errors, and values are fixed after loading."
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 # %% ../nbs/00_recipe.ipynb #77370337
 def no_secret(address: str | None) -> str | None:
