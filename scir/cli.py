@@ -12,7 +12,7 @@ __all__ = ['CODES', 'UsageError', 'RESUMABLE', 'app', 'MODEL', 'OutFile', 'Recip
            'check_model', 'result_line', 'output_results', 'report_tables', 'report_text', 'table_rows',
            'command_words', 'launch', 'exit_like_process', 'back_to', 'show_plan', 'check_options', 'cluster_settings',
            'run', 'opened', 'states', 'show_run', 'status', 'report', 'verify', 'judge', 'sample', 'check_target',
-           'export_folder', 'export_file', 'export', 'fit_reward_model', 'testbed', 'printed', 'doctor']
+           'export_folder', 'export_file', 'export', 'fit_reward_model', 'testbed', 'examine', 'printed', 'doctor']
 
 # %% ../nbs/04_cli.ipynb #537f2be2
 import os, select, shlex, signal, sys
@@ -248,7 +248,7 @@ def usable_tokenizer(recipe):
 # %% ../nbs/04_cli.ipynb #57abd9d5
 def check_model(model: str, recipe) -> None:
     "Raise for a missing model, verdict words that are not single tokens, or an unknown reward model."
-    from scir.doctor import check_words
+    from scir.runner.checks import check_words
     from scir.stages.evaluate import resolve
     from scir.method.rewards import check_rewards
 
@@ -840,6 +840,20 @@ def testbed(
     output(json, {"folder": str(out), "sha256": sums}, text)
 
 # %% ../nbs/04_cli.ipynb #c0d0b901
+def examine(recipe, settings: tuple, gpu: float | None, probed: bool):  # yields (group, Finding)
+    "All checks: the machine first, then how scir runs here and the recipe. A fault of the packages ends them."
+    from scir.doctor import examine_machine
+
+    usable = True
+    for group, f in examine_machine():
+        usable = usable and (group, f.state) != ("python", "fault")
+        yield group, f
+    if usable:
+        from scir.runner.checks import examine_recipe
+
+        yield from examine_recipe(recipe, settings, gpu, probed)
+
+
 def printed(found):  # yields the same (group, Finding)
     "Print each finding as soon as it is known, under the name of its group."
     from scir.doctor import lines
@@ -878,7 +892,7 @@ def doctor(
 
     Each problem comes with a fix. With a recipe, also estimate every stage's memory and the total hours.
     The exit code is 1 if there are faults; warnings don't affect it."""
-    from scir.doctor import examine, fault_counts
+    from scir.doctor import fault_counts
 
     if (setting or gpu) and not recipe:
         raise UsageError("--set and --gpu need a recipe; give one with --recipe")
