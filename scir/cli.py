@@ -146,7 +146,7 @@ Settings = Annotated[
     list[str],
     typer.Option("--set", metavar="FIELD=VALUE", help="override a recipe field (train.beta=0.2); repeatable"),
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="use only the first N rows; default: all", min=1)]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="use only the first N rows", min=1)]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show tracebacks")]  # read by OneLine
 
 # %% ../nbs/04_cli.ipynb #69cadbe5
@@ -396,7 +396,7 @@ def check_processes(jobs: int, processes: int, shard: bool) -> None:
 # %% ../nbs/04_cli.ipynb #c0d0b038
 RunRecipe = Annotated[Path, typer.Argument(help="recipe file, e.g. recipes/smol.yaml", show_default=False)]
 RunFolder = Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")]
-Jobs = Annotated[int, typer.Option(metavar="N", help="steps (seeds, arms) in parallel, dividing the GPUs", min=1)]
+Jobs = Annotated[int, typer.Option(metavar="N", help="steps in parallel, dividing the GPUs", min=1)]
 Cluster = Annotated[
     list[str],
     typer.Option(
@@ -406,13 +406,11 @@ Cluster = Annotated[
     ),
 ]
 Processes = Annotated[
-    int, typer.Option(metavar="N", help="processes per step, one GPU each: they share rows and training", min=1)
+    int, typer.Option(metavar="N", help="processes per step, one GPU each, which share its work", min=1)
 ]
-Shard = Annotated[
-    bool, typer.Option("--shard", metavar="", help="split layers among the processes (FSDP2), for large models")
-]
+Shard = Annotated[bool, typer.Option("--shard", metavar="", help="split the layers among the processes (FSDP2)")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", metavar="", help="show the steps and the commands that start the run, and stop")
+    bool, typer.Option("--dry-run", metavar="", help="only show the steps and the commands that start them")
 ]
 
 # %% ../nbs/04_cli.ipynb #a774b18e
@@ -451,7 +449,7 @@ def run(
 
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
-    "A run directory and its recipe, or the given recipe. Enters the project folder: data paths are relative to it."
+    "A run directory and its recipe, or the given one. Enters the project folder, to which data paths are relative."
     from scir.recipe import load_recipe, own_recipe, root
     from scir.runner.work import with_dtype
 
@@ -598,7 +596,7 @@ Candidates = Annotated[
     int | None, typer.Option(metavar="N", help="responses per prompt; default: sampling.candidates", min=1)
 ]
 Seed = Annotated[
-    int, typer.Option(metavar="N", help="each response's seed follows from it, the prompt and the index", min=0)
+    int, typer.Option(metavar="N", help="a response's seed follows from it, the prompt and the index", min=0)
 ]
 
 # %% ../nbs/04_cli.ipynb #62bcdd2d
@@ -696,7 +694,7 @@ Target = Annotated[
         "alpaca_eval (model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (results)"
     ),
 ]
-ExportPath = Annotated[Path, typer.Option(help="new folder; for a benchmark, output file", show_default=False)]
+ExportPath = Annotated[Path, typer.Option(help="new folder, or a benchmark's file", show_default=False)]
 BenchmarkData = Annotated[
     str | None,
     typer.Option(
@@ -706,9 +704,7 @@ BenchmarkData = Annotated[
 ]
 Licence = Annotated[
     str | None,
-    typer.Option(
-        "--licence", "--license", help="licence for the card (apache-2.0); default: the base model's, if known"
-    ),
+    typer.Option("--licence", "--license", help="the card's licence (apache-2.0); default: the base model's"),
 ]
 HubRepository = Annotated[
     str | None,
@@ -797,7 +793,7 @@ def testbed(
 
 # %% ../nbs/04_cli.ipynb #c0d0b901
 def examine(recipe, settings: tuple, gpu: float | None, probed: bool):  # yields (group, Finding)
-    "All checks: the machine first, then how scir runs here and the recipe. A fault of the packages ends them."
+    "All checks: the machine, then how scir runs here and the recipe, unless packages are faulty."
     from scir.doctor import examine_machine
 
     usable = True
@@ -822,7 +818,7 @@ def printed(found):  # yields the same (group, Finding)
 
 # %% ../nbs/04_cli.ipynb #c0d0b060
 CheckedRecipe = Annotated[Path | None, typer.Option(help="also check whether this recipe can run here")]
-Gpu = Annotated[float | None, typer.Option(metavar="GB", help="estimate memory for a GPU with this many GB", min=1)]
+Gpu = Annotated[float | None, typer.Option(metavar="GB", help="estimate for a GPU with this memory", min=1)]
 Probe = Annotated[bool, typer.Option(help="time the recipe's work for half a minute to estimate its hours")]
 
 # %% ../nbs/04_cli.ipynb #206e94c1

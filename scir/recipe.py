@@ -75,7 +75,7 @@ class ModelSpec(Section):
         None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = spec(
-        "auto", "auto: bfloat16 if GPU or CPU (AVX512-BF16, AMX) supports it, else float32; a run keeps its dtype"
+        "auto", "bfloat16 if GPU or CPU (AVX512-BF16, AMX) supports it, else float32; a run keeps its dtype"
     )
     gradient_checkpointing: bool | Literal["sequences"] = spec(
         False, "recompute activations, to save memory: true by layer, `sequences` for one prompt's sequences at a time"
@@ -94,7 +94,7 @@ class ModelSpec(Section):
     def not_reserved(cls, args):
         "Refuse variables that scir sets itself."
         if taken := sorted(set(args) & {"messages", "add_generation_prompt", "date_string", "strftime_now"}):
-            raise ValueError(f"{', '.join(taken)}: scir sets this for every prompt (the date is fixed); remove it")
+            raise ValueError(f"{', '.join(taken)}: scir sets this (the date is fixed); remove it")
         return args
 
 # %% ../nbs/00_recipe.ipynb #ddbb2330
@@ -108,7 +108,7 @@ class LoraSpec(Section):
         None, "adapt only the last N layers, which shortens the backward pass; none: all layers", unit="layers", ge=1
     )
     targets: Targets = spec(
-        "all-linear", "`all-linear` (QLoRA; with a mixture's experts), `attention`, or a list of layer names", "S"
+        "all-linear", "`all-linear` (as QLoRA; with experts), `attention`, or a list of layer names", "S"
     )
 
 # %% ../nbs/00_recipe.ipynb #f643e308
@@ -127,19 +127,19 @@ class DataSpec(Section):
         "a program that scores an answer from 0 to 1: `given_words` (the testbed's) or FILE.py:FUNCTION. It labels the "
         "model's own answers for the warm start and the evaluation; the training rounds never see its labels",
     )
-    evaluate_on: Literal["test", "validation"] = spec("test", "split for evaluation; tune settings on `validation`")
+    evaluate_on: Literal["test", "validation"] = spec("test", "evaluation split; tune on `validation`")
     held_out_prompts: int = spec(24, "prompts held out from training; every model answers them", unit="prompts", ge=1)
     pairs: Sources = spec(
-        ("data/pairs.jsonl",), "labelled seed pairs: train split for the warm start, test split for evaluation", "S"
+        ("data/pairs.jsonl",), "labelled pairs: train split for the warm start, test split for evaluation", "S"
     )
     pair_limit: int | None = spec(None, "seed pairs for the warm start", unit="pairs", ge=1)
     test_limit: int | None = spec(None, "held-out pairs per labelled set at evaluation", unit="pairs", ge=1)
     instructions: str | None = spec(None, "prompts with good outputs for SFT; none: the seed pairs' chosen ones", "S")
     labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec(
-        {}, "labelled pairs for evaluation, by name; sources that are also in `pairs` leave the set `held-out`"
+        {}, "labelled pairs for evaluation, by name; sources also in `pairs` leave the set `held-out`"
     )
-    max_prompt_tokens: int = spec(512, "longer prompts are dropped, with a count", unit="tokens", ge=1)
-    max_response_tokens: int = spec(512, "longer labelled responses are dropped, with a count", unit="tokens", ge=1)
+    max_prompt_tokens: int = spec(512, "longer prompts are dropped, and counted", unit="tokens", ge=1)
+    max_response_tokens: int = spec(512, "longer labelled responses are dropped", unit="tokens", ge=1)
 
     @field_validator("labelled_sets")
     @classmethod
@@ -160,7 +160,7 @@ class DataSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #f78ce050
 class SFTSpec(Section):
-    "M_0 to the SFT model: supervised training on good answers. It is the default reference (`train.reference`)."
+    "M_0 to the SFT model, which is the default reference: supervised training on good answers."
 
     epochs: float = spec(1.0, "passes over the good answers", unit="epochs", gt=0)
     batch_size: int = spec(8, "answers per optimizer step", unit="answers", ge=1)
@@ -178,7 +178,7 @@ class WarmStartSpec(Section):
     learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", gt=0)
     lambda_sft: float = spec(1.0, "weight of the chosen responses' negative log-likelihood per token", ge=0)
     lambda_judge: float = spec(3.0, "weight of the judge's logistic loss on the order-averaged margin", ge=0)
-    lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): answer with one of the two words", ge=0)
+    lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): answer with one of the words", ge=0)
     lambda_bias: float = spec(0.01, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", ge=0)
     lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs, which trains the implicit reward", ge=0)
     random_labels: bool = spec(False, "negative control: draw the label of every seed pair at random")
@@ -193,9 +193,9 @@ class SamplingSpec(Section):
     candidates: int = spec(4, "responses per prompt (Self-Rewarding LMs: 4)", "S", "responses", ge=2)
     temperature: float = spec(0.7, "softmax temperature (Self-Rewarding LMs: 0.7)", "S", gt=0)
     top_p: float = spec(0.9, "nucleus (Self-Rewarding LMs: 0.9)", "S", gt=0, le=1)
-    max_new_tokens: int = spec(256, "longer responses are truncated and marked unfinished", unit="tokens", ge=1)
+    max_new_tokens: int = spec(256, "longer responses are cut off and marked unfinished", unit="tokens", ge=1)
     batch_size: int = spec(64, "responses decoded together", unit="responses", ge=1)
-    pairs_per_prompt: int | None = spec(None, "candidate pairs judged per prompt; none: all", unit="pairs", ge=1)
+    pairs_per_prompt: int | None = spec(None, "pairs judged per prompt; none: all", unit="pairs", ge=1)
 
     @field_validator("engine")
     @classmethod
@@ -231,7 +231,7 @@ class JudgeSpec(Section):
 class LabelSpec(Section):
     "Settings of labels that come from votes or from an external reward model."
 
-    votes: int = spec(3, "sampled votes per response, scores of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
+    votes: int = spec(3, "votes per response, scores of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
     vote_tokens: int = spec(128, "longer votes are truncated", unit="tokens", ge=1)
     external: str | None = spec(None, "a sequence-classification reward model: hub id or local folder")
 
@@ -273,7 +273,7 @@ class TrainSpec(Section):
         5.0, "DPO's beta, also the implicit reward's scale (arXiv:2411.15124); for `sum` 0.1 to 0.3", unit="1/nat", gt=0
     )
     implicit_length: Literal["sum", "per_token"] = spec(
-        "per_token", "implicit reward of an answer: mean log-ratio per token, or the sum, which grows with length"
+        "per_token", "implicit reward: the mean log-ratio per token, or the sum, which grows with length"
     )
     lambda_consistency: float = spec(4.0, "weight of the symmetric KL between the reward models", ge=0)
     consistency_moves: str = spec(
@@ -283,7 +283,7 @@ class TrainSpec(Section):
     lambda_sft: float = spec(
         0.5, "weight of the chosen answers' negative log-likelihood per token, in every arm (arXiv:2404.19733)", ge=0
     )
-    tau: float = spec(0.5, "confidence above which the penalty applies, a probability; 0.5: always", ge=0.5, lt=1)
+    tau: float = spec(0.5, "the penalty applies above this confidence, a probability; 0.5: always", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs where all reward models agree", "P")
     reference: Literal["sft", "initial", "previous"] = spec(
         "sft", "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; not M_t, whose margin is zero", "S"
@@ -320,17 +320,17 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = spec("unnamed", "the run is data/runs/NAME")
     seeds: Seeds = spec((0,), "each seed repeats the whole run", min_length=1)
     iterations: int = spec(
-        1, "rounds of sampling, judging and training (three in summaries of the paper)", "S", "rounds", ge=1, le=100
+        1, "rounds of sampling, judging and training (summaries of the paper: 3)", "S", "rounds", ge=1, le=100
     )
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
     stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec(
-        {}, "rounds of an arm that stops early; arms are compared after the same number of rounds", unit="rounds"
+        {}, "rounds of an arm that stops early; arms are compared after equal numbers of rounds", unit="rounds"
     )
     rewards: tuple[str, ...] = spec(
         ("generative", "implicit"), "internal reward models, names in scir.method.rewards.REWARDS", "P", min_length=2
     )
     report_to: Annotated[tuple[str, ...], OneOrMore] = spec(
-        (), "trackers of every training step's metrics, named as in transformers: tensorboard, trackio, wandb, ..."
+        (), "trackers of each step's metrics, named as in transformers: tensorboard, trackio, wandb, ..."
     )
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()
@@ -451,7 +451,7 @@ MAX_VALUES = 10_000  # in a recipe, which may have 100 characters per value
 
 
 def read_yaml(text: str | bytes, where: str):
-    "YAML as plain values. Raises RecipeError for invalid YAML, duplicate keys and more than `MAX_VALUES` values."
+    "YAML as plain values. Raises RecipeError if it is invalid, has duplicate keys or too many values."
     if len(text) > 100 * MAX_VALUES:
         raise RecipeError(f"{where}: {len(text)} characters are too many for a recipe")
     try:
@@ -557,7 +557,7 @@ def all_nodes(recipe: Recipe) -> list:
     return nodes
 
 # %% ../nbs/00_recipe.ipynb #bfd63e44
-def adapters(recipe: Recipe, run, node: str) -> tuple:  # (adapter folder or None, reference adapter folder or None)
+def adapters(recipe: Recipe, run, node: str) -> tuple:  # (Path or None, Path or None)
     "The adapter folders of a checkpoint and of its reference; None stands for the base model."
     seed, _, t = node_parts(node)
     if t == 0:

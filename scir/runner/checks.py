@@ -93,7 +93,7 @@ def four_bits(model) -> Finding:
 
 # %% ../../nbs/runner/14_checks.ipynb #e4884e3b
 def threads(n: int, cores: int, load: float, env: dict) -> Finding:
-    "Whether torch has too many threads, or threads that spin on a busy machine. `load`: mean runnable processes."
+    "Whether torch has too many threads, or threads that spin on a busy machine (`load`: running processes)."
     if n > cores:
         return Finding("threads", f"{n} threads for {cores} usable cores", "warn", f"export OMP_NUM_THREADS={cores}")
     if n > 1 and load > cores / 2 and env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
@@ -209,7 +209,7 @@ def models(recipe) -> list:
 
 # %% ../../nbs/runner/14_checks.ipynb #6d5bc301
 def data(recipe, fetch: bool = False) -> list:
-    "Where hub data sets come from; if there are none, the data are read and counted. `fetch`: read the hub's too."
+    "Where hub data sets come from or, without any or with `fetch`, the numbers of prompts and pairs."
     if not fetch and (sources := hub_sources(recipe)):
         return [data_found(s, cached(s), is_offline_mode()) for s in sources]
     alignment = recipe.alignment
@@ -276,7 +276,7 @@ def _inputs(recipe_json, hashes):  # hashes: of the data files, so that changed 
 
 # %% ../../nbs/runner/14_checks.ipynb #3a71e946
 def usable_inputs(recipe, fetch: bool) -> Inputs | None:
-    "The rows that a run starts from; None if they are not on this machine or not usable (which `data` reports)."
+    "The rows that a run starts from; None if they are not here or not usable, which `data` reports."
     if not fetch and hub_sources(recipe):
         return None
     with suppress(ValueError, OSError):
@@ -376,7 +376,7 @@ def context(recipe, fetch: bool = False) -> Finding | None:
 
 # %% ../../nbs/runner/14_checks.ipynb #05e54474
 def longest_known(recipe, context: int, question: int, tokenizer, found: Inputs) -> int:  # tokens
-    "The longest sequence of the labelled rows; questions that may exceed the context are encoded to be exact."
+    "The longest sequence of the labelled rows; questions that may be too long are encoded to be exact."
     lengths = [len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b) for p in found.answers]
     for p in found.pairs:
         bound = question + len(p.prompt_ids) + len(p.ids_a) + len(p.ids_b)
@@ -460,7 +460,7 @@ def decoding(recipe, fetch: bool = False) -> Finding | None:
 
 # %% ../../nbs/runner/14_checks.ipynb #4d0ca368
 def engine(recipe) -> Finding | None:
-    "The vLLM version, or whether the server answers and loads adapters. `check_recipe` reports missing packages."
+    "The vLLM version, or whether the server answers and loads adapters."
     name = recipe.sampling.engine
     if name == "vllm" and find_spec("vllm"):
         return Finding("engine", f"vLLM {metadata.version('vllm')}")
@@ -497,12 +497,12 @@ def adapter_bytes(recipe) -> int:
 
 # %% ../../nbs/runner/14_checks.ipynb #5fedea9e
 def row_bytes(recipe, train: int, held: int, labelled: int, seeds: int) -> int:
-    "Maximum size of a run's rows, from its numbers of training and held-out prompts, evaluation and seed pairs."
+    "Maximum size of a run's rows, from its numbers of training and held-out prompts and of pairs."
     s, d, steps = recipe.sampling, recipe.data, [step.stage for step in plan(recipe)]
     judged = lambda n: n * planner.pairs_per_prompt(s) * (d.max_prompt_tokens + 2 * s.max_new_tokens)
     answers = lambda n: n * s.candidates * (d.max_prompt_tokens + s.max_new_tokens) + judged(n)
     written = lambda n: n * (d.max_prompt_tokens + 2 * d.max_response_tokens)
-    evaluated = answers(held) + judged(held) + written(labelled)  # two sets of answers: M_1's and the model's own
+    evaluated = answers(held) + judged(held) + written(labelled)  # answers: M_1's and the model's own
     warm = answers(d.seed_prompts) + written(seeds)
     tokens = steps.count("warm_start") * warm + steps.count("sample") * answers(train)
     return TOKEN * (tokens + len(all_nodes(recipe)) * evaluated)
@@ -518,7 +518,7 @@ def room_on_disk(recipe) -> Finding | None:
         return None  # reported by `data`
     labelled = sum(len(rows[: recipe.data.test_limit]) for rows, _ in evaluation_rows(recipe.data).values())
     seeds = sum(row_split(r) == "train" for r in merged(load_pairs, recipe.data.pairs)[0])
-    one, trained = adapter_bytes(recipe), len(all_nodes(recipe)) - 1 + len(recipe.seeds)  # one SFT model per seed
+    one, trained = adapter_bytes(recipe), len(all_nodes(recipe)) - 1 + len(recipe.seeds)  # one SFT model a seed
     rows = row_bytes(recipe, len(train), len(held), labelled, min(seeds, recipe.data.pair_limit or seeds))
     what = f"{trained} adapters of {size(one)}, checkpoints and rows"
     return disk(root() / "data/runs" / recipe.name, (trained + 9) * one + rows, what)
@@ -536,7 +536,7 @@ SMALLER = {  # stage -> settings to try
 
 
 def smaller_settings(stage: str, recipe, fits) -> str:
-    "The first of these that makes a stage fit: each setting of `SMALLER` alone, then all but the first together."
+    "The first that makes a stage fit: each setting of `SMALLER` alone, then all but the first together."
     pairs = recipe.train.batch_size * recipe.train.accumulation  # per step, to be kept
     complete = lambda s: (s, f"train.accumulation={pairs}") if s == "train.batch_size=1" else (s,)
     tries = [complete(s) for s in SMALLER[stage]]
@@ -552,7 +552,7 @@ def smaller_settings(stage: str, recipe, fits) -> str:
 
 # %% ../../nbs/runner/14_checks.ipynb #ac34bd93
 def stage_memory(recipe, sizes, kind: str, free: float | None, here: bool) -> list:  # of Finding
-    "Peak memory of every stage on `kind` (cpu or cuda) with `free` bytes, on this machine or on a GPU elsewhere."
+    "Peak memory of every stage on `kind` (cpu or cuda) with `free` bytes, here or on a GPU elsewhere."
     process = psutil.Process().memory_info().rss if kind == "cpu" else CONTEXT
 
     def found(stage):
@@ -606,7 +606,7 @@ def lengths(sizes, counted: bool) -> Finding:
 
 # %% ../../nbs/runner/14_checks.ipynb #e3f09c73
 def open_recipe(path, settings: tuple = ()) -> tuple:  # Recipe or None, list of Finding
-    "Load and check a recipe as a run does. Changes to the project's folder, to which data paths are relative."
+    "Load and check a recipe as a run does, in the project's folder, to which data paths are relative."
 
     def fault(line):
         _, found, package = line.partition("; pip install ")
