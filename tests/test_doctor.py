@@ -1,48 +1,51 @@
 """What `scir doctor` finds, on this machine and on machines that are made up."""
 
 import json, os, shutil, subprocess, sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
-from scir import doctor
-from scir.cli import app
+from scir import cli, doctor
+from scir.cli import app, examine
 from scir.doctor import (
     Finding,
-    adapter_bytes,
-    kernel_python,
     ask,
     constrained,
-    context,
     cores,
-    data,
     disk,
-    examine,
-    fits,
-    four_bits,
-    data_found,
-    hub_token,
-    kernel,
+    fault_counts,
     lines,
     memory,
-    model_found,
-    models,
     no_gpu,
-    open_recipe,
-    optimizer,
     package,
     packages,
-    precision,
     python,
-    room_on_disk,
-    row_bytes,
-    fault_counts,
     text_encoding,
-    threads,
-    verdicts,
 )
 from scir.model.weights import model_folder
 from scir.recipe import ModelSpec, load_recipe, parse_recipe
+from scir.runner import checks
+from scir.runner.checks import (
+    adapter_bytes,
+    context,
+    data,
+    data_found,
+    fits,
+    four_bits,
+    hub_token,
+    kernel,
+    model_found,
+    models,
+    open_recipe,
+    optimizer,
+    precision,
+    room_on_disk,
+    row_bytes,
+    threads,
+    verdicts,
+)
 from scir.store import write_rows
 
 from helpers import ROOT, SCIR
@@ -147,8 +150,6 @@ def test_four_bits_are_tried(monkeypatch):
 
 
 def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
-    from scir.runner import kernels
-
     assert kernel().state == "ok"
     absent = kernel("nobody-has-it")
     assert absent.state == "fault" and absent.fix == "python -m ipykernel install --sys-prefix --name nobody-has-it"
@@ -159,13 +160,11 @@ def test_a_kernel_is_started_as_for_a_stage(monkeypatch, tmp_path):
         )
     )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    monkeypatch.setattr(kernels, "use_warm_kernels", lambda: False)
-    from jupyter_client.provisioning import KernelProvisionerFactory
-
-    monkeypatch.setattr(KernelProvisionerFactory.instance(), "default_provisioner_name", "local-provisioner")
+    monkeypatch.setattr(checks, "use_warm_kernels", lambda: False)
+    monkeypatch.setattr(checks.KernelProvisionerFactory.instance(), "default_provisioner_name", "local-provisioner")
     dead = kernel("dead", 20)
     assert dead.state == "fault" and "does not start" in dead.finding
-    monkeypatch.setattr(KernelProvisionerFactory.instance(), "default_provisioner_name", "scir-absent")
+    monkeypatch.setattr(checks.KernelProvisionerFactory.instance(), "default_provisioner_name", "scir-absent")
     assert kernel().fix == "pip install -e ."
 
 
@@ -190,11 +189,11 @@ def test_a_kernel_ends_as_a_process_does(tmp_path):
     assert last.exists()
 
 
-def test_a_kernel_of_another_python_is_a_fault():
-    assert (
-        kernel_python("/usr/bin/python", "/venv/bin/python", "python3", "warm").state == "fault"
-        and kernel_python("/a", "/a", "python3", "warm").finding == "warm"
-    )
+@pytest.mark.parametrize("answer, state", [("/usr/bin/python", "fault"), (sys.executable, "ok")])
+def test_a_kernel_of_another_python_is_a_fault(monkeypatch, answer, state):
+    hook = lambda code, timeout, output_hook: output_hook({"msg_type": "stream", "content": {"text": answer + "\n"}})
+    monkeypatch.setattr(checks, "run_kernel", lambda **kw: nullcontext(SimpleNamespace(execute_interactive=hook)))
+    assert kernel().state == state
 
 
 # packages -------------------------------------------------------------------
@@ -348,18 +347,16 @@ def test_data_is_read_and_counted(tmp_path):
 
 
 def test_data_and_token_of_the_hub(monkeypatch, tmp_path):
-    import huggingface_hub
-
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     recipe = made(data={"prompts": ["data/prompts.jsonl", "someone/set:train"]})
-    monkeypatch.setattr(doctor, "offline", lambda: False)
+    monkeypatch.setattr(checks, "is_offline_mode", lambda: False)
     assert [(f.state, "read_source('someone/set:train')" in f.fix) for f in data(recipe)] == [
         ("warn", True)
     ] and data_found("x/y", False, True).state == "fault"
     (tmp_path / "someone___set").mkdir()
     assert [f.finding for f in data(recipe)] == ["someone/set:train: in the cache"]
     for token, state in ((None, "warn"), ("hf_x", "ok")):
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+        monkeypatch.setattr(checks, "get_token", lambda: token)
         assert (
             hub_token(recipe).state == state and hub_token(made()) is None and "hf_x" not in hub_token(recipe).finding
         )
@@ -391,7 +388,7 @@ def test_the_fix_for_the_context_works(longest):
 def test_a_fault_hides_no_other_and_is_told_once():
     found = [
         f
-        for group, f in examine("recipes/tiny.yaml", ("report_to=wandb", "data.prompts=nope.jsonl"))
+        for group, f in examine("recipes/tiny.yaml", ("report_to=wandb", "data.prompts=nope.jsonl"), None, True)
         if group == "recipe"
     ]
     assert [(f.what, f.fix.split()[0]) for f in found if f.state == "fault"] == [("recipe", "pip"), ("data", "add")]
@@ -437,9 +434,9 @@ def test_a_check_that_fails_is_a_fault_and_the_others_go_on(monkeypatch):
         == [Finding("broken chec", "ModuleNotFoundError: No module named 'x'", "fault", "pip install x")]
         and ask(lambda: None) == []
     )
-    monkeypatch.setattr(doctor, "main_memory", broken_check)
+    monkeypatch.setattr(doctor, "text_encoding", broken_check)
     monkeypatch.setattr(doctor, "packages", lambda: [Finding("torch", "not installed", "fault", "pip install torch")])
-    found = list(examine("recipes/tiny.yaml"))
+    found = list(examine("recipes/tiny.yaml", (), None, True))
     assert (
         [f.state for _, f in found].count("fault") == 2
         and found[-1][1].what == "torch"
@@ -499,7 +496,7 @@ def test_the_command(monkeypatch):
 
 def test_the_command_at_fault(monkeypatch):
     monkeypatch.setattr(
-        doctor,
+        cli,
         "examine",
         lambda path, settings, gpu, probed: iter(
             [("machine", Finding("a", "b", "fault", "c")), ("machine", Finding("d", "e"))]

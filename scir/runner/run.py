@@ -10,7 +10,7 @@ __all__ = ['check_data_and_model', 'prepare_recipe', 'run_in_order', 'run_direct
 import os
 from pathlib import Path
 
-from ..doctor import RUN_CHECKS, ask, check_recipe, check_words
+from ..doctor import ask
 from ..recipe import Recipe, RecipeError, notebook_folder, root
 from .execute import execute, step_state, status_text
 from .locks import file_lock, is_locked
@@ -25,6 +25,8 @@ from ..store import all_gather, processes, rank, remove, sharded
 # %% ../../nbs/runner/11_run.ipynb #56259b76
 def check_data_and_model(recipe: Recipe, say: bool = True) -> None:
     "Run the doctor's checks. Prints warnings and the adapted layers; raises RecipeError with a line for each fault."
+    from scir.runner.checks import RUN_CHECKS
+
     found = [f for check in RUN_CHECKS for f in ask(check, recipe, True)]
     line = lambda f: f.finding + (f"; {f.fix}" if f.fix else "")
     if faults := [line(f) for f in found if f.state == "fault"]:
@@ -37,6 +39,7 @@ def check_data_and_model(recipe: Recipe, say: bool = True) -> None:
 def prepare_recipe(recipe: Recipe, run: Path, shard: bool = False, say: bool = True) -> Recipe:
     "Check a recipe, set its dtype and make its built-in models. Raises RecipeError for what would fail later."
     from scir.model.weights import load_tokenizer
+    from scir.runner.checks import check_recipe, check_words
 
     silence_libraries()
     check_recipe(recipe)

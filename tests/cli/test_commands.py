@@ -230,7 +230,7 @@ def test_debug_shows_the_traceback_of_every_command(name, monkeypatch, tmp_path)
         "verify": "recipe.own_recipe",
         "report": "report.document.report",
         "fit-reward": "data.load.load_pairs",
-        "doctor": "doctor.examine",
+        "doctor": "cli.examine",
         "testbed": "data.testbed.write_testbed",
     }
 
@@ -246,7 +246,7 @@ def test_a_package_that_is_missing_names_the_way_out(monkeypatch):
     def broken(*a):
         raise ModuleNotFoundError("No module named 'trl'", name="trl")
 
-    monkeypatch.setattr("scir.doctor.examine", broken)
+    monkeypatch.setattr("scir.cli.examine", broken)
     one_line(("doctor",), "No module named 'trl'", "pip install trl", "scir doctor")
 
 

@@ -281,7 +281,7 @@ def test_a_request_that_cannot_be_met(pairs, tmp_path, args, words):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (("--limit", "0"), ("--limit 0", "at least 1")),
+        (("--limit", "0"), ("'--limit'", "greater than or equal to 1")),
         (("--split", "foo"), ("--split foo", "train, validation or test")),
         (("--out", "."), ("--out .", "is a folder")),
     ],

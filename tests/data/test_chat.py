@@ -11,7 +11,7 @@ from scir.export.folders import save_tokenizer, stop_where_answers_end
 from scir.method.judge import check_template, judge_ids
 from scir.model.logprobs import encode_messages, encode_prompt, encode_response, render_chat, turn_end
 from scir.model.weights import load_tokenizer, tiny_tokenizer
-from scir.doctor import check_words
+from scir.runner.checks import check_words
 from scir.recipe import JudgeSpec, RecipeError, parse_recipe
 from scir.method.rewards import text_pair
 from scir.model.decoding import end_ids

@@ -40,7 +40,7 @@ from scir.data.testbed import (
     write_testbed,
 )
 from scir.recipe import RecipeError, parse_recipe
-from scir.doctor import check_recipe
+from scir.runner.checks import check_recipe
 from scir.stages.evaluate import file_pairs, graded_answers, score_summary
 from scir.stages.sft import seed_pairs
 from scir.store import Grade, Prompt

@@ -9,7 +9,7 @@ from scir.method.trainer import arguments, fit, save_adapter
 from scir.model.logprobs import response_logps
 from scir.model.weights import dense, for_sampling, for_scoring, for_training, load_adapter, load_base
 from scir.recipe import RecipeError, parse_recipe
-from scir.doctor import check_recipe
+from scir.runner.checks import check_recipe
 from scir.runner.state import read_fields
 from scir.stages.files import STAGES
 from scir.stages.optimise import assert_reference, own_loss, pair_loss, unchanged

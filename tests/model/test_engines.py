@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest, torch
 
 import scir.model.engines as engines
-from scir.doctor import engine as engine_here, open_recipe
+from scir.runner.checks import engine as engine_here, open_recipe
 from scir.method.labels import vote
 from scir.model.decoding import Pool, _decoded
 from scir.model.engines import (
@@ -25,7 +25,7 @@ from scir.model.engines import (
 from scir.model.weights import for_sampling, load_tokenizer
 from scir.recipe import ModelSpec, RecipeError, SamplingSpec, load_recipe, parse_recipe
 from scir.runner.plan import Step
-from scir.doctor import check_recipe
+from scir.runner.checks import check_recipe
 from scir.runner.state import inputs
 from scir.stages.files import STAGES
 from scir.stages.sample import sample, sample_file

@@ -7,23 +7,23 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from scir import doctor
 from scir.cli import app
 from scir.data.load import load_prompts
-from scir.doctor import (
+from scir.model.weights import load_base, tiny_model
+from scir.recipe import RecipeError, load_recipe, parse_recipe
+from scir.runner import checks
+from scir.runner.checks import (
     RECIPE_CHECKS,
     RUN_CHECKS,
     adapter,
     context,
     data,
     decoding,
-    is_file,
+    hub_sources,
     memory_and_hours,
     planned,
     token_ids,
 )
-from scir.model.weights import load_base, tiny_model
-from scir.recipe import RecipeError, load_recipe, parse_recipe
 from scir.runner.run import check_data_and_model, prepare_recipe
 from scir.store import write_rows
 
@@ -140,7 +140,7 @@ def test_a_mixture_is_planned_without_a_fault(tmp_path, monkeypatch):
     def broken(*a):
         raise RuntimeError("an operator without shapes")
 
-    monkeypatch.setattr(doctor, "stage_memory", broken)
+    monkeypatch.setattr(checks, "stage_memory", broken)
     assert [(f.what, f.state) for f in planned(recipe, None, False)] == [("plan", "warn")]
 
 
@@ -149,8 +149,7 @@ def test_a_suffix_in_capitals_is_a_file(tmp_path):
         shutil.copy(source, tmp_path / name)
     assert (
         load_prompts(str(tmp_path / "P.JSONL")) == load_prompts("data/prompts.jsonl")
-        and is_file("P.JSONL")
-        and is_file("p.Csv")
+        and hub_sources(tiny("data.prompts=[P.JSONL, p.Csv]")) == []
     )
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest, torch
 from torch.profiler import ProfilerActivity, profile
 
-from scir import doctor
 from scir.method.rewards import View, margins
 from scir.model.decoding import generate
 from scir.model.weights import for_sampling, for_training, load_base, new_adapter, tiny_tokenizer
 from scir.recipe import SamplingSpec, load_recipe
-from scir.runner import planner
+from scir.runner import checks, planner
 from scir.runner.planner import (
     ASSUMED,
     MEASURED,
@@ -484,7 +483,7 @@ def test_a_probe_of_a_deeper_model(tmp_path):
 
 def findings(monkeypatch, *settings, **kw):
     monkeypatch.setattr(planner, "probe", lambda *a: {"trained": 1e-3, "read": 1e-4, "decoded": 1e-2})
-    return {f.what: f for f in doctor.memory_and_hours(load_recipe("recipes/tiny.yaml", settings), **kw)}
+    return {f.what: f for f in checks.memory_and_hours(load_recipe("recipes/tiny.yaml", settings), **kw)}
 
 
 def test_the_doctor_says_memory_and_hours(monkeypatch):
@@ -495,7 +494,7 @@ def test_the_doctor_says_memory_and_hours(monkeypatch):
 
 
 def test_what_does_not_fit_is_a_fault_with_settings_that_fit(monkeypatch):
-    monkeypatch.setattr(doctor, "CONTEXT", 0)
+    monkeypatch.setattr(checks, "CONTEXT", 0)
     need = peak("sample", load_recipe("recipes/tiny.yaml"), counted_sizes(load_recipe("recipes/tiny.yaml")), "cuda")
     found = findings(monkeypatch, gpu=0.8 * need / 1e9)["sample"]
     assert found.state == "fault"
@@ -507,10 +506,10 @@ def test_what_does_not_fit_is_a_fault_with_settings_that_fit(monkeypatch):
 def test_smaller_batches_leave_the_optimizer_step_as_it_was():
     recipe = load_recipe("recipes/mistral-7b.yaml")
     assert (
-        doctor.smaller_settings("optimise", recipe, lambda r: r.train.batch_size == 1)
+        checks.smaller_settings("optimise", recipe, lambda r: r.train.batch_size == 1)
         == "add --set train.batch_size=1 --set train.accumulation=16"
     )
-    assert doctor.smaller_settings(
+    assert checks.smaller_settings(
         "optimise", recipe, lambda r: r.train.batch_size == 1 and r.model.gradient_checkpointing == "sequences"
     ).endswith("sequences --set train.batch_size=1 --set train.accumulation=16")
 
@@ -530,7 +529,7 @@ def test_every_recipe_has_a_plan(monkeypatch, name):
     if name.startswith(("smol", "mistral")):
         monkeypatch.setattr(planner, "peak", lambda *a: 1)  # taken for real by the tests above
     monkeypatch.setattr("scir.runner.planner.counted_sizes", assumed_sizes)
-    found = doctor.memory_and_hours(load_recipe(f"recipes/{name}.yaml"))
+    found = checks.memory_and_hours(load_recipe(f"recipes/{name}.yaml"))
     assert {*MEASURED, "lengths", "hours"} == {f.what for f in found}
 
 
