@@ -15,7 +15,7 @@ from ..data.load import better_side, find_grader, grade
 from ..method.loss import implicit_margin
 from ..recipe import Recipe, load_recipe, own_recipe
 from .plan import plan
-from ..store import Grade, Response, Score, SeedPair, hash_path, read_json, read_rows
+from ..store import HASHES, Grade, Response, Score, SeedPair, hash_path, read_json, read_rows
 
 # %% ../../nbs/runner/12_verify.ipynb #608d56f0
 def recorded(recipe: Recipe, run: Path) -> dict:  # step key -> record
@@ -148,6 +148,7 @@ CHECKS = {
 
 def verify(run) -> dict:  # check -> list of (item, fault)
     "Check a run's hashes, lineage, margins and grader labels. Raises ValueError where no step is finished."
+    HASHES.clear()  # every file is read again
     run = Path(run)
     recipe = load_recipe(own_recipe(run))
     if not recorded(recipe, run):

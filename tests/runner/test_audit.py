@@ -224,11 +224,10 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
 def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
     "A kernel or a fork server that was started before an edit would do the step with the old code."
     recipe, run = copy
-    monkeypatch.setattr(states, "files_of", lambda folder: {"stages.judge": "edited"})
+    now = states.SOURCES | {"stages.judge": states.SOURCES["stages.judge"] + "# a comment"}
+    monkeypatch.setattr(states, "read_sources", lambda folder: now)
     states.check_code("judge")  # only a comment was edited, or a function that judging does not call
-    now = states.read_package(states.CODE)
-    now.defined["stages.judge"]["run"] = edited(now.defined["stages.judge"]["run"])
-    monkeypatch.setattr(states, "read_package", lambda folder: now)
+    now = edited(now, "stages.judge", "run")
     with pytest.raises(
         RuntimeError, match="the code of scir.stages.judge changed since this process started; restart it"
     ):
