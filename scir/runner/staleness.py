@@ -33,7 +33,7 @@ class Definition:
 
     @cached_property
     def imports(self) -> dict:  # local name -> (module or folder of the package, name there)
-        return {k: v for n in self.nodes for k, v in imports_of(n, self.home).items()}
+        return imports_of(self.nodes, self.home)
 
     @property
     def decorators(self) -> set:
@@ -51,25 +51,19 @@ def globals_of(table: symtable.SymbolTable) -> set:
 def without_docstrings(node: ast.AST) -> ast.AST:
     "The same tree with empty docstrings."
     for n in ast.walk(node):
-        if not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
-            continue
-        first = n.body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            first.value.value = ""
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) and ast.get_docstring(n, False):
+            n.body[0].value.value = ""
     return node
 
 # %% ../../nbs/runner/01_staleness.ipynb #67ec2586
-def imports_of(node: ast.AST, home: str = "") -> dict:  # local name -> (module or folder of the package, name there)
-    "Imports from the package in a statement of module `home`, nested ones included."
+def imports_of(nodes: list, home: str = "") -> dict:  # local name -> (module or folder of the package, name there)
+    "Imports from the package in statements of module `home`, nested ones included."
     out = {}
-    for n in ast.walk(node):
-        if not isinstance(n, ast.ImportFrom):
-            continue
+    for n in (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.ImportFrom)):
         above = home.split(".")[: -n.level] if n.level else []
         path = [*above, *(n.module or "").split(".")]
-        if not n.level and path.pop(0) != "scir":
-            continue
-        out |= {a.asname or a.name: (".".join(filter(None, path)), a.name) for a in n.names}
+        if n.level or path.pop(0) == "scir":
+            out |= {a.asname or a.name: (".".join(filter(None, path)), a.name) for a in n.names}
     return out
 
 # %% ../../nbs/runner/01_staleness.ipynb #b7b5470b
@@ -87,7 +81,7 @@ def definitions(source: str, home: str = "") -> tuple:  # name -> Definition, im
     parts, imports = {}, {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports |= imports_of(node, home)
+            imports |= imports_of([node], home)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue
         else:
@@ -110,8 +104,8 @@ def read_sources(folder: Path) -> dict:  # dotted name -> text
 
 # %% ../../nbs/runner/01_staleness.ipynb #d1d23888
 def parse_package(sources: dict) -> Package:
-    "Parse every module, given by its dotted name and its text."
-    found = {m: definitions(text, m) for m, text in sources.items()}
+    "Parse every module, given by its dotted name and its text, but `recipe`."
+    found = {m: definitions(text, m) for m, text in sources.items() if m != "recipe"}
     return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
 # %% ../../nbs/runner/01_staleness.ipynb #cc5a0cde
@@ -124,7 +118,7 @@ def references(p: Package, module: str, name: str) -> list:  # of (module, name)
         whole = ".".join(filter(None, (path, there)))
         if whole in p.defined:  # the name is a module
             out += [(whole, n) for n in p.defined[whole]]
-        elif path != "recipe":
+        else:
             out += [(path, n) for n in p.defined.get(path, ()) if n in (there, "")]
     return out
 
@@ -149,7 +143,7 @@ def dependencies(p: Package, module: str, name: str) -> set:  # of (module, name
     seen, waiting, registries = set(), [(module, name)], registry_entries(p)
     while waiting:
         at = waiting.pop()
-        if at in seen or at[1] not in p.defined.get(at[0], {}):
+        if at in seen:
             continue
         seen.add(at)
         waiting += [*references(p, *at), *registries.get(at, ())]
