@@ -38,13 +38,12 @@ def notebook_finished(run: Path, step: Step) -> bool:
 # %% ../../nbs/runner/08_execute.ipynb #66aeb354
 def load_papermill():
     "The module papermill, without the grammar that jsonschema compiles for one of its formats: it takes a second."
-    grammar, absent = "rfc3987_syntax", object()
-    before = sys.modules.get(grammar, absent)
-    sys.modules[grammar] = None if before is absent else before  # None: importing it fails, as if not installed
+    grammar = "rfc3987_syntax"
+    sys.modules.setdefault(grammar, None)  # importing it then fails, as if it were not installed
     try:
         import papermill
     finally:
-        if before is absent:
+        if sys.modules[grammar] is None:
             del sys.modules[grammar]
     return papermill
 

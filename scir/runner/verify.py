@@ -10,6 +10,8 @@ __all__ = ['UNJUDGED', 'LABELS', 'CHECKS', 'recorded', 'check_files', 'check_inp
 import math
 from pathlib import Path
 
+import torch
+
 from ..data.load import better_side, find_grader, grade
 from ..method.loss import implicit_margin
 from ..recipe import Recipe, load_recipe, own_recipe
@@ -51,8 +53,6 @@ def readable_rows(path, kind: type = dict) -> tuple:  # rows, error message
 # %% ../../nbs/runner/12_verify.ipynb #32dfeded
 def derived_margins(s: Score, beta: float, implicit_length: str) -> dict:  # reward model -> margin
     "The margins that follow from a row's log-odds and log-probabilities."
-    import torch
-
     lengths = torch.tensor([[len(s.ids_a), len(s.ids_b)]]) if implicit_length == "per_token" else None
     implicit = implicit_margin(torch.tensor([s.logps]), torch.tensor([s.reference_logps]), beta, lengths)
     return {"generative": (s.order_margins[0] - s.order_margins[1]) / 2, "implicit": float(implicit)}
