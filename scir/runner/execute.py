@@ -100,7 +100,7 @@ def execute(run: Path, step: Step, notebooks: Path) -> Path:  # the executed not
 
 # %% ../../nbs/runner/08_execute.ipynb #5eac950a
 def record_dead_kernel(run: Path, step: Step) -> str:  # the error message
-    "Write into the manifest, and into the running cell of the executed notebook, that a step's kernel was killed."
+    "Record in the manifest and in the notebook's running cell that a step's kernel was killed."
     import nbformat
 
     why = f"{step.key}: its kernel was killed, probably out of memory; rerun to resume"

@@ -154,7 +154,7 @@ def judged_pairs(recipe: Recipe, sizes: Sizes, n: int) -> list:  # of Pair
 
 # %% ../../nbs/runner/13_planner.ipynb #5291af48
 def with_letter_rows(recipe: Recipe, sizes: Sizes) -> Recipe:
-    """The recipe for rows of random letters: the judge's question without prompt and answers has `sizes.frame` tokens.
+    """The recipe for rows of random letters: without prompt and answers, the judge's question is `sizes.frame` long.
 
     It has only the two reward models that we plan for."""
     plain = recipe.judge.model_copy(update={"template": "{prompt}{first}{second}", "system": None})
@@ -329,7 +329,7 @@ def sampled_rows(recipe: Recipe, prompts: list) -> list:  # prompt ids of each r
 # %% ../../nbs/runner/13_planner.ipynb #b641526e
 @torch.no_grad()
 def sampling_peak(recipe: Recipe, kind: str, prompts: list) -> int:  # bytes
-    "Peak bytes of reading a batch of prompts and of its last token. `prompts`: tokens of each, the longest first."
+    "Peak bytes of reading a batch of prompts (tokens of each, longest first) and of its last token."
     model = skeleton(recipe, kind, dtype_on(recipe.model, kind) != torch.float32).eval()
     spec, rows = recipe.sampling, sampled_rows(recipe, prompts)
     pool = Pool(model, spec, set())
@@ -351,7 +351,7 @@ def sampling_peak(recipe: Recipe, kind: str, prompts: list) -> int:  # bytes
 
 # %% ../../nbs/runner/13_planner.ipynb #809ff1fe
 def seed_lengths(recipe: Recipe, sizes: Sizes) -> list:  # (prompt, response, response) tokens
-    "The pairs of the warm start: those of the data, and those that a grader labels among the SFT model's answers."
+    "The pairs of the warm start: those of the data, and graded pairs of the SFT model's answers."
     graded = [(p, sizes.answer, sizes.answer) for p in sizes.seed_prompts]
     return sizes.seeds + graded * min(comb(recipe.sampling.candidates, 2), recipe.warm_start.pairs_per_prompt)
 
@@ -426,7 +426,8 @@ def pair_tokens(lengths: tuple, frame: int, judged: bool) -> float:
 def sampling_tasks(recipe: Recipe, sizes: Sizes, stages: list) -> list:  # of Task
     "Sampling answers in every step of `stages`. A prompt is read once for all its answers."
     found, candidates = [], recipe.sampling.candidates
-    for stage, prompts in {"warm_start": sizes.seed_prompts, "sample": sizes.prompts, "evaluate": sizes.held}.items():
+    asked = {"warm_start": sizes.seed_prompts, "sample": sizes.prompts, "evaluate": sizes.held}
+    for stage, prompts in asked.items():
         n = stages.count(stage) * len(prompts)
         found.append(Task(stage, "decoded", n * candidates, n * candidates * sizes.answer))
         found.append(Task(stage, "read", n, n * mean(sizes.prompts)))
@@ -492,7 +493,8 @@ def evaluation_tasks(recipe: Recipe, sizes: Sizes, node: str) -> list:  # of Tas
 # %% ../../nbs/runner/13_planner.ipynb #09d763e4
 def vote_tasks(recipe: Recipe, sizes: Sizes, node: str) -> list:  # of Task
     "Votes of the additive judge on a model's answers, each assumed to have the maximum length."
-    asked = len(sizes.prompts) * recipe.sampling.candidates * ("votes" in needed_rewards(recipe, node_parts(node)[1]))
+    needed = "votes" in needed_rewards(recipe, node_parts(node)[1])
+    asked = needed * len(sizes.prompts) * recipe.sampling.candidates
     votes = asked * recipe.labels.votes
     return [
         Task("label", "decoded", votes, votes * recipe.labels.vote_tokens),
@@ -629,7 +631,7 @@ def hours(todo: list, rates: dict) -> dict:  # stage -> hours
 
 # %% ../../nbs/runner/13_planner.ipynb #7a123d6b
 def hours_on(gpus: int, recipe: Recipe, todo: list, rates: dict, start: float = 0) -> float:
-    "Hours on several GPUs, each with these rates, without communication. A step takes `start` seconds to start."
+    "Hours on several GPUs, without communication. Each step takes `start` seconds to start."
     sections = {"sft": recipe.sft, "warm_start": recipe.warm_start, "optimise": recipe.train}
     parts = {stage: min(gpus, section.batch_size) for stage, section in sections.items()}
     seconds = sum(w.tokens * rates[w.kind] / (parts[w.stage] if w.kind == "trained" else gpus) for w in todo)

@@ -56,7 +56,7 @@ def without_docstrings(node: ast.AST) -> ast.AST:
     return node
 
 # %% ../../nbs/runner/01_staleness.ipynb #67ec2586
-def imports_of(nodes: list, home: str = "") -> dict:  # local name -> (module or folder of the package, name there)
+def imports_of(nodes: list, home: str = "") -> dict:  # local name -> (module or folder, name there)
     "Imports from the package in statements of module `home`, nested ones included."
     out = {}
     for n in (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.ImportFrom)):
@@ -124,7 +124,7 @@ def references(p: Package, module: str, name: str) -> list:  # of (module, name)
 
 # %% ../../nbs/runner/01_staleness.ipynb #368dbb2b
 def registry_entries(p: Package) -> dict:  # registry (module, name) -> registered definitions
-    "Each registry (a variable that a decorator fills, such as `REWARDS`) with the functions registered in it."
+    "Each registry (a variable that a decorator fills, such as `REWARDS`) with its functions."
     out = {}
     for module, defined in p.defined.items():
         for name, d in defined.items():

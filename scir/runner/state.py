@@ -40,7 +40,7 @@ def code_hashes(stage: str) -> dict:  # module -> hash
 
 # %% ../../nbs/runner/04_state.ipynb #07e43965
 def check_code(stage: str) -> None:
-    "Raise RuntimeError if a stage's code changed since this process started: old code would be recorded as new."
+    "Raise RuntimeError if a stage's code changed since this process started: it would be recorded as new."
     hashes = code_hashes(stage)
     for m in hashes:
         import_module(f"scir.{m}")  # now, before its file can change
@@ -191,7 +191,7 @@ def resumable(recipe: Recipe, run: Path, step: Step, begun: str) -> str:
 # %% ../../nbs/runner/04_state.ipynb #8c8a1a4d
 @contextmanager
 def hashes_kept(run: Path):
-    "Keep the hashes of code and files in the run directory, so that the next `status` reads only changed files."
+    "Keep the hashes of code and files in the run directory: the next `status` reads only what changed."
     kept = run / ".hashes.json"
     with suppress(ValueError, TypeError):  # a damaged file
         HASHES.update(read_json(kept, {}))
