@@ -18,7 +18,7 @@ from scir.runner.run import run_recipe
 from scir.runner.state import differences, state, status
 from scir.runner.verify import verify
 from scir.runner.work import do, do_step, open_run, reason, start_step
-from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
+from scir.store import HASHES, Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 
 from helpers import ROOT, edit, edited, scir
 
@@ -98,6 +98,26 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
         and names(recipe, run)["report"] == "stale"
         and names(recipe, run)["sample:seed0/m1"] == "done"
     )
+
+
+def test_the_next_status_reads_only_what_changed(copy, monkeypatch):
+    "Hashes are kept in the run. A damaged file of them costs time only, and `verify` does not trust them."
+    recipe, run = copy
+    before, responses = status(recipe, run), run / "seed0/m1/responses.jsonl"
+    with monkeypatch.context() as m:
+        HASHES.clear()
+        m.setattr(states, "stage_code", lambda sources: pytest.fail("parsed again"))
+        m.setattr("scir.store._hash", lambda path, files: pytest.fail("read again"))
+        assert status(recipe, run) == before
+    (run / ".hashes.json").write_text("[1")
+    HASHES.clear()
+    assert status(recipe, run) == before
+    times, text = responses.stat(), responses.read_text()
+    responses.write_text(text[:-2] + "?\n")
+    os.utime(responses, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert status(recipe, run) == before and faults(run)["files"] == ["seed0/m1/responses.jsonl"]
+    responses.write_text(text + "\n")
+    assert why(recipe, run, SAMPLE.key) == "seed0/m1/responses.jsonl has changed since it was written"
 
 
 def test_an_older_manifest_is_stale(copy):
