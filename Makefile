@@ -7,7 +7,7 @@ MODEL  := data/models/smollm2-135m-instruct/model.safetensors
 
 .PHONY: demo test test-faults test-models test-wheel interruptions faults bench gpu-check docs test-docs export clean
 
-demo: $(MODEL)            ## the whole pipeline on a real 135M model: 8 to 19 minutes on two CPU cores
+demo: $(MODEL)            ## the whole pipeline on a real 135M model: ten minutes on two CPU cores with AVX512-BF16
 	$(BIN)/scir run recipes/smol.yaml
 
 test: $(MODEL)            ## gates, notebook tests, pytest
@@ -30,7 +30,7 @@ faults:
 test-models: | $(VENV)/installed  ## every architecture at tiny size; writes the table of docs/models.md: 10 to 25 minutes
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m models.matrix
 
-test-wheel: | $(VENV)/installed  ## the wheel in a fresh environment, outside the checkout: about three minutes
+test-wheel: | $(VENV)/installed  ## tests the wheel in a fresh environment, outside the checkout: about three minutes
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
@@ -38,16 +38,16 @@ test-wheel: | $(VENV)/installed  ## the wheel in a fresh environment, outside th
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
 	cd $$(mktemp -d) && export PATH=$(CURDIR)/build/wheel/venv/bin:$$PATH && scir doctor --recipe recipes/tiny.yaml && scir run recipes/tiny.yaml && scir verify data/runs/tiny
 
-bench: $(MODEL)           ## speed and memory against the usual libraries and the machine's limits: about 15 minutes on two cores
+bench: $(MODEL)           ## compares speed and memory with the usual libraries and the machine's limits: about 15 minutes on two cores
 	TQDM_DISABLE=1 $(BIN)/python -m tests.bench.speed --set model.dtype=auto --out $(or $(JSON),data/bench.json)
 
-gpu-check: | $(VENV)/installed  ## ten minutes on one NVIDIA GPU, no network: memory and speed into docs/results/gpu
+gpu-check: | $(VENV)/installed  ## measures memory and speed on one NVIDIA GPU, writes docs/results/gpu: ten minutes, no network
 	$(BIN)/python -m tests.bench.gpu $(if $(MODEL_FOLDER),--model $(MODEL_FOLDER))
 
-docs: $(VENV)/docs        ## the site (_site/index.html) from the notebooks and docs/; needs npm for MathJax, no model
+docs: $(VENV)/docs        ## builds the site (_site/index.html) from the notebooks and docs/; needs npm for MathJax, no model
 	$(BIN)/python docs/build.py
 
-test-docs: docs           ## the site in a browser (Debian: apt install chromium); SHOTS=FOLDER saves screenshots
+test-docs: docs           ## tests the site in a browser (Debian: apt install chromium); SHOTS=FOLDER saves screenshots
 	$(BIN)/python -m pytest tests/docs
 
 export:                   ## notebooks -> scir/, formatted and cleaned; nbs/index.ipynb -> README.md
