@@ -1,16 +1,15 @@
 """What several tests need: commands from outside, texts, servers that are made up, comparisons."""
 
-import ast, json, os, subprocess, sys, threading, time
+import json, os, subprocess, sys, threading, time
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from scir.model.decoding import generate
-from scir.runner.staleness import Definition
-from scir.runner.state import LOADED
+from scir.runner import state
 from scir.stages.sample import sample
-from scir.store import Prompt, Response, Score, read_rows
+from scir.store import Prompt, Response, Score, digest, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -101,14 +100,14 @@ def difference(a, b):
     return 0 if a == b else float("inf")
 
 
-def edited(d):
-    return Definition([*d.nodes, *ast.parse("edited = True").body])
+def edited(sources, module, name):
+    return sources | {module: f"{sources[module]}\n{name}.edited = True\n"}
 
 
 def edit(monkeypatch, module, name):
     "As if a definition had one more line when this process started."
-    defined = LOADED.defined[module]
-    monkeypatch.setitem(defined, name, edited(defined[name]))
+    monkeypatch.setattr(state, "SOURCES", edited(state.SOURCES, module, name))
+    monkeypatch.setattr(state, "VERSION", digest(state.SOURCES))
 
 
 def drawn(policy, tokenizer, recipe, folder, prompts=PROMPTS, seed=0, **spec):

@@ -35,7 +35,7 @@ def test_an_arm_may_stop_early():
     assert {s.node for s in steps if s.stage == "evaluate"} == set(all_nodes(recipe)) and not [
         s for s in steps if s.stage in ("sample", "judge", "label") and "srlm" in s.node
     ]
-    assert set(prerequisites(recipe, steps[-1])) == {s for s in steps[:-1] if s.stage != "consistency"}, (
+    assert set(prerequisites(recipe)[steps[-1]]) == {s for s in steps[:-1] if s.stage != "consistency"}, (
         "nothing is done that nobody reads"
     )
     with pytest.raises(RecipeError, match="stop_after"):

@@ -10,8 +10,8 @@ __all__ = ['VOTE_SAMPLING', 'VOTE_TEMPLATE', 'OUTSIDE', 'agreed', 'candidates', 
 # %% ../../nbs/method/05_labels.ipynb #8907bc01
 import math, re
 from collections import defaultdict
+from statistics import fmean
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from ..recipe import LabelSpec, Recipe, SamplingSpec, TrainSpec
@@ -63,11 +63,13 @@ def length_gap(
 ) -> float:  # tokens; 0 without labels
     "Mean length of chosen minus rejected over the labelled pairs."
     by_id = {s.id: len(s.ids_a) - len(s.ids_b) for s in scores}
-    return float(np.mean([by_id[i] if t > 0.5 else -by_id[i] for i, t in labels.items()])) if labels else 0.0
+    return fmean(by_id[i] if t > 0.5 else -by_id[i] for i, t in labels.items()) if labels else 0.0
 
 # %% ../../nbs/method/05_labels.ipynb #b2fd30c9
 def length_slopes(scores: list, reward: dict, lengths: dict) -> list:  # at most 101, ascending
     "Candidates for alpha: zero and the positive slopes of the pairs, thinned to percentiles."
+    import numpy as np  # here, since `scir status` imports this module
+
     slopes = {0.0}
     for s in scores:
         a, b = candidates(s)
@@ -102,7 +104,7 @@ def ranking_consistency(
             by_prompt[r.rpartition("/")[0]].append((now[r], before[r]))
     taus = [kendalltau(*zip(*pairs)).statistic for pairs in by_prompt.values() if len(pairs) > 1]
     taus = [t for t in taus if not math.isnan(t)]
-    return float((np.mean(taus) + 1) / 2) if taus else 0.5
+    return (fmean(taus) + 1) / 2 if taus else 0.5
 
 # %% ../../nbs/method/05_labels.ipynb #57fb3b35
 def previous_rewards(

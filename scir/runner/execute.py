@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['notebook_of', 'notebook_finished', 'load_papermill', 'execute_in_kernel', 'notebook_call', 'execute',
-           'record_dead_kernel', 'add_error', 'step_state', 'status_text']
+           'record_dead_kernel', 'step_state', 'status_text']
 
 # %% ../../nbs/runner/08_execute.ipynb #52da321e
 import sys
@@ -38,13 +38,12 @@ def notebook_finished(run: Path, step: Step) -> bool:
 # %% ../../nbs/runner/08_execute.ipynb #66aeb354
 def load_papermill():
     "The module papermill, without the grammar that jsonschema compiles for one of its formats: it takes a second."
-    grammar, absent = "rfc3987_syntax", object()
-    before = sys.modules.get(grammar, absent)
-    sys.modules[grammar] = None if before is absent else before  # None: importing it fails, as if not installed
+    grammar = "rfc3987_syntax"
+    sys.modules.setdefault(grammar, None)  # importing it then fails, as if it were not installed
     try:
         import papermill
     finally:
-        if before is absent:
+        if sys.modules[grammar] is None:
             del sys.modules[grammar]
     return papermill
 
@@ -101,24 +100,19 @@ def execute(run: Path, step: Step, notebooks: Path) -> Path:  # the executed not
 
 # %% ../../nbs/runner/08_execute.ipynb #5eac950a
 def record_dead_kernel(run: Path, step: Step) -> str:  # the error message
-    "Write into manifest and executed notebook that a step's kernel was killed."
+    "Record in the manifest and in the notebook's running cell that a step's kernel was killed."
+    import nbformat
+
     why = f"{step.key}: its kernel was killed, probably out of memory; rerun to resume"
     if step.key in read_json(run / "manifest.json")["begun"]:
         note_failure(run, step, why)
     if (target := notebook_of(run, step)).exists():
-        add_error(target, why)
+        notebook = nbformat.read(target, 4)
+        cells = [c for c in notebook.cells if c.cell_type == "code"]
+        running = ([c for c in cells if c.execution_count] or cells)[-1]
+        running.outputs.append(nbformat.v4.new_output("error", ename="DeadKernel", evalue=why, traceback=[why]))
+        write_text(target, nbformat.writes(notebook))
     return why
-
-# %% ../../nbs/runner/08_execute.ipynb #3d1bd2be
-def add_error(notebook: Path, why: str) -> None:
-    "Add an error to the outputs of the cell that was running."
-    import nbformat
-
-    nb = nbformat.read(notebook, 4)
-    cells = [c for c in nb.cells if c.cell_type == "code"]
-    cell = ([c for c in cells if c.execution_count] or cells)[-1]
-    cell.outputs.append(nbformat.v4.new_output("error", ename="DeadKernel", evalue=why, traceback=[why]))
-    write_text(notebook, nbformat.writes(nb))
 
 # %% ../../nbs/runner/08_execute.ipynb #8ab55d0f
 def step_state(recipe: Recipe, run: Path, step: Step) -> State:

@@ -72,51 +72,39 @@ def _serve(connection_file, cwd, owner):
         atexit._run_exitfuncs()  # a forked process skips them, but trackers write their last lines there
 
 # %% ../../nbs/runner/10_kernels.ipynb #31eb5877
-class Forked:
+class Forked(multiprocessing.context.ForkServerProcess):
     "A forked process with the methods of Popen that a provisioner uses."
 
     stdin = stdout = stderr = None
 
-    def __init__(self, process):
-        self.process, self.pid = process, process.pid
-
     def poll(self):
-        return self.process.exitcode
+        return self.exitcode
 
     def wait(self):
-        self.process.join()
-        return self.process.exitcode
+        self.join()
+        return self.exitcode
 
     def send_signal(self, signum):
-        if self.process.is_alive():
+        if self.is_alive():
             os.kill(self.pid, signum)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self):
-        self.send_signal(signal.SIGTERM)
 
 # %% ../../nbs/runner/10_kernels.ipynb #ead1a84a
 class WarmProvisioner(LocalProvisioner):
     "Start kernels by forking a process that has done the slow imports."
 
     async def launch_kernel(self, cmd: list, **kwargs) -> dict:  # connection info
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        forkserver.set_forkserver_preload(PRELOAD)
         resource_tracker.ensure_running()  # first, since it unblocks signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C must not interrupt the imports
         try:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        process = context.Process(
-            target=_serve,
-            args=(self.parent.connection_file, kwargs.get("cwd") or os.getcwd(), os.getpid()),
-            daemon=True,
-        )
-        process.start()
-        self.process, self.pid, self.pgid, self.cwd = Forked(process), process.pid, None, kwargs.get("cwd")
+        self.cwd, self.pgid = kwargs.get("cwd"), None
+        where = self.parent.connection_file, self.cwd or os.getcwd(), os.getpid()
+        self.process = Forked(target=_serve, args=where, daemon=True)
+        self.process.start()
+        self.pid = self.process.pid
         return self.connection_info
 
 # %% ../../nbs/runner/10_kernels.ipynb #d27111be

@@ -48,7 +48,5 @@ def is_locked(run: Path, what: str) -> bool:
     try:
         with FileLock(run / LOCKS / f"{what}.lock").acquire(timeout=0):
             return False
-    except Timeout:
-        return True
-    except OSError:
-        return False  # a directory that nobody may write to
+    except OSError as e:
+        return isinstance(e, Timeout)  # any other error: a directory that nobody may write to

@@ -117,7 +117,7 @@ def run_parallel(recipe: Recipe, run: Path, steps: list, at, jobs: int) -> None:
     """Run `steps`, at most `jobs` at once, each as soon as its prerequisites are done.
 
     If a step fails, steps that need it are skipped and the others run. Raises RuntimeError at the end."""
-    left, running, failed = {s: set(prerequisites(recipe, s)) for s in steps}, {}, {}
+    left, running, failed = {s: set(p) for s, p in prerequisites(recipe).items() if s in steps}, {}, {}
     say = lambda step, what: print(f"[{steps.index(step) + 1}/{len(steps)}] {step.key}: {what}", flush=True)
     while left or running:
         open_steps = left.keys() | running.keys()

@@ -59,17 +59,11 @@ def round_steps(recipe: Recipe, seed: int, t: int) -> list:  # of Step
     return steps
 
 # %% ../../nbs/runner/02_plan.ipynb #f4e30040
-def prerequisites(recipe: Recipe, step: Step) -> list:  # of Step
-    "The steps that must be finished before `step`, in order."
-    writers = {f: s for s in plan(recipe) for f in STAGES[s.stage].writes(recipe, s.node)}
-    found = []
-
-    def visit(s):
-        for f in STAGES[s.stage].reads(recipe, s.node):
-            before = writers[f]
-            if before not in found:
-                visit(before)
-                found.append(before)
-
-    visit(step)
+def prerequisites(recipe: Recipe) -> dict:  # step -> list of Step
+    "For each step of the plan, the steps that must be finished before it, in order."
+    found, writers = {}, {}
+    for step in plan(recipe):
+        direct = [writers[f] for f in STAGES[step.stage].reads(recipe, step.node)]
+        found[step] = list(dict.fromkeys(s for d in direct for s in (*found[d], d)))
+        writers |= dict.fromkeys(STAGES[step.stage].writes(recipe, step.node), step)
     return found

@@ -38,11 +38,8 @@ def without_launcher():
 # %% ../../nbs/runner/07_processes.ipynb #4273f134
 def launch_line(words: list, processes: int, machines: int = 1) -> list:  # words of a command
     "The command that runs `scir WORDS` as several processes, on one machine or on several with a shared folder."
-    where = (
-        ["--nnodes", str(machines), "--node_rank", "$RANK_OF_THIS_MACHINE", "--master_addr", "$FIRST_MACHINE"]
-        if machines > 1
-        else ["--standalone"]
-    )
+    several = f"--nnodes {machines} --node_rank $RANK_OF_THIS_MACHINE --master_addr $FIRST_MACHINE".split()
+    where = several if machines > 1 else ["--standalone"]
     return ["torchrun", *where, "--nproc_per_node", str(processes), "--no-python", "scir", *words]
 
 # %% ../../nbs/runner/07_processes.ipynb #c96eb70d

@@ -79,7 +79,7 @@ def remove_half_written_notebooks(run: Path, steps: list) -> None:
 
 # %% ../../nbs/runner/11_run.ipynb #c0d0a006
 def run_steps(recipe: Recipe, run: Path, steps: list, jobs: int, cluster: dict | None) -> None:
-    "Run `steps`, in order or as jobs. Then print those that are not done, as when a server left questions unanswered."
+    "Run `steps`, in order or as jobs. Then print those not done, as when a server did not answer everything."
     remove_half_written_notebooks(run, steps)
     if jobs > 1 or cluster is not None:
         with job_executor(run, jobs, cluster) as at:

@@ -16,8 +16,8 @@ from pathlib import Path
 from ..recipe import MODELS, SHIPPED, Recipe, RecipeError, load_recipe, locate, own_recipe, root
 from .locks import file_lock
 from .manifest import manifest_of, note_failure, record, start_manifest
-from .plan import Step, file_name, prerequisites, plan
-from .state import check_code, finished, inputs, models_of, read_fields, state
+from .plan import Step, file_name, prerequisites
+from .state import check_code, inputs, models_of, read_fields, state
 from ..stages.files import STAGES
 from ..store import digest, all_gather, hide_secrets, processes, read_json, remove, unfinished, unfinished_parts
 
@@ -187,14 +187,14 @@ def do_step(recipe: Recipe, run: Path, step: Step) -> None:
 # %% ../../nbs/runner/06_work.ipynb #468e9fd6
 def do(stage: str, recipe: Recipe, run: Path, node: str = "") -> dict:  # summary
     "Run a step and its prerequisites in this process. Finished steps are skipped, and so are incomplete prerequisites."
-    step, steps = Step(stage, node), plan(recipe)
+    step, steps = Step(stage, node), prerequisites(recipe)
     if step not in steps:
         raise ValueError(f"{step.key} is not a step of this recipe; its steps: {', '.join(s.key for s in steps)}")
-    for s in prerequisites(recipe, step):
+    for s in steps[step]:
         if state(recipe, run, s).name in ("done", "incomplete"):
             continue
         print(f"{step.key} needs {s.key}")
         do_step(recipe, run, s)
-    if not finished(recipe, run, step):
+    if state(recipe, run, step).name != "done":
         do_step(recipe, run, step)
     return read_json(run / "manifest.json")["steps"][step.key]["summary"]

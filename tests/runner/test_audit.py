@@ -18,7 +18,7 @@ from scir.runner.run import run_recipe
 from scir.runner.state import differences, state, status
 from scir.runner.verify import verify
 from scir.runner.work import do, do_step, open_run, reason, start_step
-from scir.store import Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
+from scir.store import HASHES, Journal, Prompt, hash_path, read_json, read_rows, unfinished, write_rows
 
 from helpers import ROOT, edit, edited, scir
 
@@ -98,6 +98,26 @@ def test_data_model_code_and_outputs_are_named(copy, monkeypatch):
         and names(recipe, run)["report"] == "stale"
         and names(recipe, run)["sample:seed0/m1"] == "done"
     )
+
+
+def test_the_next_status_reads_only_what_changed(copy, monkeypatch):
+    "Hashes are kept in the run. A damaged file of them costs time only, and `verify` does not trust them."
+    recipe, run = copy
+    before, responses = status(recipe, run), run / "seed0/m1/responses.jsonl"
+    with monkeypatch.context() as m:
+        HASHES.clear()
+        m.setattr(states, "stage_code", lambda sources: pytest.fail("parsed again"))
+        m.setattr("scir.store._hash", lambda path, files: pytest.fail("read again"))
+        assert status(recipe, run) == before
+    (run / ".hashes.json").write_text("[1")
+    HASHES.clear()
+    assert status(recipe, run) == before
+    times, text = responses.stat(), responses.read_text()
+    responses.write_text(text[:-2] + "?\n")
+    os.utime(responses, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert status(recipe, run) == before and faults(run)["files"] == ["seed0/m1/responses.jsonl"]
+    responses.write_text(text + "\n")
+    assert why(recipe, run, SAMPLE.key) == "seed0/m1/responses.jsonl has changed since it was written"
 
 
 def test_an_older_manifest_is_stale(copy):
@@ -224,11 +244,10 @@ def test_litter_of_what_is_at_work_is_left(copy, monkeypatch):
 def test_code_that_changed_under_a_process_is_not_taken_for_the_new(copy, monkeypatch):
     "A kernel or a fork server that was started before an edit would do the step with the old code."
     recipe, run = copy
-    monkeypatch.setattr(states, "files_of", lambda folder: {"stages.judge": "edited"})
+    now = states.SOURCES | {"stages.judge": states.SOURCES["stages.judge"] + "# a comment"}
+    monkeypatch.setattr(states, "read_sources", lambda folder: now)
     states.check_code("judge")  # only a comment was edited, or a function that judging does not call
-    now = states.read_package(states.CODE)
-    now.defined["stages.judge"]["run"] = edited(now.defined["stages.judge"]["run"])
-    monkeypatch.setattr(states, "read_package", lambda folder: now)
+    now = edited(now, "stages.judge", "run")
     with pytest.raises(
         RuntimeError, match="the code of scir.stages.judge changed since this process started; restart it"
     ):

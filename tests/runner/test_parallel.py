@@ -89,7 +89,7 @@ class At:
         self.order, self.most, self.open, self.failing = [], 0, {}, failing
 
     def submit(self, function, run, step, notebooks):
-        assert not {s for s in prerequisites(self.recipe, step)} - {s for s in self.order}, (
+        assert not {s for s in prerequisites(self.recipe)[step]} - {s for s in self.order}, (
             f"{step.key} before what it needs"
         )
         self.open[step], self.most = Future(), max(self.most, len(self.open) + 1)

@@ -24,7 +24,6 @@ from scir.runner.planner import (
     judged_pairs,
     largest_batch,
     sampled_lengths,
-    letter_judge,
     letter_pairs,
     with_letter_rows,
     extrapolate,
@@ -287,8 +286,9 @@ def test_letters_have_the_lengths_that_are_asked_for():
     assert [(len(p.prompt_ids), len(p.ids_a), len(p.ids_b)) for p in pairs] == [(60, 20, 30), (90, 2, 2)]
     from scir.method.judge import judge_ids
 
-    judge = load_recipe("recipes/smol.yaml").judge
-    assert len(judge_ids(tiny_tokenizer(), letter_judge(judge, 100), "", "", "")) == 100
+    recipe = load_recipe("recipes/smol.yaml")
+    letters = with_letter_rows(recipe, assumed_sizes(recipe)._replace(frame=100))
+    assert len(judge_ids(tiny_tokenizer(), letters.judge, "", "", "")) == 100
 
 
 def test_a_pair_is_two_sequences_and_two_questions():

@@ -129,7 +129,7 @@ def test_manifest_says_what_was_run(run):
 def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it(run):
     again = scir("run", "recipes/tiny.yaml", "--out", run)
     assert again.returncode == 0 and again.stdout.count(": unchanged") == 22
-    from scir.runner.state import finished
+    from scir.runner.state import state
     from scir.runner.plan import plan
     from scir.recipe import load_recipe
 
@@ -137,7 +137,7 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
 
     def stale(*settings):
         recipe = load_recipe("recipes/tiny.yaml", settings)
-        return {s.key for s in plan(recipe) if not finished(recipe, run, s)}
+        return {s.key for s in plan(recipe) if state(recipe, run, s).name != "done"}
 
     assert stale() == set()
     assert {k.split(":")[0] for k in stale("train.learning_rate=2.0e-3")} == {
@@ -156,11 +156,12 @@ def test_a_finished_run_is_not_done_again_and_a_change_redoes_what_depends_on_it
 
 
 def test_staleness_follows_what_is_called():
-    from scir.runner.state import LOADED, code_hashes
+    from scir.runner.state import SOURCES, code_hashes
     from scir.stages.files import STAGES
-    from scir.runner.staleness import dependencies
+    from scir.runner.staleness import dependencies, parse_package
 
-    reach = {stage: dependencies(LOADED, f"stages.{stage}", "run") for stage in STAGES}
+    package = parse_package(SOURCES)
+    reach = {stage: dependencies(package, f"stages.{stage}", "run") for stage in STAGES}
     assert {
         ("method.loss", "scir_loss"),
         ("method.rewards", "implicit"),
@@ -396,7 +397,7 @@ def test_a_second_round_of_the_baselines_asks_its_own_predecessor(tmp_path):
 def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
     "An evaluation set takes its prompts out of the warm start; a refitted reward model labels and judges anew."
     from scir.runner.plan import Step
-    from scir.runner.state import fingerprint
+    from scir.runner.state import inputs
     from scir.recipe import parse_recipe
 
     monkeypatch.chdir(ROOT)
@@ -420,7 +421,7 @@ def test_what_a_step_reads_beside_the_run_decides_too(tmp_path, monkeypatch):
         Step("label", "seed0/m1"),
         Step("align", "seed0/scir/m2"),
     ]
-    marks = lambda **data: [fingerprint(recipe(**data), tmp_path, s) for s in steps]
+    marks = lambda **data: [inputs(recipe(**data), tmp_path, s) for s in steps]
     changed = lambda one, other: [s.stage for s, a, b in zip(steps, one, other) if a != b]
     bare, named = marks(), marks(labelled_sets={"known": str(known)})
     assert changed(bare, marks()) == [] and changed(bare, named) == [

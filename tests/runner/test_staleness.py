@@ -4,16 +4,11 @@ import subprocess, sys
 
 import pytest
 
-from scir.runner.staleness import Package, code_of, definitions, dependencies
-from scir.runner.state import LOADED, code_hashes
+from scir.runner.staleness import code_of, dependencies, parse_package
+from scir.runner.state import SOURCES, code_hashes
 from scir.stages.files import STAGES
 
 from helpers import edit
-
-
-def package(**sources):
-    found = {name: definitions(source, name) for name, source in sources.items()}
-    return Package({m: d for m, (d, _) in found.items()}, {m: i for m, (_, i) in found.items()})
 
 
 @pytest.mark.parametrize(
@@ -36,7 +31,7 @@ def test_a_stage_depends_on_what_it_calls_and_on_nothing_else(monkeypatch, modul
 def test_what_is_registered_is_reached():
     "The recipe names a reward model; no code does."
     assert {("method.rewards", "pointwise"), ("method.rewards", "longer")} <= dependencies(
-        LOADED, "stages.judge", "run"
+        parse_package(SOURCES), "stages.judge", "run"
     )
 
 
@@ -73,15 +68,17 @@ def unused(): return 1
 )
 def test_meaning_is_what_counts(old, new, changes):
     assert (old in SOURCE) != (old in OTHER)
-    now = code_of(package(a=SOURCE.replace(old, new), b=OTHER.replace(old, new)), "a", "stage")
-    assert (now != code_of(package(a=SOURCE, b=OTHER), "a", "stage")) == changes
+    now = code_of(parse_package({"a": SOURCE.replace(old, new), "b": OTHER.replace(old, new)}), "a", "stage")
+    assert (now != code_of(parse_package({"a": SOURCE, "b": OTHER}), "a", "stage")) == changes
 
 
 def test_imports_in_functions_and_whole_modules_are_followed():
-    made = package(
-        a="def stage():\n    from scir.b import helper as h\n    from scir import c\n    return h(c.x)",
-        b="def helper(y): return y",
-        c="x = 1\nprint(x)",
+    made = parse_package(
+        {
+            "a": "def stage():\n    from scir.b import helper as h\n    from scir import c\n    return h(c.x)",
+            "b": "def helper(y): return y",
+            "c": "x = 1\nprint(x)",
+        }
     )
     assert dependencies(made, "a", "stage") == {("a", "stage"), ("b", "helper"), ("c", "x"), ("c", "")}
 
