@@ -6,15 +6,15 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {  # where we are: no change may pass them, and one that gets further lowers them
-    "lines": 14300,
+    "lines": 13500,
     "wider than 120": 0,
     "share of these, %": 0.0,
     "95% are within": 110,
-    "functions over 25": 13,
+    "functions over 25": 0,
     "import cycles": 0,
     "names defined twice": 0,
-    "median code cell": 10,
-    "shown per exported": 0.45,
+    "median code cell": 9,
+    "shown per exported": 0.94,
 }
 TARGETS = dict(zip(LIMITS, (5000, 0, 0, 100, 0, 0, 0, 8, 1)))
 AT_LEAST = "shown per exported"  # of all others, less is better
