@@ -119,7 +119,7 @@ def export_adapter(model: str, out, licence: str | None = None, place: str | Non
 def export_merged(
     model: str, out, licence: str | None = None, place: str | None = None
 ) -> dict:  # dtype, licence, files
-    """Export a run's merged model (see `merged`) as safetensors, with tokenizer and card, to the new folder `out`.
+    """Export a run's merged model (`merged_weights`) as safetensors, with tokenizer and card, to the new folder `out`.
     Licence and notice files of a local base are copied."""
     from scir.model.weights import model_path
 
@@ -136,7 +136,7 @@ def export_merged(
 
 # %% ../../nbs/export/04_folders.ipynb #5affe68f
 AGREED = "preferred by all internal reward models"
-LABELLERS = {  # `chosen` is the side ...
+LABELLERS = {  # label -> which side is `chosen`
     "agreement": f"{AGREED} before the first step (during training, agreement is updated at every step)",
     "agreement-static": f"{AGREED} before training",
     "generative": "preferred by the judge",

@@ -35,7 +35,7 @@ def origin(model: str) -> Origin:
     path = Path(model).parent if Path(model).name == "adapter" or Path(model).is_file() else Path(model)
     if not (run := run_of(path)):
         raise ValueError(
-            f"model {model}: not a model of a run; adapter, merged and dataset need one, "
+            f"model {model}: not a model of a run; --to adapter, merged and dataset need one,  "
             "such as data/runs/smol/seed0/scir/m2"
         )
     node, recipe = path.relative_to(run).as_posix(), load_recipe(run / "recipe.yaml")
@@ -78,12 +78,12 @@ def outdated(o: Origin, stage: str, file: str) -> str:
 
 
 def files_read(record: dict) -> list:
-    "The files of the run that a step read, by its record."
+    "The files of the run that a step read, according to its record."
     return [k.removeprefix("file ") for k in record.get("inputs", {}) if k.startswith("file ")]
 
 
 def changed_inputs(recipe: Recipe, run: Path, key: str, record: dict, hashes: dict) -> str:
-    "How the inputs that a step recorded differ from the recipe and from `hashes`, those of the files as last written."
+    "How a step's recorded inputs differ from the recipe and from `hashes`, the hashes of the files as last written."
     from scir.runner.plan import Step
     from scir.runner.state import differences, inputs
 

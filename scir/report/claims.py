@@ -246,7 +246,7 @@ def format_gap(gap: dict, scale: float = 100) -> str:
 
 
 def agreeing_seeds(gap: dict) -> str:
-    "'2 of 3' seeds have the sign of the overall difference; '-' for a single seed."
+    "How many seeds have the sign of the overall difference, such as '2 of 3'; '-' for a single seed."
     return f"{gap['same_way']} of {gap['seeds']}" if gap and gap["seeds"] > 1 else "-"
 
 # %% ../../nbs/report/03_claims.ipynb #b2067d8f
@@ -367,7 +367,7 @@ def success_sentence(rounds: list, arms: tuple) -> str:
         success = d[d.success.notna()].groupby("arm").success.mean()
         found.append({a: success[a] for a in arms if a in success})
     rates = list_rates(found)
-    return rates and f"Answers that the grader scores as fully correct: {rates}."
+    return rates and f"The fraction of fully correct answers is {rates}."
 
 
 def accuracy_sentence(rounds: list, arms: tuple) -> str:

@@ -114,7 +114,7 @@ def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two f
 
 # %% ../../nbs/report/02_compare.ipynb #837acb6e
 def widened(gap: dict) -> dict:
-    "If all differences are equal, replace the zero-width bootstrap interval: Wilson's for no event in as many prompts."
+    "Replace a zero-width bootstrap interval (all differences are equal) by Wilson's for no event in as many prompts."
     if gap["high"] - gap["low"] > 1e-12:
         return gap
     half = rate(np.zeros(gap["prompts"]))["high"]

@@ -29,8 +29,8 @@ the first). Columns are sets of pairs. *own*: the model's own answers to held-ou
 *panel*: M_1's answers, the same pairs for every model of a seed. *held-out*: labelled pairs from the warm start's
 sources that were not used in training. *overall*: claims that are not about pairs.
 *met*: the claim holds; *significantly* means p < 0.01 after Holm's adjustment over all tests in this table, with all
-seeds agreeing in sign (claim a requires this too). *missed*: the difference has the wrong sign, or a threshold is not
-reached. *not significant*: the sign is right, but the difference is not significant. *-*: not measured. Claim f is
+seeds agreeing in sign (claim a also needs significance). *missed*: the difference has the wrong sign, or a threshold is
+not reached. *not significant*: the sign is right, but the difference is not significant. *-*: not measured. Claim f is
 missed if the 95% interval lies below zero, so *met* only says that no decline was found. Claim g is met if the interval
 lies above zero. Neither is adjusted. Claim h needs all seeds to agree."""
 

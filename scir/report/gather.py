@@ -32,7 +32,7 @@ def evaluated(run) -> list:  # node names, base model first
 
 
 def unevaluated(run) -> str:  # one line, or an empty string
-    "The models of a run directory that have not been evaluated; unknown for a folder with only a report."
+    "The models of a run directory that have not been evaluated; empty for a folder with only a report."
     done = evaluated(run)
     missing = [n for n in all_nodes(load_recipe(Path(run) / "recipe.yaml")) if n not in done] if done else []
     return f"{Path(run).name}: not evaluated, so missing from the tables: {', '.join(missing)}." if missing else ""

@@ -222,9 +222,7 @@ def reference_outputs(source: str, limit: int | None = None) -> tuple:  # list o
     rows = read_source(source)
     columns = sorted(rows[0]) if rows else []
     if not {"instruction", "output"} <= set(columns):
-        raise ValueError(
-            f"alignment.reference {source}: columns {columns}; rows with instruction and output are needed"
-        )
+        raise ValueError(f"alignment.reference {source}: has columns {columns}, but needs instruction and output")
     rows = rows[:limit]
     usable = [r for r in reversed(rows) if not unusable(r["instruction"], r["output"])]
     outputs = {r["instruction"]: r["output"] for r in usable}

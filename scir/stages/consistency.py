@@ -150,7 +150,7 @@ def printable(text, most: int = 80) -> str:
 
 
 def text_table(rows: list, columns: list) -> pd.DataFrame:
-    "These columns of `rows` (dicts), with texts as by `printable` and numbers as they are."
+    "These columns of `rows` (dicts) as a table; `printable` shortens the texts."
     show = lambda value: printable(value) if isinstance(value, (str, list)) else value
     return pd.DataFrame([{name: show(row[name]) for name in columns} for row in rows])
 

@@ -136,7 +136,7 @@ def resolve(model: str, recipe: Recipe) -> tuple:  # Recipe, adapter folder or N
 def file_pairs(
     tokenizer, source: str, recipe: Recipe, limit: int | None = None, split: str | None = None
 ) -> tuple:  # list of Pair, counts of dropped rows
-    "A labelled file, or one split of it, as pairs to score. The answer shown first, if the file says which, is `a`."
+    "A labelled file, or one split of it, as pairs to score. If the file says which answer was shown first, it is `a`."
     rows, dropped = load_pairs(source)
     if split:
         kept = [r for r in rows if row_split(r) == split]

@@ -51,7 +51,7 @@ def evaluation_outputs(recipe: Recipe, node: str) -> list:
 
 
 def evaluation_inputs(recipe: Recipe, node: str) -> list:
-    "The model's adapter, its reference, and M_1's answers, which are the panel."
+    "The model's adapter, its reference, and M_1's evaluation, from which the panel is made."
     seed, _, t = node_parts(node)
     panel = evaluation_outputs(recipe, node_name(seed, 1)) if t != 1 else []
     return ([f"{node}/adapter"] if t else []) + reference_files(recipe, node) + panel

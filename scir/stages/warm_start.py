@@ -90,7 +90,7 @@ def labelled_seeds(
 
 # %% ../../nbs/stages/01_warm_start.ipynb #be2a6461
 def relabel(pairs: list, seed: int) -> None:
-    "A control experiment: replace every label by an independent coin flip."
+    "Replace every label by an independent coin flip, for a control experiment."
     for p in pairs:
         p.target = float(random.Random(row_seed(seed, p.id)).random() < 0.5)
         p.extra |= {"label": "a" if p.target else "b", "subset": "random"}

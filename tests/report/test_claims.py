@@ -290,7 +290,7 @@ def test_headline_is_generated_from_the_numbers():
     assert second.startswith(f"{start} {right} for M_1, ")
     good = g.answers.groupby("arm").success.mean()
     later = f"{good.srlm:.0%} after self-rewarding training and {good.scir:.0%} after SCIR."
-    assert answers == f"Answers that the grader scores as fully correct: {good.sft:.0%} for M_1, {later}"
+    assert answers == f"The fraction of fully correct answers is {good.sft:.0%} for M_1, {later}"
     plain = gathered(
         pairs("sft", 1, "++", "+-", set="panel", label=None), pairs("scir", 2, "++", "++", set="panel", label=None)
     )

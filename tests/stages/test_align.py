@@ -533,7 +533,7 @@ def test_answers_are_kept_as_they_come(quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "rows, says",
     [
-        ("[]", "rows with instruction and output are needed"),
+        ("[]", "but needs instruction and output"),
         ('[{"instruction": null, "output": "x"}, {"instruction": "q", "output": null}]', "no row has a text for both"),
     ],
 )
