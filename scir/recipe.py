@@ -207,7 +207,7 @@ class DataSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #f78ce050
 class SFTSpec(Section):
-    "M_0 to the SFT model: supervised training on good answers. It is the default reference (`train.reference`)."
+    "Supervised training on good answers, from M_0 to the SFT model, the default reference (`train.reference`)."
 
     epochs: float = spec(1.0, "passes over the good answers", "D", "epochs", gt=0)
     batch_size: int = spec(8, "answers per optimizer step", "D", "answers", ge=1)
@@ -215,7 +215,7 @@ class SFTSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #dcded6e8
 class WarmStartSpec(Section):
-    "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
+    "From the SFT model to M_1: train the judge's verdicts, and DPO, on labelled pairs (after arXiv:2401.10020)."
 
     pairs_per_prompt: int = spec(
         1, "at most this many graded pairs of the SFT model's answers per seed prompt", "D", "pairs", ge=1
@@ -258,7 +258,7 @@ class SamplingSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #631f6def
 class JudgeSpec(Section):
-    "The question to the judge, which is the generative reward model."
+    "How the judge, the generative reward model, is asked."
 
     template: str = spec(
         "Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?",
@@ -283,7 +283,7 @@ class JudgeSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #803e126c
 class LabelSpec(Section):
-    "Settings of labels that come from votes or from an external reward model."
+    "Labels from votes or from an external reward model."
 
     votes: int = spec(
         3, "sampled votes per response, each a score of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1
@@ -318,7 +318,7 @@ class AlignmentSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #ae8c5047
 class TrainSpec(Section):
-    "Penalised DPO, M_t to M_{t+1}."
+    "Penalised DPO, from M_t to M_{t+1}."
 
     label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec(
         "agreement",
@@ -448,7 +448,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def known_consistency_moves(self):
-        "Accept both, less_confident, or one of the recipe's reward models."
+        "Accept `both`, `less_confident`, or one of the recipe's reward models."
         known = ("both", "less_confident", *self.rewards)
         if self.train.consistency_moves not in known:
             moves = self.train.consistency_moves
@@ -456,7 +456,7 @@ class Recipe(Section):
         return self
 
     def rounds(self, arm: str) -> int:
-        "Rounds of an arm."
+        "The number of rounds of an arm."
         return 0 if arm == "sft" else min(self.stop_after.get(arm, self.iterations), self.iterations)
 
     def arm(self, name: str) -> TrainSpec:
