@@ -258,7 +258,7 @@ class SamplingSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #631f6def
 class JudgeSpec(Section):
-    "How the judge, the generative reward model, is asked."
+    "Settings of the judge, which is the generative reward model."
 
     template: str = spec(
         "Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?",
