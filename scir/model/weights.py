@@ -246,7 +246,7 @@ def keep_freed_memory() -> None:
 
 
 def use_grouped_attention(model):
-    "On a CPU, replace the model's `sdpa` attention by `grouped_attention`; other kinds of attention stay."
+    "On a CPU, replace the model's `sdpa` attention with `grouped_attention`; keep any other kind."
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -469,7 +469,7 @@ def kind_of(path: str, module, name: str, weight, renamed: set) -> str:
 
 # %% ../../nbs/model/01_weights.ipynb #36966ffb
 def in_attention(path: str, classes: dict) -> bool:
-    "Whether the name or class of an enclosing module says attention; classes of whole layers and blocks don't count."
+    "Whether the name or class of an enclosing module contains attention; classes of layers and blocks don't count."
     parts = path.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     named = any(ATTENTION.search(p.rpartition(".")[2]) for p in around)
@@ -678,7 +678,7 @@ def _contiguous(head, inputs):
 
 
 def for_sampling(spec: ModelSpec, adapter=None):
-    "M_t for decoding: the adapter is merged in float32, not in bfloat16, which would round small updates away."
+    "M_t for decoding, with the adapter merged if the dtype is float32; bfloat16 would round small updates away."
     model = dense(spec)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     if adapter is not None:
