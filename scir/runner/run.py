@@ -35,7 +35,7 @@ def check_data_and_model(recipe: Recipe, say: bool = True) -> None:
 
 # %% ../../nbs/runner/11_run.ipynb #7f5240e6
 def prepare_recipe(recipe: Recipe, run: Path, shard: bool = False, say: bool = True) -> Recipe:
-    "Check a recipe, set its dtype and make its built-in models. Raises RecipeError for what would fail later."
+    "Check a recipe, set its dtype and make its built-in models. Raises RecipeError for errors that would appear later."
     from scir.model.weights import load_tokenizer
 
     silence_libraries()
@@ -76,7 +76,7 @@ def remove_half_written_notebooks(run: Path, steps: list) -> None:
 
 # %% ../../nbs/runner/11_run.ipynb #c0d0a006
 def run_steps(recipe: Recipe, run: Path, steps: list, jobs: int, cluster: dict | None) -> None:
-    "Run `steps`, in order or as jobs. Then print those that are not done, as when a server left questions unanswered."
+    "Run `steps`, in order or as jobs. Then print those not done, such as a step whose server left questions open."
     remove_half_written_notebooks(run, steps)
     if jobs > 1 or cluster is not None:
         with job_executor(run, jobs, cluster) as at:

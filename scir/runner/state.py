@@ -164,7 +164,7 @@ def state(recipe: Recipe, run: Path, step: Step) -> State:
 
 # %% ../../nbs/runner/04_state.ipynb #c525cb92
 def changed_outputs(run: Path, record: dict) -> list:  # of phrases
-    "Which outputs of a finished step are gone or changed."
+    "Which outputs of a finished step are missing or have changed."
     now = {f: hash_path(run / f) for f in record["outputs"]}
     return [
         f"{f} {'is gone' if now[f] == 'absent' else 'has changed since it was written'}"
