@@ -277,7 +277,7 @@ def output_results(json: bool, found: dict, **where) -> None:
 
 # %% ../nbs/04_cli.ipynb #197add95
 def report_tables(folder: Path) -> dict:  # name -> DataFrame
-    "The report's main tables that have rows."
+    "The report's main tables, without empty ones."
     import pandas as pd
 
     files = {name: folder / f"{name}.csv" for name in ("inconsistency", "reward_models", "comparisons", "claims")}

@@ -285,7 +285,7 @@ def package(
     tested: dict,  # package -> tested version
     importer=import_module,
 ) -> Finding:
-    "One package: installed, recent enough, importable, in the tested version."
+    "Whether a package is installed, recent enough, importable and in the tested version."
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -338,11 +338,11 @@ def text_encoding(name: str | None = None) -> Finding:
     name = name or locale.getpreferredencoding(False)
     if name.replace("-", "").lower() == "utf8":
         return Finding("locale", "UTF-8")
-    return Finding("locale", f"{name}: other characters cannot be printed", "warn", "export PYTHONUTF8=1")
+    return Finding("locale", f"{name}: characters outside it cannot be printed", "warn", "export PYTHONUTF8=1")
 
 # %% ../nbs/03_doctor.ipynb #c60a53f9
 def disk(folder, needed: float, what: str) -> Finding:
-    "Free space for `needed` bytes in a folder, or in its nearest existing parent."
+    "Whether a folder, or its nearest existing parent, has `needed` bytes of free space."
     existing = next(p for p in (Path(folder).resolve(), *Path(folder).resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if not os.access(existing, os.W_OK):
@@ -361,7 +361,7 @@ def space() -> Finding:
 
 # %% ../nbs/03_doctor.ipynb #31479130
 def check_recipe(recipe) -> None:
-    "Raise RecipeError for unknown reward models, missing engines, graders and trackers, and arms without their model."
+    "Raise RecipeError if a reward model, an engine, a grader or a tracker is unknown or missing."
     from scir.data.load import find_grader
     from scir.model.engines import check_engine
     from scir.method.rewards import REWARDS, check_rewards
@@ -464,7 +464,7 @@ def from_hub(what: str, name: str, offline: bool, fetch: str) -> Finding:
 
 # %% ../nbs/03_doctor.ipynb #40a3f730
 def models(recipe) -> list:
-    "Every model of a recipe."
+    "Whether each model of a recipe is on this machine."
     from scir.runner.state import models_of, read_fields
 
     names = [m for m in models_of(read_fields(recipe, ("model", "labels", "alignment"))) if not m.startswith("http")]
@@ -473,7 +473,7 @@ def models(recipe) -> list:
 
 # %% ../nbs/03_doctor.ipynb #6d5bc301
 def data(recipe, fetch: bool = False) -> list:
-    "Where hub data sets come from; if there are none, the data are read and counted. `fetch`: read the hub's too."
+    "Read and count the data, or report where hub data sets come from. `fetch`: read those from the hub too."
     from scir.data.load import evaluation_rows, prompt_pool
     from scir.stages.align import reference_outputs
 

@@ -273,7 +273,7 @@ class JudgeSpec(Section):
     @field_validator("template")
     @classmethod
     def has_placeholders(cls, template):
-        "All three placeholders are required."
+        "Refuse a template that lacks a placeholder."
         missing = [h for h in ("{prompt}", "{first}", "{second}") if h not in template]
         if missing:
             raise ValueError(f"the template lacks {', '.join(missing)}")

@@ -170,7 +170,7 @@ def read_json(path, default=None):
         return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else default
     except ValueError as e:
         raise ValueError(
-            f"{path}: damaged, not JSON ({e}); restore a copy, or remove it and start again from scratch"
+            f"{path}: damaged, not valid JSON ({e}); restore a copy, or remove it and start over"
         ) from None
 
 # %% ../nbs/01_store.ipynb #52b3228c

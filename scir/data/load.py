@@ -107,7 +107,7 @@ def _read_hub(source):
         return found.to_list()
     except Exception as e:
         why = " ".join(str(e).split())[:200]
-        raise ValueError(f"data source {source}: not a local file, and the hub says: {why}") from None
+        raise ValueError(f"data source {source}: not a local file, and loading it from the hub failed: {why}") from None
 
 
 def _read_rows(path):

@@ -469,7 +469,7 @@ def kind_of(path: str, module, name: str, weight, renamed: set) -> str:
 
 # %% ../../nbs/model/01_weights.ipynb #36966ffb
 def in_attention(path: str, classes: dict) -> bool:
-    "Whether the name or class of an enclosing module contains attention; classes of layers and blocks don't count."
+    "Whether the name or class of an enclosing module matches `ATTENTION`; classes of layers and blocks don't count."
     parts = path.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     named = any(ATTENTION.search(p.rpartition(".")[2]) for p in around)
@@ -664,7 +664,7 @@ def for_scoring(
 
 
 def for_training(model, spec: ModelSpec):
-    "Model with adapter, ready for training: gradient checkpointing and sharding, if set; dtypes stay."
+    "The model and its adapter, ready for training: with gradient checkpointing and sharding, if set; dtypes are kept."
     if spec.gradient_checkpointing is True:
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

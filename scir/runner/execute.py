@@ -101,7 +101,7 @@ def execute(run: Path, step: Step, notebooks: Path) -> Path:  # the executed not
 
 # %% ../../nbs/runner/08_execute.ipynb #5eac950a
 def record_dead_kernel(run: Path, step: Step) -> str:  # the error message
-    "Write into manifest and executed notebook that a step's kernel was killed."
+    "Write into the manifest and the executed notebook that a step's kernel was killed."
     why = f"{step.key}: its kernel was killed, probably out of memory; rerun to resume"
     if step.key in read_json(run / "manifest.json")["begun"]:
         note_failure(run, step, why)

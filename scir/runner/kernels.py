@@ -56,7 +56,7 @@ def _die_with(owner, server):
 
 
 def _serve(connection_file, cwd, owner):
-    "The forked process: become an ordinary IPython kernel."
+    "Turn the forked process into an ordinary IPython kernel."
     from ipykernel.kernelapp import IPKernelApp
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -256,7 +256,7 @@ def attention_of(
 # %% ../../nbs/runner/13_planner.ipynb #572c4a6a
 @contextmanager
 def emulate_device(kind: str, model):
-    "Make a model on the meta device compute as on `kind`."
+    "Make a model on the meta device compute as it would on `kind`."
     base, by_device = body(model)[0], logprobs.similar
     use_grouped_attention(base)
     if base.config._attn_implementation in ("sdpa", "grouped"):
@@ -517,7 +517,7 @@ def seed_lengths(recipe: Recipe, sizes: Sizes) -> list:  # (prompt, response, re
 
 # %% ../../nbs/runner/13_planner.ipynb #09d763e4
 def warm_start_tasks(recipe: Recipe, sizes: Sizes, steps: list) -> list:  # of Task
-    "SFT and the warm start."
+    "The work of SFT and the warm start."
     times, seeds = sum(x.stage == "warm_start" for x in steps), seed_lengths(recipe, sizes)
     passes, each = times * len(sizes.answers) * recipe.sft.epochs, mean_lengths(sizes.answers)
     trained, read = times * len(seeds) * recipe.warm_start.epochs, times * len(seeds)
@@ -719,7 +719,7 @@ def extrapolate(
 
 # %% ../../nbs/runner/13_planner.ipynb #7dad98f1
 def hours(todo: list, rates: dict) -> dict:  # stage -> hours
-    "Hours of tasks at these rates, in seconds per token."
+    "Hours that tasks take at `rates` (seconds per token)."
     stages = dict.fromkeys(w.stage for w in todo)
     return {s: sum(w.tokens * rates[w.kind] for w in todo if w.stage == s) / 3600 for s in stages}
 

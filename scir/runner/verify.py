@@ -82,7 +82,7 @@ def margin_fault(s: Score, beta: float, implicit_length: str) -> str:
 
 # %% ../../nbs/runner/12_verify.ipynb #0cdd5e6e
 def check_margins(recipe: Recipe, run: Path):  # yields (item, fault)
-    "Compute every margin of the two internal models again."
+    "Recompute every margin of the two internal reward models."
     for f, record in score_files(recipe, run):
         inputs, (rows, fault) = record.get("inputs", {}), readable_rows(run / f, Score)
         if fault:
@@ -124,7 +124,7 @@ def fault_text(error: Exception) -> str:
 
 # %% ../../nbs/runner/12_verify.ipynb #4b6f5a10
 def check_labels(recipe: Recipe, run: Path):  # yields (item, fault)
-    "Compute every score and label of the grader again. A file that cannot be read is a fault like any other."
+    "Recompute every score and label of the grader. A file that cannot be read is a fault like any other."
     try:
         grader = find_grader(recipe.data.grader)
     except Exception as e:
