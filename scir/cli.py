@@ -48,7 +48,7 @@ def fail(error, exit_code: int = 1) -> None:
 # %% ../nbs/04_cli.ipynb #fd6df343
 @contextmanager
 def one_line(debug: bool = False, ctx=None):
-    "Report an exception inside as one line on stderr; with `debug`, show the traceback."
+    "Report an exception in the block as one line on stderr; with `debug`, show the traceback."
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -155,7 +155,7 @@ Json = Annotated[bool, typer.Option("--json", metavar="", help="print only JSON 
 
 @contextmanager
 def stdout_to_stderr(redirect: bool):
-    "Send what is printed inside to stderr, if `redirect`."
+    "Send what the block prints to stderr, if `redirect`."
     if not redirect:
         yield
         return
@@ -255,7 +255,7 @@ def output_results(json: bool, found: dict, **where) -> None:
 
 # %% ../nbs/04_cli.ipynb #197add95
 def report_tables(folder: Path) -> dict:  # name -> DataFrame
-    "The report's main tables that have rows."
+    "The report's main tables, without empty ones."
     import pandas as pd
 
     files = {name: folder / f"{name}.csv" for name in ("inconsistency", "reward_models", "comparisons", "claims")}
@@ -264,7 +264,7 @@ def report_tables(folder: Path) -> dict:  # name -> DataFrame
 
 # %% ../nbs/04_cli.ipynb #7d7643a4
 def report_text(folder: Path) -> str:
-    "The main tables, the report's location and the headline."
+    "The report's main tables, its location and its headline."
     frames = {name.replace("_", " "): t.round(3) for name, t in report_tables(folder).items()}
     parts = [f"\n{name}\n{t.to_string(index=False, max_colwidth=90)}" for name, t in frames.items()]
     parts += [f"\ntables:  {folder / 'results.md'}", "figures: " + ", ".join(map(str, sorted(folder.glob("*.png"))))]
@@ -273,7 +273,7 @@ def report_text(folder: Path) -> str:
 
 # %% ../nbs/04_cli.ipynb #115006ec
 def table_rows(folder: Path) -> dict:  # name -> list of rows
-    "The main tables as lists of dicts."
+    "The report's main tables as lists of dicts."
     return {name: t.to_dict("records") for name, t in report_tables(folder).items()}
 
 # %% ../nbs/04_cli.ipynb #b2e8ecee
@@ -312,7 +312,7 @@ def launch(words: list, processes: int, debug: bool = False) -> None:
 
 
 def exit_like_process(which: int, failure, processes: int) -> None:
-    "Exit with the code of the first process that failed. A killed one could not say why, so its line comes from here."
+    "Exit with the code of the first process that failed; if it was killed, print the error that it could not print."
     if failure.exitcode < 0:
         killed = f"process {which} of {processes} was killed ({failure.signal_name()}), probably out of memory"
         fail(f"{killed}; rerun the same command to resume")
@@ -836,7 +836,7 @@ def doctor(
     json: Json = False,
     debug: Debug = False,
 ):
-    """Report what this machine is, how scir runs on it, and what is missing or wrong.
+    """Check this machine and how scir runs on it, and report what is missing or wrong.
 
     Each problem comes with a fix. With a recipe, also estimate every stage's memory and the total hours.
     The exit code is 1 if there are faults; warnings don't affect it."""

@@ -168,7 +168,7 @@ class SFTSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #dcded6e8
 class WarmStartSpec(Section):
-    "The SFT model to M_1: the judge's verdicts and DPO on labelled pairs (after arXiv:2401.10020)."
+    "From the SFT model to M_1: train the judge's verdicts, and DPO, on labelled pairs (after arXiv:2401.10020)."
 
     pairs_per_prompt: int = spec(
         1, "graded pairs of the SFT model's answers per seed prompt, at most", unit="pairs", ge=1
@@ -207,7 +207,7 @@ class SamplingSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #631f6def
 class JudgeSpec(Section):
-    "The question to the judge, which is the generative reward model."
+    "Settings of the judge, which is the generative reward model."
 
     template: str = spec(
         "Question: {prompt}\n\nA: {first}\n\nB: {second}\n\nWhich answer is better, A or B?",
@@ -220,7 +220,7 @@ class JudgeSpec(Section):
     @field_validator("template")
     @classmethod
     def has_placeholders(cls, template):
-        "All three placeholders are required."
+        "Refuse a template that lacks a placeholder."
         if missing := [h for h in ("{prompt}", "{first}", "{second}") if h not in template]:
             raise ValueError(f"the template lacks {', '.join(missing)}")
         if "\ue000" in template or "\ue001" in template:
@@ -229,7 +229,7 @@ class JudgeSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #803e126c
 class LabelSpec(Section):
-    "Settings of labels that come from votes or from an external reward model."
+    "Labels from votes or from an external reward model."
 
     votes: int = spec(3, "votes per response, scores of 0 to 5 (Self-Rewarding LMs: 3)", "S", "votes", ge=1)
     vote_tokens: int = spec(128, "longer votes are truncated", unit="tokens", ge=1)
@@ -254,7 +254,7 @@ class AlignmentSpec(Section):
 
 # %% ../nbs/00_recipe.ipynb #ae8c5047
 class TrainSpec(Section):
-    "Penalised DPO, M_t to M_{t+1}."
+    "Penalised DPO, from M_t to M_{t+1}."
 
     label: Literal["agreement", "agreement-static", "generative", "implicit", "votes", "cream", "external"] = spec(
         "agreement",
@@ -353,14 +353,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def known_consistency_moves(self):
-        "Accept both, less_confident, or one of the recipe's reward models."
+        "Accept `both`, `less_confident`, or one of the recipe's reward models."
         known, moves = ("both", "less_confident", *self.rewards), self.train.consistency_moves
         if moves not in known:
             raise ValueError(f"train.consistency_moves: {moves!r} is not one of {', '.join(known)}")
         return self
 
     def rounds(self, arm: str) -> int:
-        "Rounds of an arm."
+        "The number of rounds of an arm."
         return 0 if arm == "sft" else min(self.stop_after.get(arm, self.iterations), self.iterations)
 
     def arm(self, name: str) -> TrainSpec:

@@ -103,7 +103,7 @@ def sign_flip(each: np.ndarray) -> float:
 
 # %% ../nbs/02_statistics.ipynb #945d984f
 def by_quantile(d: pd.DataFrame, column: str) -> pd.DataFrame:
-    "Inconsistency rate in quarters of the pairs by `column`, or fewer bins if it has fewer values."
+    "Inconsistency rate for each quartile of `column`; fewer bins if it has fewer values."
     cut = pd.qcut(d[column], min(4, d[column].nunique()), duplicates="drop")
     name = lambda k: f"{max(k.left, d[column].min()):.3g} to {k.right:.3g}"
     found = d.groupby(cut, observed=True)
@@ -170,8 +170,8 @@ def metrics(scores: list) -> dict:  # name -> rate, or a plain number
 
 
 def accuracies(d: pd.DataFrame, names: list, speaking: list) -> dict:  # name -> rate, or a plain number
-    """Accuracy and calibration of each reward model, and accuracy of the log-probability per token. If no
-    reward model's margins are all zero, also the accuracy on agreed pairs and of the mean margin's sign (`mean`)."""
+    """Accuracy and calibration of each reward model, and accuracy of the log-probability per token. If every
+    reward model is decided, also the accuracy on agreed pairs and of the mean margin's sign (`mean`)."""
     out = {f"accuracy_{n}": grouped(d[f"right_{n}"], d.prompt) for n in [*speaking, "likelihood"]} | {
         f"ece_{n}": ece(reliability(d, n)) for n in speaking
     }

@@ -103,7 +103,7 @@ def _read_hub(source):
         return found.to_list()
     except Exception as e:
         why = " ".join(str(e).split())[:200]
-        raise ValueError(f"data source {source}: not a local file, and the hub says: {why}") from None
+        raise ValueError(f"data source {source}: not a local file, and loading it from the hub failed: {why}") from None
 
 
 def _read_rows(path):
@@ -316,7 +316,7 @@ def evaluation_prompts(spec: DataSpec) -> set:  # texts
 def prompt_pool(spec: DataSpec) -> tuple:  # training prompts, held-out prompts, drops by reason
     """Split the pool into training prompts and `spec.held_out_prompts` held-out ones. With a column `split` in
     the files, they come from the train split and the `spec.evaluate_on` split. Without one, the first by hash are held
-    out and the rest is for training. Prompts of an evaluation set are dropped and counted."""
+    out and the rest are for training. Prompts of an evaluation set are dropped and counted."""
     train, kept, dropped = _pool(spec)
     return train[spec.seed_prompts :][: spec.prompt_limit], kept, dropped
 

@@ -190,7 +190,7 @@ def generate(
     jobs: list,  # (key, prompt ids, seed) of each response
     spec: SamplingSpec,
 ):  # yields (key, response ids with the end-of-turn id, whether it is finished)
-    "Sample responses, at most `spec.batch_size` at once, in the order they end; raises MemoryError if one is too big."
+    "Sample responses, at most `spec.batch_size` at once, in the order they end. Raises MemoryError if one doesn't fit."
     left, ends = {job[0]: job for job in jobs}, end_ids(model.generation_config, tokenizer)
     while left:
         try:

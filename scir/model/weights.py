@@ -228,7 +228,7 @@ def keep_freed_memory() -> None:
 
 
 def use_grouped_attention(model):
-    "On a CPU, replace the model's `sdpa` attention by `grouped_attention`; other kinds of attention stay."
+    "On a CPU, replace the model's `sdpa` attention with `grouped_attention`; keep any other kind."
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -438,7 +438,7 @@ def kind_of(path: str, module, name: str, weight, renamed: set) -> str:
 
 # %% ../../nbs/model/01_weights.ipynb #36966ffb
 def in_attention(path: str, classes: dict) -> bool:
-    "Whether the name or class of an enclosing module says attention; classes of whole layers and blocks don't count."
+    "Whether the name or class of an enclosing module matches `ATTENTION`; classes of layers and blocks don't count."
     parts = path.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     named = any(ATTENTION.search(p.rpartition(".")[2]) for p in around)
@@ -623,7 +623,7 @@ def for_scoring(
 
 
 def for_training(model, spec: ModelSpec):
-    "Model with adapter, ready for training: gradient checkpointing and sharding, if set; dtypes stay."
+    "The model and its adapter, ready for training: with gradient checkpointing and sharding, if set; dtypes are kept."
     if spec.gradient_checkpointing is True:
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -631,7 +631,7 @@ def for_training(model, spec: ModelSpec):
 
 # %% ../../nbs/model/01_weights.ipynb #0c2eaa7a
 def for_sampling(spec: ModelSpec, adapter=None):
-    "M_t for decoding: the adapter is merged in float32, not in bfloat16, which would round small updates away."
+    "M_t for decoding, with the adapter merged if the dtype is float32; bfloat16 would round small updates away."
     model = dense(spec)
     # for a strided slice, PyTorch copies a frozen head's weights once per row: 3.6 GB and 10 s at 64 rows
     contiguous = lambda head, inputs: tuple(x.contiguous() for x in inputs)

@@ -128,7 +128,7 @@ def kernel(name: str = "python3", seconds: float = 120) -> Finding:
 
 # %% ../../nbs/runner/14_checks.ipynb #31479130
 def check_recipe(recipe) -> None:
-    "Raise RecipeError for unknown reward models, missing engines, graders and trackers, and arms without their model."
+    "Raise RecipeError if a reward model, an engine, a grader or a tracker is unknown or missing."
     check_engine(recipe)
     check_rewards(recipe)
     if recipe.data.grader:
@@ -202,7 +202,7 @@ def from_hub(what: str, name: str, offline: bool, fetch: str) -> Finding:
 
 # %% ../../nbs/runner/14_checks.ipynb #40a3f730
 def models(recipe) -> list:
-    "Every model of a recipe."
+    "Whether each model of a recipe is on this machine."
     names = [m for m in models_of(read_fields(recipe, ("model", "labels", "alignment"))) if not m.startswith("http")]
     spec, revision = recipe.model, lambda m: recipe.model.revision if m == recipe.model.name else None
     return [model_found(m, revision(m), spec.allow_pickle, is_offline_mode()) for m in dict.fromkeys(names)]
@@ -568,7 +568,7 @@ def stage_memory(recipe, sizes, kind: str, free: float | None, here: bool) -> li
 
 # %% ../../nbs/runner/14_checks.ipynb #fa1992e1
 def duration(recipe, sizes, probed: bool) -> Finding:
-    "Estimated hours on this machine, or only the number of tokens."
+    "Estimated hours on this machine; if not `probed`, only the number of tokens."
     tasks = planner.planned_tasks(recipe, sizes)
     millions = {k: sum(w.tokens for w in tasks if w.kind == k) / 1e6 for k in dict.fromkeys(w.kind for w in tasks)}
     tokens = ", ".join(f"{n:.3g} million tokens {kind}" for kind, n in millions.items())
@@ -597,7 +597,7 @@ def memory_and_hours(recipe, gpu: float | None = None, probed: bool = True) -> l
 
 
 def lengths(sizes, counted: bool) -> Finding:
-    "The numbers and lengths of rows behind the estimates."
+    "The numbers and lengths of the rows that the estimates are based on."
     prompts = f"{len(sizes.prompts)} prompts of {sum(sizes.prompts) / len(sizes.prompts):.0f} tokens"
     seed = f", {len(sizes.seed_prompts)} seed prompts" if sizes.seed_prompts else ""
     rows = f"{len(sizes.answers)} good answers for SFT, {len(sizes.seeds)} pairs, answers of {sizes.answer:.0f} tokens"

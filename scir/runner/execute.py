@@ -37,7 +37,7 @@ def notebook_finished(run: Path, step: Step) -> bool:
 
 # %% ../../nbs/runner/08_execute.ipynb #66aeb354
 def load_papermill():
-    "The module papermill, without the grammar that jsonschema compiles for one of its formats: it takes a second."
+    "Import papermill, without a grammar that jsonschema would compile for one of its formats, which takes a second."
     grammar = "rfc3987_syntax"
     sys.modules.setdefault(grammar, None)  # importing it then fails, as if it were not installed
     try:
@@ -61,7 +61,7 @@ def execute_in_kernel(*args, **kw) -> None:
 
 # %% ../../nbs/runner/08_execute.ipynb #00430329
 def notebook_call(run: Path, step: Step, notebooks: Path) -> tuple:  # notebook, its parameters
-    "A step's run notebook and its parameters. Raises an error if it does not exist or lacks a parameter."
+    "A step's run notebook and its parameters. Raises an error if the notebook does not exist or lacks a parameter."
     source = notebooks / f"{STAGES[step.stage].notebook}.ipynb"
     parameters = {"recipe": None, "run": str(run)} | ({"node": step.node} if step.node else {})
     if not source.exists():

@@ -50,7 +50,7 @@ def provenance() -> dict:
 
 # %% ../../nbs/runner/05_manifest.ipynb #a9c962a7
 def start_manifest(recipe: Recipe, run: Path) -> None:
-    "Create or update the run's manifest. Recorded steps stay."
+    "Create or update the run's manifest. Recorded steps are kept."
     with manifest_of(run) as manifest:
         recorded = {"model_hash": None, "begun": {}, "failed": {}, "steps": {}}
         recorded |= {k: v for k, v in manifest.items() if k in recorded}

@@ -72,7 +72,7 @@ def job_executor(
     jobs: int,  # worker processes
     cluster: dict | None = None,  # settings of submitit
 ):  # an object with submit(function, ...) -> job with done() and result()
-    "Runs jobs in processes of this machine or on a cluster."
+    "Run jobs in processes on this machine or on a cluster."
     if cluster is not None:
         import submitit
 

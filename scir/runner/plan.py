@@ -13,7 +13,7 @@ from ..stages.files import STAGES, has_duels
 
 # %% ../../nbs/runner/02_plan.ipynb #e42f7745
 class Step(NamedTuple):
-    "A stage on a model. The report has no model: it covers the whole run."
+    "One stage applied to one model. The report has no model: it covers the whole run."
 
     stage: str
     node: str = ""
@@ -47,7 +47,7 @@ def evaluation_steps(recipe: Recipe, node: str) -> list:  # of Step
 
 # %% ../../nbs/runner/02_plan.ipynb #333ee9c1
 def round_steps(recipe: Recipe, seed: int, t: int) -> list:  # of Step
-    "The steps from M_t to M_{t+1} of every arm that makes this round."
+    "The steps from M_t to M_{t+1} of every arm that runs this round."
     from scir.method.labels import needed_rewards
 
     steps, trained = [], [a for a in recipe.arms if recipe.rounds(a) >= t]

@@ -37,7 +37,7 @@ def check_data_and_model(recipe: Recipe, say: bool = True) -> None:
 
 # %% ../../nbs/runner/11_run.ipynb #7f5240e6
 def prepare_recipe(recipe: Recipe, run: Path, shard: bool = False, say: bool = True) -> Recipe:
-    "Check a recipe, set its dtype and make its built-in models. Raises RecipeError for what would fail later."
+    "Check a recipe, set its dtype and make its built-in models. Raises RecipeError for errors that would appear later."
     from scir.model.weights import load_tokenizer
     from scir.runner.checks import check_recipe, check_words
 

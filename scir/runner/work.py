@@ -23,7 +23,7 @@ from ..store import digest, all_gather, hide_secrets, processes, read_json, remo
 
 # %% ../../nbs/runner/06_work.ipynb #6dedce5b
 def silence_libraries() -> None:
-    "Silence the log output of third-party libraries. Our own lines and progress bars stay."
+    "Silence the logs of third-party libraries, but keep our own lines and progress bars."
     import logging, warnings
     from transformers.utils import logging as hf
 
@@ -36,7 +36,7 @@ def silence_libraries() -> None:
 
 # %% ../../nbs/runner/06_work.ipynb #f6feda17
 def with_dtype(recipe: Recipe, run: Path) -> Recipe:
-    """Replace `model.dtype: auto` by the dtype that the run started with or, in a new run, by this machine's fast one.
+    """Replace `model.dtype: auto` with the dtype that the run started with; in a new run, with this machine's fast one.
 
     So a run that moves to another machine keeps its dtype."""
     if recipe.model.dtype != "auto":
@@ -135,7 +135,7 @@ def reason(error) -> str:
     "An error as one line, with a fix where we know one. Also takes errors of notebooks and of cluster jobs."
     text = hide_secrets(" ".join(error_message(error).split()) or type(error).__name__)
     if any(sign in text for sign in ("No space left", "StorageFull", "Disk quota", "PytorchStreamWriter failed")):
-        return f"{text}; the disk is full: free some space and rerun, finished work is kept"
+        return f"{text}; the disk is full: free some space and rerun (finished work is kept)"
     if any(sign in text for sign in ("Permission denied", "Read-only file system")):
         return f"{text}; let this user write there, or choose another directory with --out"
     return text
@@ -152,16 +152,13 @@ def error_message(error) -> str:
     if type(error).__module__.startswith("submitit"):
         text = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip("- ")][-1]
     if is_peer_failure(text):
-        return (
-            "another process of this step ended; see its error (if it printed none, it was "
-            "probably killed for lack of memory)"
-        )
+        return "another process of this step ended; see its error (if it printed none, it probably ran out of memory)"
     return text
 
 # %% ../../nbs/runner/06_work.ipynb #1b8779eb
 @contextmanager
 def failure_recorded(run: Path, step: Step):
-    "Record an error of the block in the manifest. Of several processes, only the first to fail does so: it knows why."
+    "Record an error of the block in the manifest. Of several processes, only the first to fail records its error."
     try:
         yield
     except Exception as e:
@@ -186,7 +183,7 @@ def do_step(recipe: Recipe, run: Path, step: Step) -> None:
 
 # %% ../../nbs/runner/06_work.ipynb #468e9fd6
 def do(stage: str, recipe: Recipe, run: Path, node: str = "") -> dict:  # summary
-    "Run a step and its prerequisites in this process. Finished steps are skipped, and so are incomplete prerequisites."
+    "Run a step and its prerequisites in this process. Skips finished steps and incomplete prerequisites."
     step, steps = Step(stage, node), prerequisites(recipe)
     if step not in steps:
         raise ValueError(f"{step.key} is not a step of this recipe; its steps: {', '.join(s.key for s in steps)}")

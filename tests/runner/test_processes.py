@@ -309,7 +309,7 @@ def test_a_step_that_fails_in_several_processes_is_said_by_the_first_one(tmp_pat
     with pytest.raises(RuntimeError), failure_recorded(tmp_path, Step("judge", "seed0/m1")):
         raise closed
     assert (
-        "another process of this step ended; see its error (if it printed none, it was probably killed"
+        "another process of this step ended; see its error (if it printed none, it probably ran out of memory)"
         in store.read_json(tmp_path / "manifest.json")["failed"]["judge:seed0/m1"]["reason"]
     )
 
