@@ -60,7 +60,7 @@ def answer_questions(
         asked = {}
         for k, turns in ((q["question_id"], q["turns"]) for q in questions):
             if k in answers and len(turns) > turn:
-                talk = [t for both in zip(turns, answers[k]) for t in both]  # so far: turns and answers in alternation
+                talk = [t for both in zip(turns, answers[k]) for t in both]  # they alternate
                 asked[k] = encode_turns(tokenizer, [*talk, turns[turn]])
         for k in [k for k, ids in asked.items() if len(ids) > longest]:
             del asked[k], answers[k]
@@ -147,7 +147,7 @@ def _counted(*drops):
     return dict(sum(map(Counter, drops), Counter()))
 
 # %% ../../nbs/export/01_benchmarks.ipynb #07818a0d
-def export_alpaca(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts and lengths
+def export_alpaca(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts, lengths
     "Answer the instructions in `source` and write AlpacaEval's model outputs to `out`."
     sets = {r["instruction"]: r.get("dataset") for r in benchmark_rows(source, "alpaca_eval")}
     prompts, dropped = load_prompts(source)

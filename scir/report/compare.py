@@ -37,7 +37,7 @@ MEASURES = {  # name -> (name in tables, values of a set's pairs)
     "accuracy_likelihood": ("likelihood accuracy", lambda d: labelled(d).right_likelihood),
 }
 ALONE = ("accuracy_generative", "accuracy_implicit", "accuracy_pointwise")
-JOINT = ("inconsistency", "inconsistency_labelled", "rank_correlation")  # these measures need the implicit reward
+JOINT = ("inconsistency", "inconsistency_labelled", "rank_correlation")  # these need the implicit reward
 JOINT += ("accuracy_implicit", "accuracy_agreed", "accuracy_mean")
 
 # %% ../../nbs/report/02_compare.ipynb #0fc824b3
@@ -89,7 +89,7 @@ def rounds(g: Gathered) -> list:  # of (iteration, tables without later models)
     return [(t, up_to(g, t)) for t in sorted(reached.unique())]
 
 # %% ../../nbs/report/02_compare.ipynb #f48d2e48
-def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two frames, row by row the same pair
+def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two frames of the same pairs
     "The rows of two arms for the same pairs of set `name`, seed by seed."
     keys, d = ["run", "seed", "id"], d[d.set == name]
     a, b = (d[d.arm == x].set_index(keys) for x in (one, other))
@@ -110,7 +110,7 @@ def by_seed(each: pd.Series, difference: float) -> dict:  # seeds, same_way
     return {"seeds": len(each), "same_way": int((np.sign(each) == np.sign(difference)).sum())}
 
 # %% ../../nbs/report/02_compare.ipynb #b42b0baf
-def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # `paired`'s result, with seeds, same_way
+def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # `paired`'s, seeds, same_way
     "Difference `one` - `other` on the same pairs; empty if they have no pair in common."
     a, b = matched(d, one, other, name)
     first, second = (pick(x).astype(float) for x in (a, b))

@@ -198,7 +198,7 @@ def alpaca_eval(
     return [{"instruction": as_text(r.prompt), "output": r.response} | constant for r in rows if r.candidate == 0]
 
 # %% ../../nbs/stages/08_align.ipynb #aad3801f
-def reference_outputs(source: str, limit: int | None = None) -> tuple:  # list of (Prompt, output), number dropped
+def reference_outputs(source: str, limit: int | None = None) -> tuple:  # [(Prompt, output)], number dropped
     """The first `limit` instructions and outputs of a file or hub data set, such as AlpacaEval's. Rows without a text
     and repeated instructions are dropped. Raises ValueError if the columns are missing or no row is usable."""
     rows, where = read_source(source), f"alignment.reference {source}"
@@ -214,7 +214,7 @@ def reference_outputs(source: str, limit: int | None = None) -> tuple:  # list o
     return found, len(rows) - len(outputs)
 
 # %% ../../nbs/stages/08_align.ipynb #6908625d
-def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, response id -> reference text, number dropped
+def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, id -> reference text, number dropped
     "This model's and M_1's answers to the held-out prompts; a pair with an empty answer is dropped."
     m1 = node_name(node_parts(node)[0], 1)
     read = lambda n: {r.id: r for r in read_rows(Path(run_dir) / n / "evaluation" / "responses.jsonl", Response)}

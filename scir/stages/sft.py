@@ -54,7 +54,7 @@ def instruction_rows(spec: DataSpec) -> tuple:  # list of (prompt, answer), coun
     return rows, dropped | {"in an evaluation set": len(found) - len(rows)}
 
 # %% ../../nbs/stages/00_sft.ipynb #03e0c4eb
-def good_answers(tokenizer, recipe: Recipe) -> tuple:  # list of Pair, side a is the good answer; counts of dropped rows
+def good_answers(tokenizer, recipe: Recipe) -> tuple:  # pairs whose side a is good, drops by reason
     "Prompts with a good answer: `data.instructions`, or else the distinct chosen sides of the seed pairs."
     d = recipe.data
     rows, dropped = chosen_rows(tokenizer, recipe) if d.instructions is None else instruction_rows(d)
@@ -68,7 +68,7 @@ def good_answers(tokenizer, recipe: Recipe) -> tuple:  # list of Pair, side a is
     return fitting, dropped | {"too long": len(encoded) - len(fitting)}
 
 # %% ../../nbs/stages/00_sft.ipynb #86200213
-def train_adapter(model, tokenizer, pairs: list, loss_of, recipe: Recipe, spec, folder, seed: int) -> list:  # log lines
+def train_adapter(model, tokenizer, pairs: list, loss_of, recipe: Recipe, spec, folder, seed: int) -> list:  # log
     "Train with the settings in `spec`, a section of the recipe; writes adapter/ and metrics.jsonl into `folder`."
     from scir.method.trainer import arguments, fit, optimizer_steps
 
