@@ -103,7 +103,7 @@ def finished_model(model: str) -> tuple:  # Origin, its adapter's folder
     return o, adapter
 
 
-def export_adapter(model: str, out, licence: str | None = None, place: str | None = None) -> dict:
+def export_adapter(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # licence, files
     """Export a run's adapter for peft, with tokenizer and card, to the new folder `out`. The tokenizer is the base's,
     with a chat template added if it had none."""
     o, adapter = finished_model(model)
@@ -114,7 +114,7 @@ def export_adapter(model: str, out, licence: str | None = None, place: str | Non
         return write_card(tmp, model_card(o, "adapter", place or Path(out).resolve().name, licence))
 
 
-def export_merged(model: str, out, licence: str | None = None, place: str | None = None) -> dict:
+def export_merged(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # also dtype
     """Export a run's merged model (see `merged`) as safetensors, with tokenizer and card, to the new folder `out`.
     Licence and notice files of a local base are copied."""
     from scir.model.weights import model_path
@@ -241,7 +241,7 @@ def pairs_text(o: Origin, pairs: int, seeds: int, own: bool) -> str:
     return text
 
 # %% ../../nbs/export/04_folders.ipynb #857e87dc
-def export_dataset(model: str, out, licence: str | None = None, place: str | None = None) -> dict:
+def export_dataset(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # also rows
     """Export the preferences that a run's model was trained on, or its agreed.jsonl, as a folder for
     `datasets.load_dataset`: Parquet and a card."""
     from datasets import Dataset, disable_progress_bars

@@ -89,7 +89,7 @@ def rounds(g: Gathered) -> list:  # of (iteration, tables without later models)
     return [(t, up_to(g, t)) for t in sorted(reached.unique())]
 
 # %% ../../nbs/report/02_compare.ipynb #f48d2e48
-def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two frames of the same pairs
+def matched(d: pd.DataFrame, one: str, other: str, name: str) -> tuple:  # two frames, row by row the same pair
     "The rows of two arms for the same pairs of set `name`, seed by seed."
     keys, d = ["run", "seed", "id"], d[d.set == name]
     a, b = (d[d.arm == x].set_index(keys) for x in (one, other))
@@ -110,7 +110,7 @@ def by_seed(each: pd.Series, difference: float) -> dict:  # seeds, same_way
     return {"seeds": len(each), "same_way": int((np.sign(each) == np.sign(difference)).sum())}
 
 # %% ../../nbs/report/02_compare.ipynb #b42b0baf
-def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # `paired`'s, seeds, same_way
+def compare(d: pd.DataFrame, one: str, other: str, pick, name: str) -> dict:  # `paired`'s result, seeds, same_way
     "Difference `one` - `other` on the same pairs; empty if they have no pair in common."
     a, b = matched(d, one, other, name)
     first, second = (pick(x).astype(float) for x in (a, b))

@@ -36,7 +36,7 @@ def summary(g: Gathered) -> pd.DataFrame:  # one row per run, arm, iteration and
     return found.reset_index(drop=True)
 
 # %% ../../nbs/report/04_tables.ipynb #3bc06c56
-def cell(r: dict, each=(), form: str = ".0%", n: str = "") -> str:  # r: value, low, high; each: by seed
+def cell(r: dict, each=(), form: str = ".0%", n: str = "") -> str:  # r: value, low, high; each: value by seed
     "'31% [22, 41] (28%-35%)': rate, 95% interval, minimum and maximum over seeds."
     scale, plain = (100, form.replace("%", "f")) if "%" in form else (1, form)
     interval = f" [{scale * r['low']:{plain}}, {scale * r['high']:{plain}}]" if pd.notna(r["low"]) else ""

@@ -33,7 +33,7 @@ def previous(recipe: Recipe, run_dir, node: str, scores: list) -> dict:  # respo
     return previous_rewards(scores, recipe, response_table(older, pairs, recipe.judge.batch_tokens, "previous model"))
 
 # %% ../../nbs/stages/04_label.ipynb #c633a4cf
-def votes(recipe: Recipe, folder: Path, node: str, responses: list) -> dict:  # response id -> mean points
+def votes(recipe: Recipe, folder: Path, node: str, responses: list) -> dict:  # response id -> mean points, or None
     "The model's own votes on single answers."
     seed, _, t = node_parts(node)
     tokenizer = load_tokenizer(recipe.model)

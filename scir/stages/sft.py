@@ -68,7 +68,7 @@ def good_answers(tokenizer, recipe: Recipe) -> tuple:  # pairs whose side a is g
     return fitting, dropped | {"too long": len(encoded) - len(fitting)}
 
 # %% ../../nbs/stages/00_sft.ipynb #86200213
-def train_adapter(model, tokenizer, pairs: list, loss_of, recipe: Recipe, spec, folder, seed: int) -> list:  # log
+def train_adapter(model, tokenizer, pairs: list, loss_of, recipe: Recipe, spec, folder, seed: int) -> list:  # log lines
     "Train with the settings in `spec`, a section of the recipe; writes adapter/ and metrics.jsonl into `folder`."
     from scir.method.trainer import arguments, fit, optimizer_steps
 
