@@ -12,13 +12,18 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 from tqdm.auto import tqdm
 
+from ..data.load import load_prompts, read_source
+from ..model.decoding import text_of
 from ..model.engines import open_engine, room
 from ..model.logprobs import encode_turns
-from ..recipe import locate
+from ..model.weights import load_tokenizer
 from ..stages.align import alpaca_eval
-from ..store import Response, digest, hash_path, read_rows, row_seed, write_json, write_rows
+from ..stages.evaluate import judge_file, resolve
+from ..stages.sample import attempt_file, sample
+from ..store import Response, digest, read_rows, row_seed, write_json, write_rows
 
 # %% ../../nbs/export/01_benchmarks.ipynb #b83d54dd
 def mt_bench(
@@ -34,16 +39,11 @@ def mt_bench(
         n = len(answers.get(q["question_id"], []))
         if n != len(q["turns"]):
             raise ValueError(f"mt-bench: question {q['question_id']} has {len(q['turns'])} turns and {n} answers")
-    return [
-        {
-            "question_id": k,
-            "answer_id": digest(model_id, k, answers[k]),
-            "model_id": model_id,
-            "choices": [{"index": 0, "turns": list(answers[k])}],
-            "tstamp": tstamp,
-        }
-        for k in sorted(q["question_id"] for q in questions)
-    ]
+    rows = []
+    for k in sorted(q["question_id"] for q in questions):
+        row = {"question_id": k, "answer_id": digest(model_id, k, answers[k]), "model_id": model_id}
+        rows.append(row | {"choices": [{"index": 0, "turns": list(answers[k])}], "tstamp": tstamp})
+    return rows
 
 # %% ../../nbs/export/01_benchmarks.ipynb #2c055be3
 def answer_questions(
@@ -57,11 +57,11 @@ def answer_questions(
     "Answer every turn, given the model's own answers to the turns before it."
     answers = {q["question_id"]: [] for q in questions}
     for turn in range(max(len(q["turns"]) for q in questions)):
-        asked = {
-            q["question_id"]: encode_turns(tokenizer, _alternate(q["turns"][: turn + 1], answers[q["question_id"]]))
-            for q in questions
-            if q["question_id"] in answers and len(q["turns"]) > turn
-        }
+        asked = {}
+        for k, turns in ((q["question_id"], q["turns"]) for q in questions):
+            if k in answers and len(turns) > turn:
+                talk = [t for both in zip(turns, answers[k]) for t in both]  # they alternate
+                asked[k] = encode_turns(tokenizer, [*talk, turns[turn]])
         for k in [k for k, ids in asked.items() if len(ids) > longest]:
             del asked[k], answers[k]
         for k, text in _replies(engine, tokenizer, asked, spec, seed, turn):
@@ -69,52 +69,23 @@ def answer_questions(
     return answers, {"prompt too long": len(questions) - len(answers)}
 
 
-def _alternate(turns, answers):
-    "The conversation so far: turns and answers in alternation."
-    return [t for both in zip(turns, answers) for t in both] + turns[len(answers) :]
-
-
 def _replies(engine, tokenizer, asked, spec, seed, turn):  # yields (question_id, text)
     "Generate one answer to each prompt."
-    from scir.model.decoding import text_of
-
     jobs = [(k, ids, row_seed(seed, k, turn)) for k, ids in asked.items()]
     for k, ids, finished in tqdm(engine(jobs, spec), total=len(jobs), desc=f"turn {turn + 1}", unit="answer"):
         yield k, text_of(tokenizer, ids, finished)
 
 # %% ../../nbs/export/01_benchmarks.ipynb #2ffde68a
 SECTIONS = {
-    "Chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "Chat Hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "Safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    "Reasoning": {
-        "math-prm": 984,
-        "hep-cpp": 164,
-        "hep-go": 164,
-        "hep-java": 164,
-        "hep-js": 164,
-        "hep-python": 164,
-        "hep-rust": 164,
-    },
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95}
+    | {"mt-bench-easy": 28, "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100}
+    | {"llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92}
+    | {"llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100}
+    | {"xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984}
+    | dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164),
 }  # weights: rewardbench/constants.py of https://pypi.org/project/rewardbench/0.1.4/
 
 # %% ../../nbs/export/01_benchmarks.ipynb #6bbad028
@@ -145,14 +116,8 @@ def rewardbench(
     found = {k: sum(v) / len(v) for k, v in sorted(hits.items())}
     whole = {n: w for n, w in SECTIONS.items() if w.keys() <= found.keys()}
     sections = {n: sum(found[k] * c for k, c in w.items()) / sum(w.values()) for n, w in whole.items()}
-    return {
-        "model": model,
-        "model_type": f"internal, {reward}",
-        "chat_template": "tokenizer",
-        **found,
-        **sections,
-        "missing": [n for n in SECTIONS if n not in whole],
-    }
+    made = {"model": model, "model_type": f"internal, {reward}", "chat_template": "tokenizer"}
+    return made | found | sections | {"missing": [n for n in SECTIONS if n not in whole]}
 
 # %% ../../nbs/export/01_benchmarks.ipynb #33b34090
 COLUMNS = {
@@ -164,8 +129,6 @@ COLUMNS = {
 
 def benchmark_rows(source: str, target: str) -> list:  # dicts
     "Rows of a benchmark's file or hub data set; raises ValueError if columns are missing."
-    from scir.data.load import read_source
-
     rows, needed = read_source(source), COLUMNS[target]
     if not rows:
         raise ValueError(f"{target} {source}: no rows")
@@ -179,33 +142,18 @@ def _name(model):
     return model.rstrip("/").removesuffix("/adapter")
 
 
-def _resolved(model, recipe):  # Recipe, adapter, tokenizer, digest of everything that answers depend on
-    "A model, ready for sampling."
-    from scir.stages.evaluate import resolve
-    from scir.model.weights import load_tokenizer, model_path
-
-    recipe, adapter = resolve(model, recipe)
-    known = digest(recipe.model_dump(mode="json"), hash_path(model_path(recipe.model)), adapter and hash_path(adapter))
-    return recipe, adapter, load_tokenizer(recipe.model), known
-
-
 def _counted(*drops):
     "Sum drops by reason, without zero counts."
     return dict(sum(map(Counter, drops), Counter()))
 
 # %% ../../nbs/export/01_benchmarks.ipynb #07818a0d
-def export_alpaca(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts and lengths
+def export_alpaca(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts, lengths
     "Answer the instructions in `source` and write AlpacaEval's model outputs to `out`."
-    from scir.data.load import load_prompts
-    from scir.stages.sample import sample
-
     sets = {r["instruction"]: r.get("dataset") for r in benchmark_rows(source, "alpaca_eval")}
     prompts, dropped = load_prompts(source)
-    recipe, adapter, tokenizer, known = _resolved(model, recipe)
-    spec = recipe.sampling.model_copy(update={"candidates": 1})
-    attempt = digest(known, hash_path(locate(source)), source, limit)
-    part = Path(out).with_name(f".{Path(out).stem}.{attempt}.jsonl")
-    longest = room(recipe.model, spec)
+    recipe, adapter = resolve(model, recipe)
+    tokenizer, spec = load_tokenizer(recipe.model), recipe.sampling.model_copy(update={"candidates": 1})
+    part, longest = attempt_file(out, recipe, adapter, source, limit), room(recipe.model, spec)
     with open_engine(recipe, tokenizer, adapter) as engine:
         found = sample(engine, tokenizer, prompts[:limit], spec, part, max_prompt_tokens=longest)
     outputs = alpaca_eval(read_rows(part, Response), _name(model))
@@ -235,8 +183,8 @@ def usable_questions(rows: list) -> tuple:  # questions, drops by reason
 def export_mt_bench(model: str, source: str, out, recipe, limit: int | None = None) -> dict:  # counts
     "Answer FastChat's questions and write its model answers to `out`; the file name is the model's name."
     questions, dropped = usable_questions(benchmark_rows(source, "mt_bench"))
-    recipe, adapter, tokenizer, _ = _resolved(model, recipe)
-    longest = room(recipe.model, recipe.sampling)
+    recipe, adapter = resolve(model, recipe)
+    tokenizer, longest = load_tokenizer(recipe.model), room(recipe.model, recipe.sampling)
     with open_engine(recipe, tokenizer, adapter) as engine:
         answers, too_long = answer_questions(engine, tokenizer, questions[:limit], recipe.sampling, longest)
     if not answers:
@@ -255,9 +203,6 @@ def export_reward_bench(
 ) -> dict:  # scores of complete sections, counts
     """Score labelled pairs with one internal reward model. Writes RewardBench's results to `out`, and one row per pair
     to OUT.pairs.parquet."""
-    import pandas as pd
-    from scir.stages.evaluate import judge_file, resolve
-
     known, table = resolve(model, recipe)[0].rewards, Path(out).with_suffix(".pairs.parquet")
     if reward not in known:
         raise ValueError(f"reward_bench: {reward!r} is not one of the recipe's reward models: {', '.join(known)}")

@@ -56,8 +56,8 @@ def win_rate_sentence(o: Origin) -> str:
     w = read_json(o.run / o.node / "alignment" / "metrics.json")
     if w.get("win_rate") is None:
         return ""
-    parts = {"value": "win_rate", "low": "win_rate_low", "high": "win_rate_high", "n": "win_rate_n"}
-    rate = format_measure("win_rate", {k: w[name] for k, name in parts.items()})
+    ends = {k: w[f"win_rate_{k}"] for k in ("low", "high", "n")}
+    rate = format_measure("win_rate", {"value": w["win_rate"]} | ends)
     judge = "a model on a server" if w["judge"].startswith("http") else public_name(w["judge"].removeprefix("reward:"))
     reference = "M_1's answers" if w["reference"] == "m1" else public_name(w["reference"])
     return f"Win rate against {reference}: {rate}, judged by {judge}."
@@ -139,12 +139,9 @@ def data_facts(o: Origin) -> list:  # of (name, value)
     "Facts about a run's data."
     d, sources = o.recipe.data, lambda s: ", ".join(map(public_name, s))
     rows = [("prompts", sources(d.prompts)), ("labelled seed pairs", sources(d.pairs))]
-    if d.instructions:
-        rows.append(("instructions", public_name(d.instructions)))
-    if d.grader:
-        rows.append(("grader", public_name(d.grader)))
-    if d.seed_prompts:
-        rows.append(("prompts answered by the SFT model for the warm start", d.seed_prompts))
+    rows += [("instructions", public_name(d.instructions))] if d.instructions else []
+    rows += [("grader", public_name(d.grader))] if d.grader else []
+    rows += [("prompts answered by the SFT model for the warm start", d.seed_prompts)] if d.seed_prompts else []
     return rows + [("evaluation sets", ", ".join(measures(o)) or "not evaluated")]
 
 
@@ -175,11 +172,8 @@ def facts(o: Origin) -> list:  # of (name, value)
 # %% ../../nbs/export/03_cards.ipynb #1957c39e
 def settings(o: Origin) -> str:
     "The recipe sections that determine the training, as YAML; they contain no paths."
-    return yaml.safe_dump(
-        o.recipe.model_dump(mode="json", include={"lora", "sft", "warm_start", "sampling", "judge", "train"}),
-        sort_keys=False,
-        allow_unicode=True,
-    )
+    sections = o.recipe.model_dump(mode="json", include={"lora", "sft", "warm_start", "sampling", "judge", "train"})
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 # %% ../../nbs/export/03_cards.ipynb #6bdb2d98
 LOAD = {

@@ -67,10 +67,8 @@ def save_tokenizer(spec: ModelSpec, folder) -> None:
 def write_card(folder, card, **more) -> dict:  # licence, files and `more`
     "Write the card and summarise the folder."
     write_text(folder / "README.md", str(card))
-    return more | {
-        "licence": card.data.get("license"),
-        "files": sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()),
-    }
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return more | {"licence": card.data.get("license"), "files": files}
 
 # %% ../../nbs/export/04_folders.ipynb #92837d4d
 def merged_weights(spec: ModelSpec, adapter):
@@ -116,9 +114,7 @@ def export_adapter(model: str, out, licence: str | None = None, place: str | Non
         return write_card(tmp, model_card(o, "adapter", place or Path(out).resolve().name, licence))
 
 
-def export_merged(
-    model: str, out, licence: str | None = None, place: str | None = None
-) -> dict:  # dtype, licence, files
+def export_merged(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # also dtype
     """Export a run's merged model (`merged_weights`) as safetensors, with tokenizer and card, to the new folder `out`.
     Licence and notice files of a local base are copied."""
     from scir.model.weights import model_path
@@ -193,19 +189,15 @@ def dataset_metadata(name: str, made, licence: str | None):  # huggingface_hub.D
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCardData
 
-    data = DatasetCardData(
-        license=licence or "unknown",
-        pretty_name=name,
-        size_categories=[SIZES[max(0, len(str(len(made))) - 3)]],
-        tags=["preference", "dpo", "scir", "trl"],
-    )
+    size, tags = SIZES[max(0, len(str(len(made))) - 3)], ["preference", "dpo", "scir", "trl"]
+    data = DatasetCardData(license=licence or "unknown", pretty_name=name, size_categories=[size], tags=tags)
     files = {"data_files": [{"split": "train", "path": "data/train.parquet"}]}
     MetadataConfigs({"default": files}).to_dataset_card_data(data)
     DatasetInfosDict({"default": made.info}).to_dataset_card_data(data)
     return data
 
 
-def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = None):  # huggingface_hub.DatasetCard
+def dataset_card(o: Origin, file: Path, made, place: str, licence: str | None = None):  # a DatasetCard
     "The card of an exported preference set; `made` is the datasets.Dataset."
     from huggingface_hub import DatasetCard
 
@@ -249,9 +241,7 @@ def pairs_text(o: Origin, pairs: int, seeds: int, own: bool) -> str:
     return text
 
 # %% ../../nbs/export/04_folders.ipynb #857e87dc
-def export_dataset(
-    model: str, out, licence: str | None = None, place: str | None = None
-) -> dict:  # rows, licence, files
+def export_dataset(model: str, out, licence: str | None = None, place: str | None = None) -> dict:  # also rows
     """Export the preferences that a run's model was trained on, or its agreed.jsonl, as a folder for
     `datasets.load_dataset`: Parquet and a card."""
     from datasets import Dataset, disable_progress_bars

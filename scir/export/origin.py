@@ -121,7 +121,7 @@ def on_hub(source: str) -> str | None:  # owner/name
     return "/".join(source.partition(":")[0].split("/")[:2])
 
 # %% ../../nbs/export/02_origin.ipynb #766668e3
-def lineage(spec: ModelSpec) -> dict:  # base_model; license, license_name and license_link if its card has them
+def lineage(spec: ModelSpec) -> dict:  # base_model, and the card's license, license_name, license_link
     "The base model's name and licence: known for built-in models, else from the card in its folder or on the hub."
     from huggingface_hub import ModelCard
 

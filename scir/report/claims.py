@@ -19,7 +19,7 @@ import pandas as pd
 
 from .compare import ALONE, MEASURES, answer_gap, by_seed, compare, difference, hits, holm, labelled, last
 from .compare import matched, measurable, measure, others, over_prompts, rate_gap, rounds
-from .gather import Gathered, arm_name, only, set_order, up_to
+from .gather import Gathered, model_name, only, set_order, up_to
 from ..statistics import grouped
 
 # %% ../../nbs/report/03_claims.ipynb #a056fa0c
@@ -261,7 +261,7 @@ def number_row(p: Part, p_holm: float, untrained: set) -> dict:
     return {
         "claim": p.claim,
         "set": p.set or "overall",
-        "compared": " - ".join(arm_name(a) for a in p.arms),
+        "compared": " - ".join(model_name(a) for a in p.arms),
         "iteration": p.iteration,
         "first": format_value(p.ours),
         "second": format_value(p.theirs),

@@ -77,8 +77,9 @@ def tables(g: Gathered) -> dict:  # name -> frame
     found, numbers = summary(g), per_run(claim_numbers, g)
     made = {"summary": found, "claims": claims_by_run(numbers), "claim_numbers": numbers}
     made |= {"inconsistency": inconsistency_table(found), "reward_models": reward_table(found)}
-    made |= {"policy": policy_table(g), "alignment": alignment_table(g), "ablation": per_run(ablation_table, g)}
-    return made | {"comparisons": per_run(comparisons, g), "reported": reported_table()}
+    made |= {"policy": per_run(policy_table, g), "alignment": per_run(alignment_table, g)}
+    made |= {"ablation": per_run(ablation_table, g), "comparisons": per_run(comparisons, g)}
+    return made | {"reported": reported_table()}
 
 
 def claims_by_run(numbers: pd.DataFrame) -> pd.DataFrame:
@@ -100,11 +101,8 @@ def figures(g: Gathered, found: pd.DataFrame) -> dict:  # name -> figure
     made |= {f"joint_{s}": plot_joints(g, s) for s in main} | {"length": plot_length(g)}
     made |= {f"splits_{s}": plot_splits(g, s) for s in main}
     made |= {f"calibration_{s}": plot_calibration(g, s) for s in sets}
-    made |= {
-        "flip_rate": plot_sets(found, "flip_rate", "flip rate, 95% interval"),
-        "training": plot_training(g),
-        "training_ablations": plot_training(g, "ablations"),
-    }
+    made |= {"flip_rate": plot_sets(found, "flip_rate", "flip rate, 95% interval")}
+    made |= {"training": plot_training(g), "training_ablations": plot_training(g, "ablations")}
     return {k: f for k, f in made.items() if f is not None}
 
 # %% ../../nbs/report/06_document.ipynb #295965cf
@@ -161,10 +159,7 @@ def document(made: dict, sentences: list, sizes: str, drawn: list) -> str:
     parts += [f"## Appendix\n\n{sizes}\n{CAPTION}\n"]
     for title, key in APPENDIX:
         t = compact(made[key]) if key == "comparisons" else made[key]
-        if not len(t):
-            continue
-        parts.append(f"### {title}\n")
-        parts.append(markdown(rounded(t)))
+        parts += [f"### {title}\n", markdown(rounded(t))] if len(t) else []
     return "\n".join(parts + (["### Figures\n", *(image(*d) for d in rest)] if rest else []))
 
 # %% ../../nbs/report/06_document.ipynb #d26619f3
@@ -203,8 +198,11 @@ def draw_figures(g: Gathered, found: pd.DataFrame, out: Path) -> list:  # of (fi
     drawn, runs = [], list(g.models.run.unique())
     for run in runs:
         for name, fig in figures(only(g, run), found[found.run == run]).items():
-            drawn.append((name, name, "") if len(runs) == 1 else (f"{run}-{name}", name, run))
-            _save(fig, out / drawn[-1][0], drawn[-1][2])
+            file, title = (name, "") if len(runs) == 1 else (f"{run}-{name}", run)
+            if title:
+                fig.suptitle(title)
+            save_figure(fig, out / file)
+            drawn.append((file, name, title))
         plt.close("all")
     return drawn
 
@@ -216,9 +214,3 @@ def _drop_stale(out, drawn):
     for file in {f for f in earlier if any(kind in f for kind in (*FIGURE_CAPTIONS, "verdict_mass"))} - drawn:
         for kind in ("png", "svg"):
             (out / f"{file}.{kind}").unlink(missing_ok=True)
-
-
-def _save(fig, path, title):
-    if title:
-        fig.suptitle(title)
-    save_figure(fig, path)

@@ -16,10 +16,10 @@ from scipy.stats import spearmanr
 
 from ..recipe import ARMS
 from .claims import accuracy_set
-from .compare import has_signal, labelled, last, measure, others
+from .compare import labelled, last, measure, others
 from .gather import Gathered, model_name, set_order
-from ..stages.consistency import BLUE, GREEN, GREY, ORANGE, plot_reliability
-from ..statistics import grouped, reliability
+from ..stages.consistency import BLUE, GREEN, GREY, ORANGE, bars, plot_reliability
+from ..statistics import decided, grouped, reliability
 
 # %% ../../nbs/report/05_figures.ipynb #d430e7d3
 SKY, PINK, AMBER = "#56B4E9", "#CC79A7", "#E69F00"
@@ -59,20 +59,16 @@ def every_round(g: Gathered) -> dict:  # (arm, iteration) -> its rows
 
 # %% ../../nbs/report/05_figures.ipynb #dcfa39b9
 def _dots(ax, found, color, mark, shift=0.0, label=None):  # found: a rate per line; {} where there is none
-    for y, r in enumerate(found):
-        if not r:
-            continue
-        reach = [[max(r["value"] - r["low"], 0)], [max(r["high"] - r["value"], 0)]]
-        look = {"color": color, "marker": mark, "ms": 6, "capsize": 3, "lw": 1.4, "ls": ""}
-        ax.errorbar(r["value"], y + shift, xerr=reach, label=label, **look)
-        label = None
+    t = pd.DataFrame([{"y": y + shift, **r} for y, r in enumerate(found) if r])
+    look = {"color": color, "marker": mark, "ms": 6, "capsize": 3, "lw": 1.4, "ls": ""}
+    ax.errorbar(t.value, t.y, xerr=bars(t), label=label, **look)
 
 
-def _row(n, width, height, wider=0.0, **options):  # a row of panels
+def _row(n, width, height, wider=0.0, down=1, **options):  # panels side by side, or several rows of them
     import matplotlib.pyplot as plt
 
     look = {"squeeze": False, "layout": "constrained", "sharey": True} | options
-    return plt.subplots(1, n, figsize=(width * n + wider, height), **look)
+    return plt.subplots(down, n, figsize=(width * n + wider, height), **look)
 
 # %% ../../nbs/report/05_figures.ipynb #30b4581d
 def plot_headline(g: Gathered):
@@ -137,8 +133,8 @@ def families(arms) -> dict:  # title -> arms
 
 # %% ../../nbs/report/05_figures.ipynb #4274947c
 def _bars(ax, line, key, **kw):
-    ends = [np.maximum(line[key] - line[f"{key}_low"], 0), np.maximum(line[f"{key}_high"] - line[key], 0)]
-    ax.errorbar(kw.pop("x"), line[key], yerr=ends, ms=5, lw=1.4, elinewidth=0.8, capsize=2, **kw)
+    r = line[[key, f"{key}_low", f"{key}_high"]].set_axis(["value", "low", "high"], axis=1)
+    ax.errorbar(kw.pop("x"), r.value, yerr=bars(r), ms=5, lw=1.4, elinewidth=0.8, capsize=2, **kw)
 
 
 def _iterations(ax, s, key, arms):  # one line per arm, starting from the common M_1
@@ -163,16 +159,12 @@ def _legend(ax, axes):  # one legend beside `ax` for all `axes`
 
 def plot_iterations(found: pd.DataFrame, panels: list, label: str, chance: bool = False):  # of (title, set, measure)
     "Measures of one run by iteration: a column per panel, a line per arm; bars are 95% intervals."
-    import matplotlib.pyplot as plt
-
     has = lambda name, key: found[(found.set == name) & found[key].notna()] if key in found else found[:0]
     panels, rows = [p for p in panels if len(has(*p[1:]))], families(found.arm)
     if not panels:
         return None
     ticks = sorted({t for p in panels for t in has(*p[1:]).iteration})
-    look = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    size = (3.6 * len(panels) + 1.8, 2.9 * len(rows) + 0.3)
-    fig, axes = plt.subplots(len(rows), len(panels), figsize=size, **look)
+    fig, axes = _row(len(panels), 3.6, 2.9 * len(rows) + 0.3, 1.8, down=len(rows), sharex=True)
     for (family, arms), across in zip(rows.items(), axes):
         for ax, (title, name, key) in zip(across, panels):
             _iterations(ax, has(name, key), key, arms)
@@ -326,16 +318,13 @@ TERMS = {
 
 def plot_training(g: Gathered, family: str = "methods"):
     "Loss terms, inconsistency and margins by step; markers show where an iteration ends. None without training."
-    import matplotlib.pyplot as plt
-
     arms = families(g.steps.arm.unique()).get(family, [])
     keys = [k for k in TERMS if any(len(training_curve(g, a, k)) for a in arms)]
     if not keys:
         return None
     across = min(3, len(keys))
     down = -(-len(keys) // across)
-    size = (3.4 * across + 1.6, 2.7 * down)
-    fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    fig, axes = _row(across, 3.4, 2.7 * down, 1.6, down=down, sharey=False)
     for ax, key in zip(axes.flat, keys):
         _curves(ax, g, arms, key)
         ax.set_title(TERMS[key], fontsize=10)
@@ -355,16 +344,12 @@ def plot_calibration(g: Gathered, name: str):
     fig, axes = _row(len(arms), 3.6, 3.4)
     for ax, arm in zip(axes[0], arms):
         s = d[d.arm == arm].reset_index(drop=True)
-        curves = {NAMES.get(n, n): _clipped(reliability(s, n, 5)) for n in g.rewards if has_signal(s, n)}
+        curves = {NAMES.get(n, n): reliability(s, n, 5) for n in g.rewards if decided(s, n)}
         plot_reliability(curves, "", ax)
         ax.set_title(f"{model_name(arm, s.iteration.max())}, {name}", fontsize=10)
     for ax in axes[0]:
         ax.set_ylabel("accuracy, 95% interval" if ax is axes[0][0] else "")
     return fig
-
-
-def _clipped(t):  # rounding can push a value just outside its interval
-    return t.assign(low=t[["low", "value"]].min(axis=1), high=t[["high", "value"]].max(axis=1))
 
 # %% ../../nbs/report/05_figures.ipynb #530b589f
 def _bin(c, whole):
@@ -399,7 +384,7 @@ def plot_splits(g: Gathered, name: str, bins: int = 3):
 
 def _split(ax, s, cut, apart, style):  # one model's rates in the bins
     at = [(j + apart, s[cut[s.index] == c]) for j, c in enumerate(cut.cat.categories)]
-    r = _clipped(pd.DataFrame([{"x": x, **grouped(~k.agree, k.prompt)} for x, k in at if len(k)]))
+    r = pd.DataFrame([{"x": x, **grouped(~k.agree, k.prompt)} for x, k in at if len(k)])
     look = {"color": style[0], "marker": style[2], "ls": "", "capsize": 3}
     name = model_name(s.arm.iloc[0], s.iteration.max())
-    ax.errorbar(r.x, r.value, yerr=[r.value - r.low, r.high - r.value], label=name, **look)
+    ax.errorbar(r.x, r.value, yerr=bars(r), label=name, **look)

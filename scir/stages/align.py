@@ -17,11 +17,10 @@ import numpy as np
 
 from ..data.chat import as_text
 from ..data.load import read_source, unusable
-from ..model.engines import NO_ANSWER, open_engine
+from ..model.engines import NO_ANSWER
 from ..model.outside import open_judge
-from ..model.weights import load_tokenizer
 from ..recipe import AlignmentSpec, JudgeSpec, Recipe, adapters, node_name, node_parts
-from .sample import sample
+from .sample import sample_with
 from ..store import Prompt, Response, Row, digest, read_rows, write_json, write_rows
 
 # %% ../../nbs/stages/08_align.ipynb #dda0cbc9
@@ -53,14 +52,14 @@ def duels(
     ]
 
 # %% ../../nbs/stages/08_align.ipynb #ade47fb2
-def win_rate(duels: list, level: float = 0.95) -> dict:  # value, low, high (fractions); n (readable), invalid (counts)
+def win_rate(duels: list) -> dict:  # value, low, high (fractions); n (readable), invalid (counts)
     """Mean preference with its score interval (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
     The value is None if no comparison is readable."""
     p = np.array([d.preference for d in duels if d.preference is not None])
     n, out = len(p), {"n": len(p), "invalid": len(duels) - len(p)}
     if n == 0:
         return {"value": None, "low": None, "high": None} | out
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf(0.975)
     centre = (p.mean() + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p.var() / n + z * z / (4 * n * n))
     return {"value": float(p.mean()), "low": float(max(0, centre - half)), "high": float(min(1, centre + half))} | out
@@ -91,10 +90,8 @@ def _strength(x, p):
     from sklearn.model_selection import GroupKFold
 
     folds = list(GroupKFold(FOLDS).split(x, groups=np.arange(len(p))))
-    losses = [
-        np.mean([_loss(x[test], p[test], _fit(x[train], p[train], s)) for train, test in folds]) for s in STRENGTHS
-    ]
-    return STRENGTHS[int(np.argmin(losses))]
+    loss = lambda s, train, test: _loss(x[test], p[test], _fit(x[train], p[train], s))
+    return min(STRENGTHS, key=lambda s: np.mean([loss(s, *fold) for fold in folds]))
 
 # %% ../../nbs/stages/08_align.ipynb #3c098ee3
 def not_estimable(x, p) -> str | None:
@@ -147,14 +144,11 @@ def summarise_comparisons(found: list, spec: AlignmentSpec, failures: dict) -> d
     "Win rate, length-controlled win rate, and the invalid comparisons by reason."
     single = by_prompt(found)
     raw = win_rate(single)
-    controlled = length_controlled(
-        [d.preference for d in single], [len(d.output) for d in single], [len(d.reference) for d in single]
-    )
+    lengths = [[len(getattr(d, side)) for d in single] for side in ("output", "reference")]
+    controlled = length_controlled([d.preference for d in single], *lengths)
     return {
         "win_rate": raw["value"],
-        "win_rate_low": raw["low"],
-        "win_rate_high": raw["high"],
-        "win_rate_n": raw["n"],
+        **{f"win_rate_{k}": raw[k] for k in ("low", "high", "n")},
         "length_controlled": controlled["value"],
         "controlled": controlled,
         "judge": spec.judge,
@@ -166,12 +160,12 @@ def summarise_comparisons(found: list, spec: AlignmentSpec, failures: dict) -> d
     }
 
 # %% ../../nbs/stages/08_align.ipynb #8da78eaa
-def plot_preferences(found: list, ax=None):
+def plot_preferences(found: list):
     "Histogram of the readable preferences, with the win rate and its interval."
     import matplotlib.pyplot as plt
 
     rate = win_rate(by_prompt(found))
-    ax = ax or plt.subplots(figsize=(5, 2.6), layout="constrained")[1]
+    ax = plt.subplots(figsize=(5, 2.6), layout="constrained")[1]
     ax.hist([d.preference for d in found if d.preference is not None], bins=np.linspace(0, 1, 21), color="#0072B2")
     ax.axvline(0.5, color="#777777", lw=1, ls="--")
     ax.set(xlabel="P(output is better), both orders", ylabel=f"comparisons (n={len(found)})")
@@ -182,9 +176,7 @@ def plot_preferences(found: list, ax=None):
     return ax
 
 # %% ../../nbs/stages/08_align.ipynb #3e978103
-def align(
-    spec: AlignmentSpec, judge: JudgeSpec, ours: list, theirs: dict, folder, dtype: str = "auto"
-) -> dict:  # summary
+def align(spec: AlignmentSpec, judge: JudgeSpec, ours: list, theirs: dict, folder, dtype: str = "auto") -> dict:
     "Compare `ours` (responses) with `theirs` (response id -> text); writes duels.jsonl and metrics.json."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,40 +192,29 @@ def alpaca_eval(
     rows: list,  # Response rows
     generator: str,  # the model's name on the leaderboard
     dataset: str = "scir",  # where the instructions come from
-    datasplit: str = "eval",
 ) -> list:  # dicts, in the order of the rows
     "AlpacaEval's model outputs: candidate 0 of each prompt (github.com/tatsu-lab/alpaca_eval, evaluating a model)."
-    return [
-        {
-            "instruction": as_text(r.prompt),
-            "output": r.response,
-            "generator": generator,
-            "dataset": dataset,
-            "datasplit": datasplit,
-        }
-        for r in rows
-        if r.candidate == 0
-    ]
+    constant = {"generator": generator, "dataset": dataset, "datasplit": "eval"}
+    return [{"instruction": as_text(r.prompt), "output": r.response} | constant for r in rows if r.candidate == 0]
 
 # %% ../../nbs/stages/08_align.ipynb #aad3801f
-def reference_outputs(source: str, limit: int | None = None) -> tuple:  # list of (Prompt, output), number dropped
+def reference_outputs(source: str, limit: int | None = None) -> tuple:  # [(Prompt, output)], number dropped
     """The first `limit` instructions and outputs of a file or hub data set, such as AlpacaEval's. Rows without a text
     and repeated instructions are dropped. Raises ValueError if the columns are missing or no row is usable."""
-    rows = read_source(source)
+    rows, where = read_source(source), f"alignment.reference {source}"
     columns = sorted(rows[0]) if rows else []
     if not {"instruction", "output"} <= set(columns):
-        raise ValueError(f"alignment.reference {source}: has columns {columns}, but needs instruction and output")
+        raise ValueError(f"{where}: has columns {columns}, but needs instruction and output")
     rows = rows[:limit]
     usable = [r for r in reversed(rows) if not unusable(r["instruction"], r["output"])]
     outputs = {r["instruction"]: r["output"] for r in usable}
     if not outputs:
-        raise ValueError(f"alignment.reference {source}: no row has a text for both instruction and output")
-    return [(Prompt(id=digest(i), prompt=i), output) for i, output in reversed(outputs.items())], len(rows) - len(
-        outputs
-    )
+        raise ValueError(f"{where}: no row has a text for both instruction and output")
+    found = [(Prompt(id=digest(i), prompt=i), output) for i, output in reversed(outputs.items())]
+    return found, len(rows) - len(outputs)
 
 # %% ../../nbs/stages/08_align.ipynb #6908625d
-def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, response id -> reference text, number dropped
+def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, id -> reference text, number dropped
     "This model's and M_1's answers to the held-out prompts; a pair with an empty answer is dropped."
     m1 = node_name(node_parts(node)[0], 1)
     read = lambda n: {r.id: r for r in read_rows(Path(run_dir) / n / "evaluation" / "responses.jsonl", Response)}
@@ -242,15 +223,12 @@ def against_m1(recipe: Recipe, run_dir, node: str) -> tuple:  # responses, respo
     return kept, {i: r.response for i, r in theirs.items()}, len(ours) - len(kept)
 
 
-def against_file(
-    recipe: Recipe, run_dir, node: str
-) -> tuple:  # responses, response id -> reference text, number dropped
+def against_file(recipe: Recipe, run_dir, node: str) -> tuple:  # as `against_m1`
     "This model's answers to the instructions of the reference file; writes responses.jsonl."
     spec, out = recipe.alignment, Path(run_dir) / node / "alignment" / "responses.jsonl"
-    (rows, unusable), tokenizer = reference_outputs(spec.reference, spec.limit), load_tokenizer(recipe.model)
-    once = recipe.sampling.model_copy(update={"candidates": 1})
-    with open_engine(recipe, tokenizer, adapters(recipe, run_dir, node)[0]) as engine:
-        sample(engine, tokenizer, [p for p, _ in rows], once, out, node_parts(node)[0], recipe.data.max_prompt_tokens)
+    rows, unusable = reference_outputs(spec.reference, spec.limit)
+    once = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"candidates": 1})})
+    sample_with(once, adapters(recipe, run_dir, node)[0], [p for p, _ in rows], out, node_parts(node)[0])
     ours = read_rows(out, Response)
     return ours, {f"{p.id}/0": text for p, text in rows}, len(rows) - len(ours) + unusable
 

@@ -14,24 +14,11 @@ from scipy.special import expit
 from ..data.chat import as_text
 from ..statistics import frame, grouped, metrics
 from ..data.load import evaluation_rows, find_grader, grade, load_pairs, prompt_pool, row_split, shown_first
-from ..model.engines import open_engine
-from ..recipe import adapters
-from ..model.weights import for_scoring, load_tokenizer, model_path
-from ..recipe import Recipe, load_recipe, locate, node_name, node_parts, run_of
-from .sample import sample
+from ..model.weights import for_scoring, load_tokenizer
+from ..recipe import Recipe, adapters, load_recipe, node_name, node_parts, run_of
+from .sample import attempt_file, sample_with
 from ..method.scores import candidate_pairs, drawn_side, label_by_grader, labelled_pairs, score, set_reference
-from scir.store import (
-    Grade,
-    Response,
-    Score,
-    atomic_path,
-    digest,
-    hash_path,
-    read_json,
-    read_rows,
-    write_json,
-    write_rows,
-)
+from ..store import Grade, Response, Score, atomic_path, hash_path, read_json, read_rows, write_json, write_rows
 
 # %% ../../nbs/stages/07_evaluate.ipynb #03acbd61
 def labelled_sets(tokenizer, recipe: Recipe) -> dict:  # name -> (list of Pair, counts of dropped rows)
@@ -56,19 +43,11 @@ def score_summary(grades: list) -> dict:
     return {"score": sum(g.score for g in known) / len(known), "success": success} if known else {}
 
 # %% ../../nbs/stages/07_evaluate.ipynb #2d075e1c
-def answer(recipe: Recipe, run, node: str, tokenizer) -> dict:  # summary of the answers
+def answer(recipe: Recipe, run, node: str) -> dict:  # summary of the answers
     "Answer the held-out prompts; writes evaluation/responses.jsonl and, with a grader, grades.jsonl."
     out, (_, held_out, _) = Path(run) / node / "evaluation", prompt_pool(recipe.data)
-    with open_engine(recipe, tokenizer, adapters(recipe, run, node)[0]) as engine:
-        summary = sample(
-            engine,
-            tokenizer,
-            held_out,
-            recipe.sampling,
-            out / "responses.jsonl",
-            node_parts(node)[0],
-            recipe.data.max_prompt_tokens,
-        )
+    adapter, seed = adapters(recipe, run, node)[0], node_parts(node)[0]
+    summary = sample_with(recipe, adapter, held_out, out / "responses.jsonl", seed)
     if not recipe.data.grader:
         return summary
     grades = graded_answers(read_rows(out / "responses.jsonl", Response), recipe.data.grader)
@@ -108,7 +87,7 @@ def judge_sets(recipe: Recipe, run, node: str, tokenizer, sets: dict) -> dict:  
 def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary of the model's answers
     "Evaluate one model of a run; writes its evaluation/."
     tokenizer, (seed, _, t) = load_tokenizer(recipe.model), node_parts(node)
-    answers, sets = answer(recipe, run_dir, node, tokenizer), labelled_sets(tokenizer, recipe)
+    answers, sets = answer(recipe, run_dir, node), labelled_sets(tokenizer, recipe)
     sets["panel"] = answer_pairs(recipe, run_dir, node_name(seed, 1), tokenizer)
     if t != 1:
         sets["own"] = answer_pairs(recipe, run_dir, node, tokenizer)
@@ -145,9 +124,8 @@ def file_pairs(
             raise ValueError(f"data source {source}: no row falls in the {split} split; choose another --split")
     shown = shown_first(source)
     side = (lambda r: (r.prompt, r.chosen, r.rejected) in shown) if shown is not None else drawn_side
-    pairs, too_long = labelled_pairs(
-        tokenizer, rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens, limit, side
-    )
+    longest = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
+    pairs, too_long = labelled_pairs(tokenizer, rows, *longest, limit, side)
     return pairs, dropped | too_long
 
 # %% ../../nbs/stages/07_evaluate.ipynb #23dc5753
@@ -155,32 +133,27 @@ def score_frame(scores: list):
     "Scores as a table for other tools: texts, label, margins, P(a better), both orders, agreement."
     d = frame(scores)
     texts = {k: [getattr(s, k) for s in scores] for k in ("response_a", "response_b")}
-    d = d.assign(
-        prompt=[as_text(s.prompt) for s in scores], **texts, **{f"p_{n}": expit(d[n]) for n in scores[0].margins}
-    )
-    return d.rename(columns={n: f"margin_{n}" for n in scores[0].margins})
+    names = list(scores[0].margins)
+    d = d.assign(prompt=[as_text(s.prompt) for s in scores], **texts, **{f"p_{n}": expit(d[n]) for n in names})
+    return d.rename(columns={n: f"margin_{n}" for n in names})
 
 # %% ../../nbs/stages/07_evaluate.ipynb #93a28505
 def judge_file(
-    model: str,
-    source: str,
-    out,
-    recipe: Recipe,
-    reference: str | None = None,
-    limit: int | None = None,
-    split: str | None = None,
+    model: str, source: str, out, recipe: Recipe, reference: str | None = None, limit: int | None = None, split=None
 ) -> dict:  # metrics
     "Score a labelled file, or one split of it, with a model's reward models; writes `out`, a row per pair."
     recipe, adapter = resolve(model, recipe)
     reference = reference or _older(model, recipe)
-    tokenizer, out = load_tokenizer(recipe.model), Path(out)
+    tokenizer = load_tokenizer(recipe.model)
     pairs, dropped = file_pairs(tokenizer, source, recipe, limit, split)
     if reference:
-        set_reference(for_scoring(*_parts(reference, recipe)), pairs, recipe.judge.batch_tokens)
+        other, other_adapter = resolve(reference, recipe)
+        set_reference(for_scoring(other.model, other_adapter), pairs, recipe.judge.batch_tokens)
     policy = for_scoring(recipe.model, adapter)
     if not reference:
         set_reference(policy, pairs, recipe.judge.batch_tokens)
-    part = out.with_name(f".{out.stem}.{_inputs_hash(recipe, adapter, reference, source, limit, split)}.jsonl")
+    options = reference, reference and hash_path(reference), limit, split
+    part = attempt_file(out, recipe, adapter, source, *options)
     scores = score(policy, tokenizer, pairs, recipe, part)
     with atomic_path(out) as tmp:
         score_frame(scores).to_parquet(tmp, index=False)
@@ -188,24 +161,10 @@ def judge_file(
     return metrics(scores) | {"dropped": dropped}
 
 
-def _inputs_hash(recipe, adapter, reference, source, limit, split):
-    "A hash of everything that the scores depend on."
-    weights = hash_path(model_path(recipe.model)), adapter and hash_path(adapter)
-    other = reference, reference and hash_path(reference)
-    pairs = source, hash_path(locate(source)), limit, split
-    return digest(recipe.model_dump(mode="json"), *weights, *other, *pairs)
-
-
 def _older(model, recipe):
     "The reference that the run's recipe gives a model of a run; None if that is the base model."
     path = Path(model).parent if Path(model).name == "adapter" else Path(model)
-    run = run_of(path) if (path / "adapter").is_dir() else None
-    if not run:
+    if not (path / "adapter").is_dir() or not (run := run_of(path)):
         return None
     older = adapters(recipe, run, path.relative_to(run).as_posix())[1]
     return str(older.parent) if older else None
-
-
-def _parts(name, recipe):
-    other, adapter = resolve(name, recipe)
-    return other.model, adapter

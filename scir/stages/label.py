@@ -37,30 +37,21 @@ def votes(recipe: Recipe, folder: Path, node: str, responses: list) -> dict:  # 
     "The model's own votes on single answers."
     seed, _, t = node_parts(node)
     tokenizer = load_tokenizer(recipe.model)
+    options = recipe.labels, recipe.judge.system, recipe.sampling.batch_size
     with open_engine(recipe, tokenizer, folder / "adapter") as engine:
-        return vote(
-            engine,
-            tokenizer,
-            responses,
-            recipe.labels,
-            recipe.judge.system,
-            recipe.sampling.batch_size,
-            folder / "votes.jsonl",
-            seed * 1000 + t,
-        )
+        return vote(engine, tokenizer, responses, *options, folder / "votes.jsonl", seed * 1000 + t)
 
 # %% ../../nbs/stages/04_label.ipynb #a98077ec
 def plot_rewards(rows: list):  # of ResponseReward
     "A histogram per reward, over the answers that have it."
     import matplotlib.pyplot as plt
+    import pandas as pd
 
-    values = {}
-    for row in rows:
-        for name, value in row.rewards.items():
-            values.setdefault(name, []).append(value)
-    fig, axes = plt.subplots(1, len(values), figsize=(3.2 * len(values), 2.6), layout="constrained", squeeze=False)
-    for ax, (name, found) in zip(axes[0], values.items()):
-        known = [v for v in found if v is not None]
+    values = pd.DataFrame([row.rewards for row in rows], dtype=float)
+    n = values.shape[1]
+    axes = plt.subplots(1, n, figsize=(3.2 * n, 2.6), layout="constrained", squeeze=False)[1]
+    for ax, name in zip(axes[0], values):
+        known = values[name].dropna()
         ax.hist(known, bins=15, color="#0072B2")
         ax.set(xlabel=name, title=f"{len(known)} of {len(rows)} answers", ylabel="answers")
 

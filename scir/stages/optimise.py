@@ -15,26 +15,23 @@ import torch
 
 from ..method.labels import OUTSIDE, agreed, labels
 from ..method.loss import scir_loss
-from ..recipe import Recipe, TrainSpec, node_name, node_parts, parent_node
+from ..recipe import Recipe, TrainSpec, adapters, node_name, node_parts, parent_node
 from ..method.rewards import View, implicit, margins
 from ..method.scores import scored_pairs, set_reference
 from ..store import ResponseReward, Score, barrier, rank, read_rows, row_seed, write_rows
+from .sft import train_adapter
 from .warm_start import read_seeds, warm_start_loss
 
 # %% ../../nbs/stages/06_optimise.ipynb #8f6bef5e
-def training_pairs(
-    tokenizer, scores: list, spec: TrainSpec, rewards: dict | None = None
-) -> tuple:  # list of Pair, notes
+def training_pairs(tokenizer, scores: list, spec: TrainSpec, rewards: dict | None = None) -> tuple:  # pairs, notes
     "Scored pairs as training input; the notes count the dropped pairs by reason."
     targets, notes = labels(scores, spec, rewards)
     kept = [s for s in scores if s.id in targets]
     pairs = scored_pairs(tokenizer, kept)
     for p in pairs:
         p.target = targets[p.id]
-    dropped = len(scores) - len(kept)
-    return pairs, notes | {
-        "dropped": {"neither best nor worst answer, a tie, or no usable reward": dropped} if dropped else {}
-    }
+    dropped = {"neither best nor worst answer, a tie, or no usable reward": len(scores) - len(kept)}
+    return pairs, notes | {"dropped": dropped if len(kept) < len(scores) else {}}
 
 # %% ../../nbs/stages/06_optimise.ipynb #07b525cd
 def preference_rows(pairs: list, scores: list) -> list:  # dicts with id, prompt, chosen, rejected, confidence
@@ -45,15 +42,8 @@ def preference_rows(pairs: list, scores: list) -> list:  # dicts with id, prompt
         if target is None or target < 0:
             continue
         chosen, rejected = (p.response_a, p.response_b) if target > 0.5 else (p.response_b, p.response_a)
-        out.append(
-            {
-                "id": p.id,
-                "prompt": p.prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                "confidence": max(target, 1 - target),
-            }
-        )
+        row = {"id": p.id, "prompt": p.prompt, "chosen": chosen, "rejected": rejected}
+        out.append(row | {"confidence": max(target, 1 - target)})
     return out
 
 # %% ../../nbs/stages/06_optimise.ipynb #15c4c595
@@ -63,16 +53,8 @@ def own_loss(view: View, spec: TrainSpec) -> tuple:  # scalar, metrics
     m_i = implicit(view)
     m = margins(view) if needs_judge else {"implicit": m_i}
     target = torch.tensor([p.target for p in view.pairs], device=m_i.device)
-    out = scir_loss(
-        m,
-        m_i,
-        lambda_consistency=spec.lambda_consistency,
-        lambda_confidence=spec.lambda_confidence,
-        tau=spec.tau,
-        moves=spec.consistency_moves,
-        agreement=spec.agreement_gate,
-        target=target,
-    )
+    terms = {k: getattr(spec, k) for k in ("lambda_consistency", "lambda_confidence", "tau")}
+    out = scir_loss(m, m_i, **terms, moves=spec.consistency_moves, agreement=spec.agreement_gate, target=target)
     if not needs_judge:
         for k in ("inconsistency", "loss_consistency", "loss_confidence"):
             out.metrics.pop(k)
@@ -116,7 +98,6 @@ def pair_loss(view: View, spec: TrainSpec) -> tuple:  # scalar, metrics
 # %% ../../nbs/stages/06_optimise.ipynb #7e12974a
 def replayed(tokenizer, recipe: Recipe, run, parent: str, pairs: int) -> list:  # of Pair
     "Seed pairs to add to `pairs` others: the fraction `train.replay` of the result, or all if there are too few."
-    from scir.recipe import adapters
     from scir.model.weights import for_scoring
 
     seed = node_parts(parent)[0]
@@ -163,21 +144,8 @@ def correct_labels(history: list) -> dict:  # empty without a grader
 # %% ../../nbs/stages/06_optimise.ipynb #416ecde6
 def train(model, tokenizer, pairs: list, recipe: Recipe, folder: Path, seed: int) -> list:  # log lines
     "Train on `pairs` with the recipe's `train` settings."
-    from scir.method.trainer import arguments, fit, optimizer_steps
-
-    spec = recipe.train
-    steps = optimizer_steps(len(pairs), spec.epochs, spec.batch_size * spec.accumulation)
-    args = arguments(
-        folder / "checkpoints",
-        seed,
-        steps=steps,
-        batch_size=spec.batch_size,
-        accumulation=spec.accumulation,
-        learning_rate=spec.learning_rate,
-        optimizer=spec.optimizer,
-        save_steps=spec.save_steps,
-    )
-    return fit(model, tokenizer, pairs, lambda view: pair_loss(view, spec), recipe, folder, args)
+    loss_of = lambda view: pair_loss(view, recipe.train)
+    return train_adapter(model, tokenizer, pairs, loss_of, recipe, recipe.train, folder, seed)
 
 
 def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary

@@ -17,9 +17,9 @@ from ..data.load import seed_prompts
 from ..model.logprobs import encode_prompt
 from ..method.loss import dpo_loss
 from ..recipe import Recipe, WarmStartSpec, node_parts, sft_node
-from ..method.rewards import Pair, View, generative, implicit
+from ..method.rewards import Pair, View, generative, implicit, stored_fields
 from ..method.scores import candidate_pairs, label_by_grader
-from .sft import seed_pairs
+from .sft import seed_pairs, train_adapter
 from ..store import Response, SeedPair, read_rows, row_seed, write_rows
 
 # %% ../../nbs/stages/01_warm_start.ipynb #772db9f9
@@ -40,9 +40,7 @@ def warm_start_loss(view: View, spec: WarmStartSpec) -> tuple:  # scalar, metric
     return loss, metrics | {"accuracy_generative": accuracy(m_g), "accuracy_implicit": accuracy(m_i)}
 
 # %% ../../nbs/stages/01_warm_start.ipynb #de190063
-def graded_pairs(
-    tokenizer, responses: list, recipe: Recipe, seed: int
-) -> tuple:  # list of Pair, counts of dropped rows
+def graded_pairs(tokenizer, responses: list, recipe: Recipe, seed: int) -> tuple:  # pairs, drops by reason
     "Labelled pairs of sampled answers, at most `warm_start.pairs_per_prompt` for each prompt."
     found, dropped = candidate_pairs(tokenizer, responses, None, seed)
     label_by_grader(found, recipe.data.grader)
@@ -56,32 +54,21 @@ def graded_pairs(
     return kept, dropped | {"tie by the grader": ties}
 
 # %% ../../nbs/stages/01_warm_start.ipynb #b5c0f0b8
-def own_answers(recipe: Recipe, sft_adapter, folder, tokenizer, seed: int) -> list:  # of Response
+def own_answers(recipe: Recipe, sft_adapter, folder, seed: int) -> list:  # of Response
     "The SFT model's answers to the seed prompts; writes seed_responses.jsonl into `folder`."
-    from scir.model.engines import open_engine
-    from scir.stages.sample import sample
+    from scir.stages.sample import sample_with
 
-    with open_engine(recipe, tokenizer, sft_adapter) as engine:
-        sample(
-            engine,
-            tokenizer,
-            seed_prompts(recipe.data),
-            recipe.sampling,
-            folder / "seed_responses.jsonl",
-            seed * 1000,
-            recipe.data.max_prompt_tokens,
-        )
-    return read_rows(folder / "seed_responses.jsonl", Response)
+    file = folder / "seed_responses.jsonl"
+    sample_with(recipe, sft_adapter, seed_prompts(recipe.data), file, seed * 1000)
+    return read_rows(file, Response)
 
 
-def labelled_seeds(
-    recipe: Recipe, sft_adapter, folder, tokenizer, seed: int
-) -> tuple:  # list of Pair, counts of dropped rows
+def labelled_seeds(recipe: Recipe, sft_adapter, folder, tokenizer, seed: int) -> tuple:  # pairs, drops by reason
     "The pairs to train on: at most `data.pair_limit` seed pairs, and the graded pairs of own answers."
     written, dropped = seed_pairs(tokenizer, recipe)
     written, graded = written[: recipe.data.pair_limit], []
     if recipe.data.seed_prompts:
-        answers = own_answers(recipe, sft_adapter, folder, tokenizer, seed)
+        answers = own_answers(recipe, sft_adapter, folder, seed)
         graded, more = graded_pairs(tokenizer, answers, recipe, seed)
         dropped = dropped | more
     if recipe.warm_start.random_labels:
@@ -98,55 +85,30 @@ def relabel(pairs: list, seed: int) -> None:
 # %% ../../nbs/stages/01_warm_start.ipynb #533805c3
 def seed_row(p: Pair) -> SeedPair:
     "A pair as a row of seed_pairs.jsonl."
-    return SeedPair(
-        id=p.id,
-        prompt=p.prompt,
-        response_a=p.response_a,
-        response_b=p.response_b,
-        ids_a=p.ids_a,
-        ids_b=p.ids_b,
-        label=p.extra["label"],
-        subset=p.extra["subset"],
-    )
+    return SeedPair(**stored_fields(p), label=p.extra["label"], subset=p.extra["subset"])
 
 
 def read_seeds(tokenizer, file) -> list:  # of Pair
     "Read the pairs of a seed_pairs.jsonl file."
-    return [
-        Pair(
-            r.id,
-            r.prompt,
-            r.response_a,
-            r.response_b,
-            encode_prompt(tokenizer, r.prompt),
-            r.ids_a,
-            r.ids_b,
-            target=float(r.label == "a"),
-            extra={"prompt_id": r.id, "label": r.label, "subset": r.subset},
-        )
-        for r in read_rows(file, SeedPair)
-    ]
+    pairs = []
+    for r in read_rows(file, SeedPair):
+        prompt_ids, target = encode_prompt(tokenizer, r.prompt), float(r.label == "a")
+        extra = {"prompt_id": r.id, "label": r.label, "subset": r.subset}
+        pairs.append(Pair(**stored_fields(r), prompt_ids=prompt_ids, target=target, extra=extra))
+    return pairs
 
 # %% ../../nbs/stages/01_warm_start.ipynb #85ce316f
 def train_m1(recipe: Recipe, sft_adapter, pairs: list, folder, tokenizer, seed: int) -> list:  # log lines
     "Train the SFT model on labelled pairs; writes adapter/ and metrics.jsonl into `folder`."
     from scir.model.weights import for_training, load_adapter, load_base
     from scir.method.scores import as_reference, set_reference
-    from scir.method.trainer import arguments, fit, optimizer_steps
 
-    spec = recipe.warm_start
     model = for_training(load_adapter(load_base(recipe.model), sft_adapter, trainable=True), recipe.model)
     reference = as_reference if recipe.train.reference == "initial" else nullcontext
     set_reference(model, pairs, recipe.judge.batch_tokens, reference)
-    args = arguments(
-        folder / "checkpoints",
-        seed,
-        steps=optimizer_steps(len(pairs), spec.epochs, spec.batch_size),
-        batch_size=spec.batch_size,
-        learning_rate=spec.learning_rate,
-        save_steps=recipe.train.save_steps,
-    )
-    return fit(model, tokenizer, pairs, lambda view: warm_start_loss(view, spec), recipe, folder, args)
+    spec = recipe.warm_start
+    loss_of = lambda view: warm_start_loss(view, spec)
+    return train_adapter(model, tokenizer, pairs, loss_of, recipe, spec, folder, seed)
 
 
 def run(recipe: Recipe, run_dir, node: str) -> dict:  # summary

@@ -144,9 +144,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     "Figures are drawn, but written as an empty file."
-    monkeypatch.setattr(
-        document, "_save", lambda fig, path, title: (fig.suptitle(title), path.with_suffix(".png").touch())
-    )
+    monkeypatch.setattr(document, "save_figure", lambda fig, path: path.with_suffix(".png").touch())
 
 
 def kept_files(folder):
