@@ -6,14 +6,14 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {  # where we are: no change may pass them, and one that gets further lowers them
-    "lines": 13500,
+    "lines": 13150,
     "wider than 120": 0,
     "share of these, %": 0.0,
     "95% are within": 110,
     "functions over 25": 0,
     "import cycles": 0,
     "names defined twice": 0,
-    "median code cell": 9,
+    "median code cell": 8,
     "shown per exported": 0.94,
 }
 TARGETS = dict(zip(LIMITS, (5000, 0, 0, 100, 0, 0, 0, 8, 1)))
