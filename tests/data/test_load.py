@@ -396,7 +396,7 @@ def test_a_named_seed_source_is_evaluated_on_its_test_split_alone(file):
         for r in evaluation_rows(DataSpec(pairs=[ours, theirs], labelled_sets={"mixed": [theirs, other]}))["mixed"][0]
     }
     assert mixed == test(theirs) | {f"other {i}" for i in range(60)}
-    with pytest.raises(RecipeError, match="held-out") as e:
+    with pytest.raises(RecipeError, match="none is held out") as e:
         parse_recipe({"data": {"pairs": ours, "labelled_sets": {"named": ours}}})
     assert single_line(e) and "max_prompt_tokens" not in str(e.value)
     few = file([r for r in labelled(60, "few") if split_of(r["prompt"]) == "train"], "few.jsonl")
