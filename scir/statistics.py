@@ -84,8 +84,8 @@ def paired(first, second, prompts=None) -> dict:  # difference, low, high, p, n,
     """Mean difference first - second of two measures on the same pairs, with a bootstrap interval over prompts. p is
     from a sign-flip permutation test on the sums per prompt; with one pair per prompt that is McNemar's test."""
     difference = pd.Series(np.asarray(first, float) - np.asarray(second, float))
-    of = np.arange(len(difference)) if prompts is None else np.asarray(prompts)
-    by = difference.groupby(of).agg(["sum", "size"]).to_numpy(float)
+    clusters = np.arange(len(difference)) if prompts is None else np.asarray(prompts)
+    by = difference.groupby(clusters).agg(["sum", "size"]).to_numpy(float)
     drawn = np.random.default_rng(0).multinomial(len(by), np.full(len(by), 1 / len(by)), 4000) @ by
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
     found = {"difference": float(difference.mean()), "low": float(low), "high": float(high)}

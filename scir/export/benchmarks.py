@@ -77,15 +77,37 @@ def _replies(engine, tokenizer, asked, spec, seed, turn):  # yields (question_id
 
 # %% ../../nbs/export/01_benchmarks.ipynb #2ffde68a
 SECTIONS = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95}
-    | {"mt-bench-easy": 28, "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100}
-    | {"llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92}
-    | {"llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100}
-    | {"xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984}
-    | dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164),
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
 }  # weights: rewardbench/constants.py of https://pypi.org/project/rewardbench/0.1.4/
 
 # %% ../../nbs/export/01_benchmarks.ipynb #6bbad028

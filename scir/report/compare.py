@@ -37,8 +37,14 @@ MEASURES = {  # name -> (name in tables, values of a set's pairs)
     "accuracy_likelihood": ("likelihood accuracy", lambda d: labelled(d).right_likelihood),
 }
 ALONE = ("accuracy_generative", "accuracy_implicit", "accuracy_pointwise")
-JOINT = ("inconsistency", "inconsistency_labelled", "rank_correlation")  # these need the implicit reward
-JOINT += ("accuracy_implicit", "accuracy_agreed", "accuracy_mean")
+JOINT = (
+    "inconsistency",
+    "inconsistency_labelled",
+    "rank_correlation",
+    "accuracy_implicit",
+    "accuracy_agreed",
+    "accuracy_mean",
+)  # measures that need the implicit reward
 
 # %% ../../nbs/report/02_compare.ipynb #0fc824b3
 def measurable(key: str, d: pd.DataFrame) -> bool:
